@@ -1,0 +1,280 @@
+"""Stage 2 of MaskGIT (§3.2, §3.3): the bidirectional transformer, masked training, and parallel decoding.
+
+Read it beside the paper:
+    gamma, mask_counts        the mask scheduling functions (§3.4, Table 3)
+    mask_tokens, mvtm_loss    masked visual token modelling (§3.2, Eq. 1)
+    decode                    iterative parallel decoding, the four steps of §3.3
+The transformer is the released one, number for number: BERT with LayerNorm after each residual sum; the class is the
+first of N + 1 positions; one table embeds codes, then classes, then [MASK], and its code rows are the output layer.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class MaskGITConfig:
+    """The defaults are the paper's ImageNet 256x256 model (the paper says 8 heads, the released weights have 16)."""
+    codebook_size: int = 1024
+    num_classes: int = 1000
+    num_tokens: int = 256       # N: 16 x 16 tokens of an image
+    dim: int = 768
+    depth: int = 24
+    heads: int = 8
+    mlp_dim: int = 3072
+    dropout: float = 0.1
+    null_class: bool = False    # an extra "no class" embedding, for classifier-free guidance (not in the paper)
+
+
+# ------------------------------------------------------------------------------------------------ the transformer
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all positions, in both directions. (B, L, dim) -> (B, L, dim)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)  # queries, keys and values in one product
+        self.out = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x):
+        B, L, D = x.shape
+        q, k, v = self.qkv(x).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, L, D/H)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.out(x.transpose(1, 2).reshape(B, L, D))
+
+
+class Block(nn.Module):
+    """Attention, then a two-layer perceptron, each with dropout, a residual sum and a LayerNorm after the sum."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention = Attention(config)
+        self.norm1 = nn.LayerNorm(config.dim, eps=1e-12)
+        self.mlp = nn.Sequential(nn.Linear(config.dim, config.mlp_dim), nn.GELU("tanh"),
+                                 nn.Linear(config.mlp_dim, config.dim))
+        self.norm2 = nn.LayerNorm(config.dim, eps=1e-12)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = self.norm1(x + self.dropout(self.attention(x)))
+        return self.norm2(x + self.dropout(self.mlp(x)))
+
+
+class MaskGIT(nn.Module):
+    """The bidirectional transformer: p(every token | the tokens not masked, the class)."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.dim % config.heads:
+            raise ValueError(f"the width {config.dim} is not divisible by the {config.heads} heads")
+        self.config = config
+        self.mask_id = config.codebook_size + config.num_classes        # the row of [MASK]
+        rows = self.mask_id + 1 + config.null_class                     # codes, classes, [MASK] (, null class)
+        self.null_label = config.num_classes + 1 if config.null_class else None   # as a label, the row after [MASK]
+        self.token_embedding = nn.Embedding(rows, config.dim)
+        self.position_embedding = nn.Embedding(config.num_tokens + 1, config.dim)
+        self.norm = nn.LayerNorm(config.dim, eps=1e-12)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
+        self.head = nn.Sequential(nn.Linear(config.dim, config.dim), nn.GELU("tanh"),
+                                  nn.LayerNorm(config.dim, eps=1e-12))
+        self.head_bias = nn.Parameter(torch.zeros(rows))
+        self.apply(self._init)
+
+    @staticmethod
+    def _init(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.trunc_normal_(module.weight, 0, 0.02, -0.04, 0.04)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def forward(self, tokens, labels):
+        """Logits of the codebook entries at every position.
+
+        tokens: (B, N) int64, a code or mask_id. labels: (B,) int64 in [0, num_classes), or null_label where the model
+        has one. Returns (B, N, codebook_size)."""
+        codes = self.config.codebook_size
+        x = torch.cat([labels[:, None] + codes, tokens], dim=1)                             # (B, N + 1)
+        x = self.dropout(self.norm(self.token_embedding(x) + self.position_embedding.weight))
+        for block in self.blocks:
+            x = block(x)
+        x = self.head(x[:, 1:])                                                             # (B, N, dim)
+        # The output is tied to the embedding of codes alone: no other row is ever a target or a sample.
+        return F.linear(x, self.token_embedding.weight[:codes], self.head_bias[:codes])
+
+
+# --------------------------------------------------------------------------------------- mask schedules (Table 3)
+
+SCHEDULES = "cosine linear square cubic exponential sqrt logarithmic".split()
+
+
+def gamma(r, schedule, total):
+    """The mask scheduling function γ(r), from 1 at r = 0 (all masked) down to 0 at r = 1.
+
+    r: float or tensor in [0, 1]. schedule: one of SCHEDULES. total: the number of tokens, which the exponential and
+    the logarithmic schedule need to get from one token to all. Returns a tensor in (0, 1].
+    Raises ValueError for an unknown schedule. Source: §3.4; base 2 and the cut at 1e-6 as released."""
+    r = torch.as_tensor(r, dtype=torch.float32)  # float32, so that the floor in mask_counts rounds as it did there
+    if schedule == "cosine":
+        value = torch.cos(r * (math.pi / 2))
+    elif schedule == "linear":
+        value = 1 - r
+    elif schedule == "square":
+        value = 1 - r ** 2
+    elif schedule == "cubic":
+        value = 1 - r ** 3
+    elif schedule == "sqrt":
+        value = 1 - r ** 0.5
+    elif schedule == "exponential":
+        value = 1 - 2 ** (-math.log2(total) * (1 - r))
+    elif schedule == "logarithmic":
+        value = -torch.log2(r) / math.log2(max(total, 2))
+    else:
+        raise ValueError(f"unknown schedule '{schedule}'; choose one of: {', '.join(SCHEDULES)}")
+    return value.clamp(1e-6, 1)
+
+
+def mask_counts(schedule, steps, total):
+    """How many of `total` tokens are still masked after each of `steps` steps: a list of ints that ends in 0.
+
+    floor(γ(t / T) · N), but at least 1 and at least one fewer than before (until one is left), as released; the paper
+    writes a ceiling. Raises ValueError for steps < 1 or an unknown schedule."""
+    if steps < 1:
+        raise ValueError(f"decoding needs at least 1 step, not {steps}")
+    counts, masked = [], total
+    for t in range(1, steps):
+        scheduled = int(math.floor(gamma(t / steps, schedule, total).item() * total))
+        masked = max(min(scheduled, masked - 1), min(1, total))
+        counts.append(masked)
+    return counts + [0]
+
+
+# -------------------------------------------------------------------------------------- training (§3.2, MVTM)
+
+def mask_tokens(tokens, schedule, mask_id, generator=None):
+    """Replaces ⌈γ(r)·N⌉ random tokens of each row by [MASK], r uniform in [0, 1) and drawn for each row.
+
+    tokens: (B, N) int64. Returns (masked tokens, mask), both (B, N); mask is boolean, true where masked. Shapes do not
+    depend on r, so one compiled graph serves every step."""
+    B, N = tokens.shape
+    r = torch.rand(B, 1, device=tokens.device, generator=generator)
+    count = (gamma(r, schedule, N) * N).ceil()
+    rank = torch.rand(B, N, device=tokens.device, generator=generator).argsort(1).argsort(1)   # a random permutation
+    mask = rank < count
+    return torch.where(mask, mask_id, tokens), mask
+
+
+def mvtm_loss(logits, targets, mask, label_smoothing=0.1):
+    """Masked visual token modelling (Eq. 1): the cross-entropy of the masked tokens, and of no other.
+
+    logits: (B, N, codebook_size); targets, mask: (B, N). Returns the mean over images of the mean over each image's
+    masked tokens (released code), a scalar."""
+    loss = F.cross_entropy(logits.transpose(1, 2).float(), targets, label_smoothing=label_smoothing, reduction="none")
+    return ((loss * mask).sum(1) / (mask.sum(1) + 1e-8)).mean()
+
+
+# ------------------------------------------------------------------------------------ parallel decoding (§3.3)
+
+ORDERS = "confidence random halton".split()
+
+
+def halton_order(num_tokens):
+    """A permutation of the token grid that covers it evenly at every length: Halton points of bases 2 and 3.
+
+    num_tokens: a square number. Returns (num_tokens,) int64, the raster positions in the order they are revealed.
+    Raises ValueError where num_tokens is not a square. Source: Halton 1964; for MaskGIT, Besnier et al. 2025."""
+    side = math.isqrt(num_tokens)
+    if side * side != num_tokens:
+        raise ValueError(f"the halton order needs a square token grid, not {num_tokens} tokens")
+
+    def radical_inverse(i, base):          # mirrors the digits of i at the point: 6 = 110 in base 2 -> 0.011
+        value, scale = 0.0, 1.0
+        while i:
+            i, digit = divmod(i, base)
+            scale /= base
+            value += digit * scale
+        return value
+
+    order, seen, i = [], set(), 0
+    while len(order) < num_tokens:         # every cell is hit in the end; a cell that was hit before is passed over
+        i += 1
+        cell = int(radical_inverse(i, 2) * side) * side + int(radical_inverse(i, 3) * side)
+        if cell not in seen:
+            seen.add(cell)
+            order.append(cell)
+    return torch.tensor(order)
+
+
+def gumbel_noise(like, generator=None):
+    """Standard Gumbel noise of the shape of `like`; argmax(logits + noise) is a sample of softmax(logits)."""
+    uniform = torch.rand(like.shape, device=like.device, generator=generator)
+    return -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+
+
+@torch.no_grad()
+def decode(model, labels, steps=8, schedule="cosine", known=None, choice_temperature=4.5, temperature=1.0, top_k=None,
+           cfg=0.0, order="confidence", generator=None, return_steps=False):
+    """Iterative parallel decoding (§3.3): all tokens of an image in `steps` forward passes.
+
+    labels: (B,) int64. steps: T, from 1 to N. known: (B, N) tokens to keep, mask_id where unknown (None: all unknown);
+    the schedule counts the unknown ones alone. choice_temperature: how much noise chooses among confident tokens,
+    annealed to 0 (released code; the paper has none, and samples turn flat and monochrome without it).
+    temperature: of the token samples, 0 for the likeliest. top_k: sample among the k likeliest. cfg: weight of
+    classifier-free guidance, growing linearly with t; needs a model with a null class. order: one of ORDERS, what is
+    revealed first.
+    Returns tokens (B, N) int64; with return_steps, also a list of (predicted tokens (B, N), mask (B, N) of those that
+    stay masked), one pair a step. Raises ValueError for a bad argument."""
+    B, N, mask_id = len(labels), model.config.num_tokens, model.mask_id
+    if not 1 <= steps <= N:
+        raise ValueError(f"steps must be from 1 to the number of tokens, {N}, not {steps}")
+    if order not in ORDERS:
+        raise ValueError(f"unknown order '{order}'; choose one of: {', '.join(ORDERS)}")
+    if cfg and model.null_label is None:
+        raise ValueError("guidance needs a model with a null class: train one with --class-dropout 0.1")
+    tokens = torch.full((B, N), mask_id, device=labels.device) if known is None else known
+    masked = tokens == mask_id
+    unknown = [N] * B if known is None else masked.sum(1).tolist()
+    counts = {m: mask_counts(schedule, steps, m) for m in set(unknown)}
+    counts = torch.tensor([counts[m] for m in unknown], device=labels.device)                # (B, T)
+    if order == "halton":
+        halton_rank = halton_order(N).argsort().to(labels.device)
+    history = []
+    for t in range(1, steps + 1):
+        # 1. Predict: the probabilities of all masked tokens, in parallel.
+        if cfg:
+            both = model(torch.cat([tokens, tokens]), torch.cat([labels, torch.full_like(labels, model.null_label)]))
+            conditional, unconditional = both.float().chunk(2)
+            logits = conditional + cfg * t / steps * (conditional - unconditional)
+        else:
+            logits = model(tokens, labels).float()                                           # (B, N, codebook_size)
+
+        # 2. Sample a token at every masked position; its probability is the confidence. Known tokens stay.
+        choices = logits
+        if top_k:
+            choices = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
+        if temperature > 0:
+            choices = choices / temperature + gumbel_noise(choices, generator)
+        predicted = torch.where(masked, choices.argmax(-1), tokens)
+        if order == "confidence":
+            log_p = logits.log_softmax(-1).gather(-1, predicted.clamp(max=logits.shape[-1] - 1)[..., None]).squeeze(-1)
+            noise = choice_temperature * (1 - t / steps)
+            confidence = log_p + noise * gumbel_noise(log_p, generator) if noise > 0 else log_p
+        elif order == "random":
+            confidence = torch.rand(B, N, device=labels.device, generator=generator)
+        else:
+            confidence = -halton_rank.float().expand(B, N)
+        confidence = confidence.masked_fill(~masked, math.inf)
+
+        # 3. Mask schedule: n = γ(t / T)·M tokens stay masked, M being those unknown at the start.
+        n = counts[:, t - 1, None]
+
+        # 4. Mask the n least confident tokens again.
+        masked = confidence.argsort(1).argsort(1) < n
+        tokens = torch.where(masked, mask_id, predicted)
+        if return_steps:
+            history.append((predicted, masked))
+    return (tokens, history) if return_steps else tokens

@@ -1,0 +1,43 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+TINY_VQ = "--filters 8 --codebook-size 32 --codebook-dim 4 --steps 6 --batch 4 --disc-width 1 --disc-max-width 8 --save-every 2 --log-every 1 --r1-every 2".split()
+TINY_TRANSFORMER = "--dim 16 --depth 1 --heads 2 --mlp-dim 32 --steps 6 --batch 4 --save-every 2 --log-every 1".split()
+
+
+def run(script, *arguments, code=0, **options):
+    """Runs a script as a user would -> stdout + stderr. `code`: the exit status it must have."""
+    result = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True,
+                            stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "2"}, timeout=300, **options)
+    output = result.stdout + result.stderr
+    assert result.returncode == code, f"exit status {result.returncode}:\n{output}"
+    if code == 2:
+        assert "Traceback" not in output
+    return output
+
+
+def refused(script, *arguments, says, **options):
+    """Runs a script that must end with status 2 and one line on stderr that holds each of the words `says`."""
+    output = run(script, *arguments, code=2, **options)
+    last = output.strip().splitlines()[-1]
+    for word in [says] if isinstance(says, str) else says:
+        assert word in last, f"'{word}' is not in: {last}"
+    return last
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A finished toy run of both stages, made by the real scripts. Not to be changed: copy it first."""
+    folder = tmp_path_factory.mktemp("trained") / "shapes"
+    run("train_vq.py", "--run", folder, *TINY_VQ)
+    run("train_transformer.py", "--run", folder, *TINY_TRANSFORMER)
+    return folder

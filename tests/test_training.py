@@ -1,0 +1,152 @@
+"""Training as a user runs it: resume after SIGKILL, signals, refusals, logs."""
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT, TINY_TRANSFORMER, TINY_VQ, refused, run
+from runtime import fingerprint, load_checkpoint, seed_step
+from sample import load_tokenizer
+
+STAGES = {"train_vq.py": ("vqgan", TINY_VQ), "train_transformer.py": ("transformer", TINY_TRANSFORMER)}
+
+
+def start(script, *arguments):
+    return subprocess.Popen([sys.executable, ROOT / script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            stdin=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"})
+
+
+def wait_for_step(process, step):
+    for line in process.stdout:
+        if line.startswith(f"step {step}/"):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def with_tokenizer(trained, folder):
+    folder.mkdir()
+    shutil.copy(trained / "vqgan.pt", folder)
+    return folder
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_resume_after_sigkill_is_bit_exact(script, trained, tmp_path):
+    stage, flags = STAGES[script]
+    folder = with_tokenizer(trained, tmp_path / "killed") if stage == "transformer" else tmp_path / "killed"
+    process = start(script, "--run", folder, *flags)
+    wait_for_step(process, 3)                                   # the checkpoint of step 2 is written, step 4's is not
+    process.kill()
+    process.wait()
+    assert load_checkpoint(folder / f"{stage}.resume.pt", f"{stage} training state")["step"] in (2, 4)
+    refused(script, "--run", folder, *flags, says=["unfinished", "--resume", "--overwrite"])
+    run(script, "--run", folder, *flags, "--resume")
+    for name in (f"{stage}.pt", f"{stage}.resume.pt"):
+        ours, theirs = (torch.load(f / name, weights_only=True) for f in (folder, trained))
+        ours.pop("settings"), theirs.pop("settings")
+        assert_same(ours, theirs, name)
+    rows = [list(csv.DictReader(open(f / f"{stage}.log.csv"))) for f in (folder, trained)]
+    without_speed = [[{k: v for k, v in row.items() if k != "images/s"} for row in part] for part in rows]
+    assert without_speed[0] == without_speed[1] and len(rows[0]) == 6
+
+
+def assert_same(a, b, path):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, pair in enumerate(zip(a, b)):
+            assert_same(*pair, f"{path}/{i}")
+    elif torch.is_tensor(a):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path):
+    flags = [*TINY_VQ, "--steps", 100000, "--save-every", 100000]
+    process = start("train_vq.py", "--run", tmp_path / "a b", *flags)
+    wait_for_step(process, 2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    assert "--resume" in errors and f"--run '{tmp_path}/a b'" in errors
+    saved = load_checkpoint(tmp_path / "a b" / "vqgan.resume.pt", "vqgan training state")["step"]
+    assert f"stopped at step {saved} of 100000" in errors and (tmp_path / "a b" / "vqgan.pt").exists()
+
+
+def test_a_finished_run_is_not_overwritten(trained, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained, folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert {"vqgan.pt", "vqgan.png", "vqgan.curve.png", "vqgan.log.csv", "vqgan.resume.pt", "transformer.pt", "transformer.png",
+            "transformer.curve.png", "transformer.log.csv", "transformer.resume.pt"} == set(before)
+    refused("train_vq.py", "--run", folder, *TINY_VQ, says=["finished", "--overwrite"])
+    refused("train_vq.py", "--run", folder, *TINY_VQ, "--lr", 0.5, "--resume", says=["lr", "0.5"])
+    assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
+    run("train_vq.py", "--run", folder, *TINY_VQ, "--overwrite", "--seed", 1)
+    assert (folder / "vqgan.pt").read_bytes() != before["vqgan.pt"]
+    assert (folder / "transformer.pt").read_bytes() == before["transformer.pt"]
+    # The transformer is now without its tokenizer, which nothing but the fingerprint would show.
+    refused("sample.py", "--run", folder, says=["trained again", "--vqgan"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    folder = tmp_path / "run"
+    run("train_vq.py", "--run", folder, *TINY_VQ, "--steps", 2)
+    state = torch.load(folder / "vqgan.resume.pt", weights_only=True)
+    state["settings"]["steps"] = 6                              # as if stopped at step 2 of 6, with one weight destroyed
+    state["model"]["decoder.layers.0.weight"][0] = float("nan")
+    torch.save(state, folder / "vqgan.resume.pt")
+    before = (folder / "vqgan.pt").read_bytes(), (folder / "vqgan.resume.pt").read_bytes()
+    refused("train_vq.py", "--run", folder, *TINY_VQ, "--resume", says=["nan", "step 3", "last good checkpoint", "lower --lr"])
+    assert before == ((folder / "vqgan.pt").read_bytes(), (folder / "vqgan.resume.pt").read_bytes())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    """A limit on the size of files stands in for a full disk: both fail the write in the middle."""
+    folder = tmp_path / "run"
+    run("train_vq.py", "--run", folder, *TINY_VQ, "--steps", 2)
+    before = {p.name: p.read_bytes() for p in folder.glob("*.pt")}
+
+    def limit():
+        import resource
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    refused("train_vq.py", "--run", folder, *TINY_VQ, "--overwrite", says=["cannot write", str(folder)], preexec_fn=limit)
+    assert not list(folder.glob(".*.tmp"))
+    assert all((folder / name).read_bytes() == old for name, old in before.items())
+
+
+def test_an_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    refused("train_vq.py", "--run", tmp_path / "file" / "run", *TINY_VQ, says=["cannot write", "--run"])
+
+
+def test_unknown_losses_and_schedules(trained, tmp_path):
+    refused("train_vq.py", "--run", tmp_path, *TINY_VQ, "--gan-loss", "wasserstein", says=["wasserstein", "hinge"])
+    refused("train_transformer.py", "--run", trained, *TINY_TRANSFORMER, "--schedule", "quartic", says=["quartic", "cosine"])
+
+
+def test_seeds_differ_by_step_and_rank():
+    draws = set()
+    for seed in range(3):
+        for step in range(50):
+            for rank in range(2):
+                seed_step(seed, step, rank)
+                draws.add(torch.rand(1).item())
+    assert len(draws) == 300
+
+
+def test_fingerprint_sees_every_weight(trained):
+    model, _ = load_tokenizer(trained / "vqgan.pt")
+    before = fingerprint(model)
+    model.decoder.layers[0].bias.data[0] += 1e-3
+    assert fingerprint(model) != before

@@ -1,0 +1,174 @@
+"""Trains stage 1, the VQGAN tokenizer (§3.1).
+
+    python train_vq.py                              # the drawn shapes, on a laptop: about 4 minutes on two cores
+    python train_vq.py --data cifar10
+    python train_vq.py --data FOLDER                # a subfolder of images for each class
+    python train_vq.py --resume                     # go on after an interruption
+
+Writes runs/NAME/vqgan.pt, and beside it the log, the loss curve and the latest reconstructions.
+"""
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import runtime
+from data import batches, open_data
+from vqgan import VQGAN, Discriminator, VQGANConfig, discriminator_loss, generator_loss, r1_penalty
+
+FLAGS = {
+    "image_size": "pixels along each side",
+    "filters": "width of the tokenizer at full resolution",
+    "multipliers": "widths at each resolution, finest first, in units of --filters; one more halves the token grid",
+    "res_blocks": "residual blocks at each resolution",
+    "groups": "groups of each GroupNorm",
+    "codebook_size": "entries in the codebook",
+    "codebook_dim": "numbers in each entry",
+    "codebook_lr": "learning rate of the codebook in units of --lr; where over 1, it also starts from encoded images",
+    "disc_width": "width of the discriminator at 256 pixels, doubling at each halving",
+    "disc_max_width": "and its largest width",
+    "steps": "training steps",
+    "batch": "images in a step",
+    "lr": "learning rate of Adam, for the tokenizer",
+    "disc_lr": "and for the discriminator",
+    "beta1": "Adam's first beta; the second is 0.99",
+    "warmup": "steps of linear warm-up",
+    "decay": "yes: cosine decay to 1%%; no: constant learning rate",
+    "ema": "decay of the averaged weights",
+    "reconstruction": "weight of the squared error",
+    "entropy": "weight of the codebook entropy loss",
+    "adversarial": "weight of the adversarial loss; 0 switches the discriminator off",
+    "gan_start": "share of the steps after which the discriminator sets in",
+    "gan_ramp": "steps over which the adversarial weight then grows to its full value",
+    "gan_loss": "non-saturating or hinge",
+    "r1": "cost of the discriminator's gradient penalty",
+    "r1_every": "steps between applications of the penalty, which is scaled up by as much",
+}
+SHAPES = dict(image_size=32, filters=32, multipliers=(1, 1, 1), res_blocks=1, groups=1, codebook_size=256, codebook_dim=8,
+              codebook_lr=3.0, disc_width=2, disc_max_width=64, steps=3000, batch=16, lr=3e-3, disc_lr=1e-3, beta1=0.9, warmup=100,
+              decay=True, ema=0.995, reconstruction=20.0, entropy=0.1, adversarial=0.4, gan_start=0.5, gan_ramp=100,
+              gan_loss="non-saturating", r1=0.1, r1_every=16)
+IMAGENET = dict(image_size=256, filters=128, multipliers=(1, 1, 2, 2, 4), res_blocks=2, groups=32, codebook_size=1024,
+                codebook_dim=256, codebook_lr=1.0, disc_width=64, disc_max_width=512, steps=1_000_000, batch=256, lr=1e-4,
+                disc_lr=1e-4, beta1=0.0, warmup=0, decay=False, ema=0.999, reconstruction=1.0, entropy=0.1, adversarial=0.1,
+                gan_start=0.0, gan_ramp=1, gan_loss="non-saturating", r1=10.0, r1_every=16)
+PRESETS = {"shapes": SHAPES, "cifar10": SHAPES | dict(codebook_size=1024, steps=20_000, batch=32),
+           "folder": SHAPES | dict(codebook_size=1024), "imagenet": IMAGENET}
+
+
+@torch.no_grad()
+def start_codebook(model, images):
+    """Starts the codebook from features of the first images, so that every entry is near some feature from the start."""
+    features = model.encoder(images).permute(0, 2, 3, 1).flatten(0, 2)
+    size = model.config.codebook_size
+    chosen = torch.randperm(len(features), device=features.device).repeat(-(-size // len(features)))[:size]
+    noise = 0.05 * features.std(0) * torch.randn(size, features.shape[1], device=features.device)   # no two entries alike
+    model.quantizer.codebook.copy_(features[chosen] + noise)
+
+
+def preview(model, images, path):
+    """Writes validation images above their reconstructions.
+
+    Returns PSNR in dB (mean over images), the share of the codebook in use, and sharpness relative to the images."""
+    model.eval()
+    with torch.no_grad():
+        indices = torch.cat([model.encode(x) for x in images.split(64)])
+        restored = torch.cat([model.decode(i) for i in indices.split(64)])
+    psnr = -10 * (restored - images).square().mean((1, 2, 3)).clamp(min=1e-10).log10().mean()
+    usage = torch.bincount(indices.flatten(), minlength=model.config.codebook_size).gt(0).float().mean()
+    rows = [row for i in (0, 16) for row in (images[i:i + 16], restored[i:i + 16]) if len(row)]
+    runtime.save_image(path, runtime.grid(rows, ["image", "restored"] * 2))
+    return {"psnr": psnr.item(), "usage": usage.item(),
+            "sharpness": (runtime.sharpness(restored) / runtime.sharpness(images)).item()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args = runtime.parse_training_flags(parser, PRESETS, FLAGS)
+    settings = {name: getattr(args, name) for name in (*FLAGS, "data", "seed")}
+    config = VQGANConfig(args.codebook_size, args.codebook_dim, args.filters, args.multipliers, args.res_blocks,
+                         args.groups, entropy=args.entropy)
+    if args.image_size % config.stride:
+        raise ValueError(f"--image-size {args.image_size} is not divisible by the tokenizer's stride {config.stride}")
+    if args.gan_loss not in ("non-saturating", "hinge"):
+        raise ValueError(f"unknown --gan-loss '{args.gan_loss}'; choose non-saturating or hinge")
+    device = runtime.pick_device(args.device)
+    run = runtime.Run(args.run or Path("runs", Path(args.data).name), "vqgan", settings,
+                      ["reconstruction", "commitment", "codebook", "entropy", "generator", "discriminator", "gradient",
+                       "psnr", "usage", "sharpness"], args.steps, args.batch, args.resume, args.overwrite)
+    train, val = open_data(args.data, args.image_size)
+    sample = val.batch(torch.linspace(0, len(val) - 1, min(512, len(val))).long().numpy())[0].to(device).float() / 255
+
+    torch.manual_seed(args.seed)
+    model = VQGAN(config).to(device, memory_format=torch.channels_last)
+    disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width).to(device, memory_format=torch.channels_last)
+    codebook = model.quantizer.codebook
+    groups = [{"params": [p for p in model.parameters() if p is not codebook], "base": args.lr},
+              {"params": [codebook], "base": args.lr * args.codebook_lr}]
+    optimizer = torch.optim.Adam(groups, lr=args.lr, betas=(args.beta1, 0.99))
+    disc_optimizer = torch.optim.Adam(disc.parameters(), lr=args.disc_lr, betas=(args.beta1, 0.99))
+    ema = runtime.EMA(model, args.ema)
+    parts = {"model": model, "disc": disc, "ema": ema.model, "optimizer": optimizer, "disc_optimizer": disc_optimizer}
+    if run.state:
+        for name, part in parts.items():
+            part.load_state_dict(run.state[name])
+    print(f"{run.folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+          f"{(args.image_size // config.stride) ** 2} tokens of {config.codebook_size}, on {device}", flush=True)
+
+    judge = lambda images: disc(images * 2 - 1)      # centred inputs: from [0, 1] the discriminator learns far slower
+    gan_start = int(args.gan_start * args.steps) if args.adversarial > 0 else args.steps
+    stream = batches(train, args.batch, args.seed, run.step, args.steps, args.workers, device.type == "cuda")
+    for step, (images, _) in enumerate(stream, run.step):
+        runtime.seed_step(args.seed, step)
+        images = images.to(device, non_blocking=True).float().div(255).contiguous(memory_format=torch.channels_last)
+        if step == 0 and args.codebook_lr > 1:
+            start_codebook(model, images)
+        for group in optimizer.param_groups:
+            group["lr"] = runtime.learning_rate(step, group["base"], args.warmup, args.steps, args.decay)
+
+        # The tokenizer: reconstruct, stay near the codes, and, from gan_start on, pass for real.
+        restored, _, losses = model(images)
+        losses["reconstruction"] = F.mse_loss(restored, images)
+        losses["generator"] = losses["discriminator"] = torch.zeros((), device=device)
+        total = args.reconstruction * losses["reconstruction"] + losses["commitment"] + losses["codebook"] + losses["entropy"]
+        adversarial = step >= gan_start
+        if adversarial:
+            disc.requires_grad_(False)
+            losses["generator"] = generator_loss(judge(restored), args.gan_loss)
+            total = total + args.adversarial * min(1, (step - gan_start + 1) / args.gan_ramp) * losses["generator"]
+            disc.requires_grad_(True)
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        losses["gradient"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ema.update(model, step)
+
+        # The discriminator: real images against the same reconstructions. It warms up as well, or its first steps overshoot.
+        if adversarial:
+            for group in disc_optimizer.param_groups:
+                group["lr"] = runtime.learning_rate(step - gan_start, args.disc_lr, args.gan_ramp, args.steps, decay=False)
+            losses["discriminator"] = discriminator_loss(judge(images), judge(restored.detach()), args.gan_loss)
+            total = losses["discriminator"]
+            if args.r1 > 0 and step % args.r1_every == 0:
+                total = total + args.r1_every * args.r1 * r1_penalty(judge, images)
+            disc_optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            disc_optimizer.step()
+
+        save = (step + 1) % args.save_every == 0 or step + 1 == args.steps or run.signal
+        if save:
+            run.extra = preview(ema.model, sample, run.files["png"])
+        run.log(step + 1, losses, every=1 if save else args.log_every)
+        if save:
+            run.save(step + 1, {name: part.state_dict() for name, part in parts.items()},
+                     {"config": asdict(config), "model": ema.model.state_dict(), "data": args.data,
+                      "image_size": args.image_size, "classes": list(train.classes)})
+            run.draw_curve()
+            run.exit_if_signalled(step + 1)
+    print(f"the tokenizer is {run.files['pt']}; look at {run.files['png']}. Next: python train_transformer.py")
+
+
+if __name__ == "__main__":
+    runtime.command_line(main)
