@@ -7,6 +7,7 @@ arguments, so nothing has to be remembered to resume. `batches` makes the endles
 """
 import hashlib
 import os
+import signal
 import sys
 import tarfile
 import urllib.request
@@ -390,4 +391,10 @@ def batches(data, size, seed, first, last, workers=None, pin_memory=False):
     if workers is None:
         workers = 0 if data.workers == 0 or getattr(data, "pixels", None) else os.cpu_count()
     return iter(torch.utils.data.DataLoader(Steps(data, size, seed), batch_size=None, sampler=range(first, last),
-                                            num_workers=workers, pin_memory=pin_memory))
+                                            num_workers=workers, pin_memory=pin_memory, worker_init_fn=ignore_signals))
+
+
+def ignore_signals(worker):
+    """Ctrl-C goes to the whole process group: the training loop answers it, and its readers must outlive that."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

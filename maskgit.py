@@ -130,7 +130,7 @@ def gamma(r, schedule, total):
     elif schedule == "sqrt":
         value = 1 - r ** 0.5
     elif schedule == "exponential":
-        value = 1 - 2 ** (-math.log2(total) * (1 - r))
+        value = 1 - 2 ** (-math.log2(max(total, 1)) * (1 - r))
     elif schedule == "logarithmic":
         value = -torch.log2(r) / math.log2(max(total, 2))
     else:

@@ -31,18 +31,19 @@ def test_reveals_the_scheduled_counts_and_keeps_what_is_revealed(model, schedule
             assert torch.equal(predicted[~mask], tokens[~mask])
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("order", ORDERS)
-def test_known_tokens_stay(model, order):
+def test_known_tokens_stay(model, order, schedule):
     known = torch.randint(0, 24, (4, 16))
     known[0, 3:], known[1, ::2], known[2, 5] = model.mask_id, model.mask_id, model.mask_id   # 13, 8, 1 and 0 unknown
     was = known.clone()
-    tokens, history = decode(model, LABELS, 6, known=known, order=order, return_steps=True)
+    tokens, history = decode(model, LABELS, 6, schedule, known=known, order=order, return_steps=True)
     given = was != model.mask_id
     assert torch.equal(known, was) and torch.equal(tokens[given], was[given])
     assert tokens.max() < 24
     counts = torch.stack([mask.sum(1) for _, mask in history])
     for row, unknown in enumerate((13, 8, 1, 0)):
-        assert counts[:, row].tolist() == mask_counts("cosine", 6, unknown)
+        assert counts[:, row].tolist() == mask_counts(schedule, 6, unknown)
 
 
 def test_equals_a_naive_loop_at_temperature_0(model):

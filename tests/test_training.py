@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from conftest import ROOT, TINY_TRANSFORMER, TINY_VQ, refused, run
 from runtime import fingerprint, load_checkpoint, seed_step
@@ -16,9 +17,10 @@ from sample import load_tokenizer
 STAGES = {"train_vq.py": ("vqgan", TINY_VQ), "train_transformer.py": ("transformer", TINY_TRANSFORMER)}
 
 
-def start(script, *arguments):
+def start(script, *arguments, **options):
     return subprocess.Popen([sys.executable, ROOT / script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            stdin=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"})
+                            stdin=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"},
+                            **options)
 
 
 def wait_for_step(process, step):
@@ -71,10 +73,14 @@ def assert_same(a, b, path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path):
-    flags = [*TINY_VQ, "--steps", 100000, "--save-every", 100000]
-    process = start("train_vq.py", "--run", tmp_path / "a b", *flags)
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        Image.new("RGB", (80, 80), (60 * i, 0, 99)).save(tmp_path / "images" / f"{i}.png")
+    # Images of over 64 pixels are read by worker processes; the signal reaches them too, as Ctrl-C in a terminal does.
+    flags = [*TINY_VQ, "--data", tmp_path / "images", "--image-size", 128, "--workers", 1, "--steps", 100000, "--save-every", 100000]
+    process = start("train_vq.py", "--run", tmp_path / "a b", *flags, start_new_session=True)
     wait_for_step(process, 2)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in errors
     assert "--resume" in errors and f"--run '{tmp_path}/a b'" in errors
