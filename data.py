@@ -1,4 +1,4 @@
-"""Data: `shapes` (drawn on the fly, the default), `cifar10`, or any folder of images.
+"""Data: `shapes` (drawn on the fly, the default), `cifar10`, `imagenet`, `places2`, any folder of images.
 
 `open_data(name, ...)` returns a (train, validation) pair of data sets with
     len(d), d.classes (names by index), d.batch(indices, draws) -> images (B, 3, S, S) uint8, labels (B,) int64
@@ -6,6 +6,7 @@ where `draws` (an integer per image, or None for none) seeds the augmentation: a
 arguments, so nothing has to be remembered to resume. `batches` makes the endless stream that training reads.
 """
 import hashlib
+import json
 import os
 import signal
 import sys
@@ -285,34 +286,72 @@ def check_files(root, files, size):
             image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC, reducing_gap=3)
         return np.asarray(image) if keep else True
 
-    good, pixels, bad = [], [], []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:                        # Pillow decodes outside Python's lock
-        for done, (path, result) in enumerate(zip(files, pool.map(read, files)), 1):
-            if isinstance(result, ValueError):
-                bad.append(result)
-                print(f"{'' if len(bad) > 1 else chr(10)}left out: {result}", file=sys.stderr)
-            else:
-                good.append(path)
-                pixels.append(result)
-            if sys.stderr.isatty() and (done % 100 == 0 or done == len(files)):
-                print(f"\rreading {root}: {done} of {len(files)} images", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+    def decode_all():
+        pixels, bad = {}, {}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:                    # Pillow decodes outside Python's lock
+            for done, (path, result) in enumerate(zip(files, pool.map(read, files)), 1):
+                if isinstance(result, ValueError):
+                    bad[str(path)] = str(result)
+                else:
+                    pixels[path] = result
+                if sys.stderr.isatty() and (done % 100 == 0 or done == len(files)):
+                    print(f"\rreading {root}: {done} of {len(files)} images", end="", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+        return pixels, bad
+
+    if keep:
+        pixels, bad = decode_all()
+    else:
+        digest = hashlib.md5("\n".join(map(str, files)).encode()).hexdigest()
+        pixels, bad = None, remembered("bad", root, lambda found: found["files"] == digest,
+                                       lambda: {"files": digest, "bad": decode_all()[1]})["bad"]
+    for message in bad.values():
+        print(f"left out: {message}", file=sys.stderr)
     if bad:
         print(f"left out {len(bad)} of {len(files)} files in {root}", file=sys.stderr)
     if len(bad) > 0.01 * len(files):
         raise ValueError(f"{len(bad)} of {len(files)} files in {root} are not readable images, over 1%; "
-                         f"remove them, the first is {str(bad[0]).split(' is not')[0]}")
-    return good, pixels if keep else None
+                         f"remove them, the first is {next(iter(bad))}")
+    good = [path for path in files if str(path) not in bad]
+    return good, [pixels[path] for path in good] if keep else None
+
+
+def remembered(kind, root, valid, make):
+    """What make() returns, a JSON value, from the cache folder where what lies there is valid(): to scan a million files
+    takes minutes. The cache folder is MASKGIT_CACHE, by default ~/.cache/maskgit."""
+    name = f"{kind}-{hashlib.md5(str(root.resolve()).encode()).hexdigest()}.json"
+    path = Path(os.environ.get("MASKGIT_CACHE") or Path.home() / ".cache" / "maskgit", name)
+    try:
+        found = json.loads(path.read_text())
+        if valid(found):
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass                                                                # not there, or no longer right: made anew
+    made = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{name}.{os.getpid()}")
+        temporary.write_text(json.dumps(made))
+        os.replace(temporary, path)
+    except OSError as error:
+        print(f"the scan of {root} could not be kept in {path.parent} ({error.strerror}): the next start scans again", file=sys.stderr)
+    return made
 
 
 def list_files(root):
     """Every file in the first-level subfolders of root (or in root, where it has none), sorted; hidden ones are passed over."""
-    if not root.is_dir():
-        raise ValueError(f"'{root}' is no data set and no folder; --data takes shapes, cifar10, imagenet (in data/imagenet) or a folder of images")
-    files = sorted(p for p in root.rglob("*") if p.is_file() and not any(
-        part.startswith(".") for part in p.relative_to(root).parts))
-    nested = [p for p in files if len(p.relative_to(root).parts) > 1]
+    def walk():
+        folders, files = {}, []
+        for folder, inner, names in os.walk(root):
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            folders[folder] = os.stat(folder).st_mtime_ns                   # changes whenever an entry comes or goes
+            files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
+        return {"folders": folders, "files": sorted(files)}
+
+    unchanged = lambda found: all(os.stat(folder).st_mtime_ns == then for folder, then in found["folders"].items())
+    files = [Path(name) for name in remembered("files", root, unchanged, walk)["files"]]
+    nested = [p for p in files if p.parent != root]
     if nested and len(nested) < len(files):
         print(f"passed over {len(files) - len(nested)} files in {root} that lie in no class folder", file=sys.stderr)
     if not files:
@@ -327,6 +366,8 @@ def open_folder(root, size, check=True):
 
     Raises ValueError where there are no images, val/ has other classes than train/, or over 1% of the files are bad."""
     root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"'{root}' is no data set and no folder; --data takes shapes, cifar10, imagenet, places2 or a folder of images")
     class_of = lambda path, base: path.relative_to(base).parts[0] if path.parent != base else base.name
     hash_of = lambda path: int(hashlib.md5(str(path.relative_to(root)).encode()).hexdigest(), 16) % 20
     if (root / "train").is_dir() and (root / "val").is_dir():
@@ -353,7 +394,8 @@ def open_folder(root, size, check=True):
 # --------------------------------------------------------------------------------------------------- opening, batching
 
 def open_data(name, size=None, folder="data"):
-    """-> (train, validation). name: shapes, cifar10, imagenet, or the path of a folder of images. size: S, for folders (32).
+    """-> (train, validation). name: shapes, cifar10, imagenet, places2, or the path of a folder of images. size: S, for
+    folders (32). folder: where the named data sets are.
 
     Raises ValueError for an unknown name or bad data, OSError where it cannot be read."""
     if name in ("shapes", "cifar10") and size not in (None, 32):
@@ -362,20 +404,33 @@ def open_data(name, size=None, folder="data"):
         return Shapes("train"), Shapes("val")
     if name == "cifar10":
         return Cifar10("train", folder), Cifar10("val", folder)
-    if name == "imagenet":      # train/WNID/*.JPEG and val/WNID/*.JPEG; its million files are known to be whole
-        return open_folder(Path(folder, "imagenet"), size or 256, check=False)
-    return open_folder(name, size or 32)
+    if name not in ("imagenet", "places2"):
+        return open_folder(name, size or 32)
+    root = Path(folder, name)
+    if not (root / "train").is_dir() or not (root / "val").is_dir():
+        raise ValueError(f"{root} should hold train/CLASS/*.JPEG and val/CLASS/*.JPEG, with a folder for each of the "
+                         f"{'1,000 WNIDs, such as n01440764' if name == 'imagenet' else '365 classes'}; put it there or name its place with --data-dir")
+    pair = open_folder(root, size or 256, check=False)               # its million files are known to be whole
+    if (root / "LOC_synset_mapping.txt").exists():                   # "n01440764 tench, Tinca tinca", beside ImageNet's folders
+        names = dict(line.split(" ", 1) for line in (root / "LOC_synset_mapping.txt").read_text().splitlines() if " " in line)
+        for data in pair:
+            data.classes = [names.get(wnid, wnid) for wnid in data.classes]
+    return pair
 
 
 class Steps(torch.utils.data.Dataset):
-    """Batch number `step` of an endless stream of shuffled epochs: a pure function of (seed, step)."""
+    """Batch number `step` of an endless stream of shuffled epochs: a pure function of (seed, step).
 
-    def __init__(self, data, size, seed):
-        self.data, self.size, self.seed, self.epoch, self.order = data, size, seed, None, None
+    rank, world: each rank gets its own share of every batch, whatever their number."""
+
+    def __init__(self, data, size, seed, rank=0, world=1):
+        self.data, self.size, self.seed, self.rank, self.share = data, size, seed, rank, size // world
+        self.epoch, self.order = None, None
 
     def __getitem__(self, step):
-        places = np.arange(step * self.size, (step + 1) * self.size)        # places in the stream of all epochs
-        indices = np.empty(self.size, np.int64)
+        first = step * self.size + self.rank * self.share                   # places in the stream of all epochs
+        places = np.arange(first, first + self.share)
+        indices = np.empty(self.share, np.int64)
         for epoch in np.unique(places // len(self.data)):
             if epoch != self.epoch:
                 self.epoch, self.order = epoch, np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(len(self.data))
@@ -384,14 +439,20 @@ class Steps(torch.utils.data.Dataset):
         return self.data.batch(indices, places + (self.seed % (1 << 22) << 40))
 
 
-def batches(data, size, seed, first, last, workers=None, pin_memory=False):
+def batches(data, size, seed, first, last, workers=None, machine=None):
     """Iterates over steps first .. last - 1 of the stream: (images (B, 3, S, S) uint8, labels (B,) int64).
 
-    workers: processes that read ahead; by default none where images are drawn or in memory, else one per core."""
+    workers: processes that read ahead; by default none where images are drawn or in memory, else one per core.
+    machine: whose rank and device the batches are for (devices.Machine; None: one process on the CPU)."""
+    rank, world, cuda = (machine.rank, machine.world, machine.device.type == "cuda") if machine else (0, 1, False)
+    return iter(loader(Steps(data, size, seed, rank, world), range(first, last), data, workers, cuda))
+
+
+def loader(dataset, sampler, data, workers=None, pin_memory=False):
     if workers is None:
         workers = 0 if data.workers == 0 or getattr(data, "pixels", None) else os.cpu_count()
-    return iter(torch.utils.data.DataLoader(Steps(data, size, seed), batch_size=None, sampler=range(first, last),
-                                            num_workers=workers, pin_memory=pin_memory, worker_init_fn=ignore_signals))
+    return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers,
+                                       pin_memory=pin_memory, worker_init_fn=ignore_signals)
 
 
 def ignore_signals(worker):

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import devices
 import runtime
 from data import batches, open_data
 from maskgit import SCHEDULES
@@ -74,22 +75,10 @@ def classify(model, images):
     return torch.cat([model(part).argmax(1) for part in images.split(250)])
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", help="the run's folder (default: the newest in runs/ that holds a transformer)")
-    parser.add_argument("--num", type=runtime.whole, default=1000, help="images to sample (default: %(default)s)")
-    parser.add_argument("--steps", type=runtime.whole, default=8, help="decoding steps (default: %(default)s)")
-    parser.add_argument("--schedule", default="cosine", help=f"mask schedule: {', '.join(SCHEDULES)} (default: %(default)s)")
-    parser.add_argument("--choice-temperature", type=runtime.positive, default=4.5, help="(default: %(default)s)")
-    parser.add_argument("--temperature", type=runtime.positive, default=1.0, help="(default: %(default)s)")
-    parser.add_argument("--top-k", type=runtime.whole, help="(default: all)")
-    parser.add_argument("--seed", type=runtime.whole, default=0, help="(default: %(default)s)")
-    parser.add_argument("--classifier-steps", type=runtime.whole, default=1000, help="training steps of the classifier (default: %(default)s)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
-    args = parser.parse_args()
+def evaluate(args, machine):
     if args.num < 1:
         raise ValueError("--num must be at least 1")
-    device = runtime.pick_device(args.device)
+    device = machine.device
     folder, tokenizer, transformer, checkpoint = load_run(args.run, device)
     train, val = open_data(checkpoint["data"], checkpoint["image_size"])
     classifier, accuracy = train_classifier(folder / "classifier.pt", train, val, args.classifier_steps, 0, device)
@@ -98,7 +87,7 @@ def main():
     started = time.time()
     images, _ = draw(tokenizer, transformer, labels, batch=100, steps=args.steps, schedule=args.schedule, top_k=args.top_k,
                      choice_temperature=args.choice_temperature, temperature=args.temperature,
-                     generator=torch.Generator(device).manual_seed(args.seed))
+                     generator=machine.generator(args.seed))
     seconds = time.time() - started
     right = (classify(classifier, images) == labels).float()
     real, real_labels = val.batch(torch.arange(min(1000, len(val))).numpy())
@@ -119,5 +108,20 @@ def main():
     runtime.write_atomically(folder / "eval.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
 
 
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", help="the run's folder (default: the newest in runs/ that holds a transformer)")
+    parser.add_argument("--num", type=runtime.whole, default=1000, help="images to sample (default: %(default)s)")
+    parser.add_argument("--steps", type=runtime.whole, default=8, help="decoding steps (default: %(default)s)")
+    parser.add_argument("--schedule", default="cosine", help=f"mask schedule: {', '.join(SCHEDULES)} (default: %(default)s)")
+    parser.add_argument("--choice-temperature", type=runtime.positive, default=4.5, help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=runtime.positive, default=1.0, help="(default: %(default)s)")
+    parser.add_argument("--top-k", type=runtime.whole, help="(default: all)")
+    parser.add_argument("--seed", type=runtime.whole, default=0, help="(default: %(default)s)")
+    parser.add_argument("--classifier-steps", type=runtime.whole, default=1000, help="training steps of the classifier (default: %(default)s)")
+    devices.add_machine_flags(parser)
+    devices.launch(evaluate, parser.parse_args())
+
+
 if __name__ == "__main__":
-    runtime.command_line(main)
+    devices.command_line(main)

@@ -158,12 +158,14 @@ def mask_counts(schedule, steps, total):
 def mask_tokens(tokens, schedule, mask_id, generator=None):
     """Replaces ⌈γ(r)·N⌉ random tokens of each row by [MASK], r uniform in [0, 1) and drawn for each row.
 
-    tokens: (B, N) int64. Returns (masked tokens, mask), both (B, N); mask is boolean, true where masked. Shapes do not
-    depend on r, so one compiled graph serves every step."""
+    tokens: (B, N) int64. generator: of the CPU, so that the masks are the same on every device. Returns (masked tokens,
+    mask), both (B, N); mask is boolean, true where masked. Shapes do not depend on r, so one compiled graph serves every
+    step."""
     B, N = tokens.shape
-    r = torch.rand(B, 1, device=tokens.device, generator=generator)
+    r = torch.rand(B, 1, generator=generator).to(tokens.device, non_blocking=True)
+    noise = torch.rand(B, N, generator=generator).to(tokens.device, non_blocking=True)
     count = (gamma(r, schedule, N) * N).ceil()
-    rank = torch.rand(B, N, device=tokens.device, generator=generator).argsort(1).argsort(1)   # a random permutation
+    rank = noise.argsort(1).argsort(1)                                                      # a random permutation
     mask = rank < count
     return torch.where(mask, mask_id, tokens), mask
 

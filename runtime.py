@@ -1,11 +1,10 @@
-"""Where and how a training loop runs: device, seeds, EMA, checkpoints, progress, logs and pictures.
+"""How a training loop runs: flags, learning rate, EMA, checkpoints, progress, logs and pictures (devices.py says where).
 
 A run is a folder, `runs/NAME`. For each stage (`vqgan`, `transformer`) it holds
     STAGE.pt             for use: EMA weights, configuration, class names; loads with weights_only=True
     STAGE.resume.pt      everything needed to go on, bit for bit
     STAGE.log.csv, STAGE.curve.png, STAGE.png    log, loss curve, latest reconstructions or samples
-Every file is written to a temporary name and renamed. Bad input raises ValueError or OSError with one line for the
-user; `command_line` turns it into exit status 2.
+Every file is written to a temporary name and renamed.
 """
 import copy
 import csv
@@ -15,6 +14,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -23,18 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-
-def command_line(main):
-    """Runs a script's main(): a ValueError or OSError becomes one line on stderr and exit status 2.
-
-    TRACEBACK=1 in the environment shows where it came from."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+from devices import add_machine_flags, yes_or_no
 
 
 def positive(text):
@@ -51,11 +40,6 @@ def whole(text):
     if value < 0:
         raise ValueError
     return value
-
-
-def yes_or_no(text):
-    """argparse type: yes or no."""
-    return {"yes": True, "no": False}[text] if text in ("yes", "no") else int("")
 
 
 def parse_training_flags(parser, presets, flags):
@@ -77,7 +61,10 @@ def parse_training_flags(parser, presets, flags):
         parser.add_argument("--" + name.replace("_", "-"), type=types[type(example)], metavar=name.split("_")[-1].upper(),
                             nargs="+" if isinstance(example, tuple) else None, help=f"{text} (default: {shown})")
     parser.add_argument("--seed", type=whole, default=0, help="of every random draw (default: %(default)s)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
+    parser.add_argument("--micro-batch", type=whole, help="images in memory at once on each device; gradients add up to --batch (default: {})".format(
+        ", ".join(f"{data}: {preset.get('micro_batch', 'all')}" for data, preset in presets.items())))
+    add_machine_flags(parser)
+    parser.add_argument("--data-dir", default="data", help="where cifar10, imagenet and places2 are (default: %(default)s)")
     parser.add_argument("--workers", type=whole, help="processes that read images ahead (default: none for data in memory, else one per core)")
     parser.add_argument("--log-every", type=whole, default=50, help="steps between log lines (default: %(default)s)")
     parser.add_argument("--save-every", type=whole, default=500, help="steps between checkpoints and pictures (default: %(default)s)")
@@ -86,19 +73,6 @@ def parse_training_flags(parser, presets, flags):
         given = getattr(args, name)
         setattr(args, name, value if given is None else tuple(given) if isinstance(given, list) else given)
     return args
-
-
-def pick_device(name):
-    """`auto`, `cpu` or `cuda` -> torch.device. Raises ValueError where CUDA is asked for and absent."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device is available: use --device cpu, or install a CUDA build of torch")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def seed_step(seed, step, rank=0):
-    """Makes every torch draw of a step (masks, dropout, noise) a function of (seed, step, rank)."""
-    digest = hashlib.blake2s(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little"))
 
 
 def learning_rate(step, base, warmup, total, decay):
@@ -144,9 +118,16 @@ def write_atomically(path, write):
         raise
 
 
+def to_cpu(value):
+    """Nested dicts and lists of tensors and plain values, with every tensor on the CPU."""
+    if isinstance(value, dict):
+        return {key: to_cpu(item) for key, item in value.items()}
+    return [to_cpu(item) for item in value] if isinstance(value, list) else value.cpu() if torch.is_tensor(value) else value
+
+
 def save_checkpoint(path, checkpoint):
     """Writes a dict of tensors and plain values, atomically. Raises OSError."""
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
+    write_atomically(path, lambda file: torch.save(to_cpu(checkpoint), file))
 
 
 def load_checkpoint(path, kind):
@@ -200,13 +181,16 @@ class Run:
     """One stage's training in a run folder: refuses to overwrite, resumes, logs, shows progress, stops on signals.
 
     folder: runs/NAME. stage: "vqgan" or "transformer". settings: the plain values that decide the result; a resumed
-    run must have the same. columns: what log() is given, in the order of the CSV; the first one is the loss.
+    run must have the same. columns: what end_step() is given, in the order of the CSV. args: the flags of every training
+    script. Only rank 0 writes and prints.
     Attributes: step, where to start; state, the dict given to save() last time, or None. Raises ValueError where a run
     is in the way or does not match, OSError where the folder cannot be written."""
 
-    def __init__(self, folder, stage, settings, columns, steps, batch, resume=False, overwrite=False):
+    def __init__(self, folder, stage, settings, columns, args, machine):
+        steps, resume, overwrite = args.steps, args.resume, args.overwrite
+        self.machine, self.args, self.leads = machine, args, machine.rank == 0
         self.folder, self.stage, self.settings = Path(folder), stage, settings
-        self.columns, self.steps, self.batch = ["step", *columns, "images/s"], steps, batch
+        self.columns, self.steps = ["step", *columns, "images/s"], steps
         self.files = {name: self.folder / f"{stage}.{name}" for name in ("pt", "resume.pt", "log.csv", "curve.png", "png")}
         self.step, self.state = 0, None
         found = self.files["resume.pt"].exists() or self.files["pt"].exists()
@@ -222,19 +206,21 @@ class Run:
         elif found and not overwrite:
             raise ValueError(f"{folder} already holds a {self._progress_of_previous()} {stage}: use --resume to go on, "
                              f"--overwrite to start again, or --run DIR for another place")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / ".writable", lambda file: file.write(b"test"))
-            (self.folder / ".writable").unlink()
-        except OSError as error:
-            raise OSError(f"cannot write to the run folder {folder}: {error.strerror or error}; choose another with --run") from error
+        if self.leads:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.folder / ".writable", lambda file: file.write(b"test"))
+                (self.folder / ".writable").unlink()
+            except OSError as error:
+                raise OSError(f"cannot write to the run folder {folder}: {error.strerror or error}; choose another with --run") from error
         self.log_is_open = False
-        self.sums, self.count, self.extra = None, 0, {}
+        self.pending, self.extra = [], {}
         self.started = time.time()
         self.start_step = self.step
-        self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        self.signal, self.stopping = None, False
+        if threading.current_thread() is threading.main_thread():    # torch-xla runs the chips of a host in threads
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._on_signal)
 
     def _progress_of_previous(self):
         if not self.files["resume.pt"].exists():
@@ -259,26 +245,42 @@ class Run:
             writer.writeheader()
             writer.writerows(rows)
 
-    def log(self, step, metrics, every):
-        """Adds a step's metrics (a dict of scalar tensors on any device) to the running means; writes every `every` steps.
+    def say(self, text):
+        """Prints, on rank 0 alone."""
+        if self.leads:
+            print(text, flush=True)
 
-        The means stay on the device until they are written, so other steps wait for nothing.
+    def end_step(self, metrics):
+        """Keeps a step's metrics (a dict of scalar tensors) on the device until log() needs them: no step waits for them."""
+        self.names = list(metrics)
+        self.pending.append(torch.stack([value.detach().float() for value in metrics.values()]))
+        self.machine.sync()
+
+    def saves(self, step):
+        """Whether to save after this step: every --save-every, at the end, or because a signal asked to stop."""
+        if self.machine.world > 1 and step % 10 == 0:            # ranks must agree: every tenth step one asks the others
+            asked = self.machine.mean(torch.tensor(float(self.signal is not None), device=self.machine.device)).item()
+            self.stopping = asked > 0
+        elif self.machine.world == 1:
+            self.stopping = self.signal is not None
+        return step % self.args.save_every == 0 or step == self.steps or self.stopping
+
+    def log(self, step):
+        """Writes the means of the metrics since the last call, over all ranks.
+
         Raises ValueError where a mean is not finite; the checkpoint on disk is then the last good one."""
-        values = torch.stack([value.detach().float() for value in metrics.values()])
-        self.sums = values if self.sums is None else self.sums + values
-        self.count += 1
-        if step % every and step != self.steps and not self.signal:
-            return
-        means = dict(zip(metrics, (self.sums / self.count).tolist()))
-        self.sums, self.count = None, 0
+        means = dict(zip(self.names, self.machine.mean(torch.stack(self.pending).mean(0)).tolist()))
+        self.pending = []
         for name, value in means.items():
             if not math.isfinite(value):
                 last = f"the last good checkpoint is {self.files['resume.pt']}" if self.files["resume.pt"].exists() else \
                     "no checkpoint was written yet"
                 raise ValueError(f"{name} became {value} at or before step {step}: training was stopped, {last}; "
                                  f"go on from it with a lower --lr")
+        if not self.leads:
+            return
         now = time.time()
-        speed = (step - self.start_step) * self.batch / (now - self.started)
+        speed = (step - self.start_step) * self.args.batch / (now - self.started)
         row = {"step": step, **means, **self.extra, "images/s": speed}
         self.extra = {}
         if not self.log_is_open:
@@ -286,7 +288,7 @@ class Run:
         with open(self.files["log.csv"], "a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(
                 {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        left = int((self.steps - step) * self.batch / speed)
+        left = int((self.steps - step) * self.args.batch / speed)
         text = "  ".join([f"step {step}/{self.steps}"] +
                          [f"{k} {v:.4g}" for k, v in row.items() if k not in ("step", "images/s")] +
                          [f"{speed:.0f} images/s", f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"])
@@ -300,20 +302,26 @@ class Run:
         """Writes the model for use, then the training state: who finds a finished state finds its model as well.
 
         state, model: dicts of tensors and plain values."""
+        if not self.leads:
+            return
         save_checkpoint(self.files["pt"], {"kind": self.stage, "step": step, "settings": self.settings, **model})
         save_checkpoint(self.files["resume.pt"], {"kind": f"{self.stage} training state", "step": step,
                                                   "settings": self.settings, **state})
 
     def exit_if_signalled(self, step):
         """Call after save(): ends the process as the signal asked, with the command that goes on from here."""
-        if self.signal:
+        if not self.stopping:
+            return
+        if self.leads:
             arguments = [a for a in sys.argv if a not in ("--overwrite", "--resume")]
             print(f"\nstopped at step {step} of {self.steps}, all saved. Go on with:\n"
                   f"  python {shlex.join(arguments)} --resume", file=sys.stderr)
-            sys.exit(128 + self.signal)
+        sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def draw_curve(self):
         """Plots every column of the log against the step."""
+        if not self.leads:
+            return
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import devices
 import runtime
 from maskgit import ORDERS, SCHEDULES, MaskGIT, MaskGITConfig, decode
 from vqgan import VQGAN, VQGANConfig
@@ -109,11 +110,40 @@ def save_film(path, history):
     return strip, gif
 
 
+def sample(args, machine):
+    if args.num < 1:
+        raise ValueError("--num must be at least 1")
+    device = machine.device
+    folder, tokenizer, transformer, checkpoint = load_run(args.run, device, args.vqgan)
+    names = checkpoint["classes"]
+    rows = [find_class(text, names) for text in args.classes] if args.classes else list(range(min(10, len(names))))
+    out = Path(args.out or folder / "samples.png")
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--out {out} must end in .png, .jpg or .webp")
+    steps = 12 if args.steps is None and transformer.config.num_tokens > 256 else 8 if args.steps is None else args.steps
+    print(f"{folder}: {len(rows)} classes x {args.num} images, {steps} steps, {args.schedule} schedule, seed {args.seed}, on {device}")
+
+    labels = torch.tensor(rows, device=device).repeat_interleave(args.num)
+    started = time.time()
+    with machine.autocast():
+        images, history = draw(tokenizer, transformer, labels, steps=steps, schedule=args.schedule, generator=machine.generator(args.seed),
+                               choice_temperature=args.choice_temperature, temperature=args.temperature, top_k=args.top_k,
+                               cfg=args.cfg, order=args.order, return_steps=args.film)
+        machine.sync()
+    seconds = time.time() - started
+    runtime.save_image(out, runtime.grid(list(images.split(args.num)), [names[i] for i in rows]))
+    print(f"wrote {out}: {len(images)} images in {seconds:.1f} s")
+    if args.film:
+        first = [i for i in range(len(images)) if i % args.num == 0]          # the strip shows one image of each class
+        film = save_film(out, [(predicted[first], mask[first]) for predicted, mask in history])
+        print(f"wrote {film[0]} and {film[1]}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", help="the run's folder (default: the newest in runs/ that holds a transformer)")
     parser.add_argument("--vqgan", help="tokenizer file (default: vqgan.pt in the run's folder)")
-    parser.add_argument("--steps", type=runtime.whole, default=8, help="T, decoding steps (default: %(default)s)")
+    parser.add_argument("--steps", type=runtime.whole, help="T, decoding steps (default: 8, and 12 for 32 x 32 tokens, as in the paper)")
     parser.add_argument("--schedule", default="cosine", help=f"mask schedule: {', '.join(SCHEDULES)} (default: %(default)s)")
     parser.add_argument("--class", dest="classes", nargs="+", metavar="NAME_OR_ID", help="classes to draw, a row each (default: the first ten)")
     parser.add_argument("--num", type=runtime.whole, default=8, help="images of each class (default: %(default)s)")
@@ -125,33 +155,9 @@ def main():
     parser.add_argument("--order", default="confidence", help=f"what is revealed first: {', '.join(ORDERS)} (default: %(default)s)")
     parser.add_argument("--film", action="store_true", help="also write the decoding steps as a film strip and a GIF")
     parser.add_argument("--out", help="the picture to write (default: samples.png in the run's folder)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
-    args = parser.parse_args()
-    if args.num < 1:
-        raise ValueError("--num must be at least 1")
-    device = runtime.pick_device(args.device)
-    folder, tokenizer, transformer, checkpoint = load_run(args.run, device, args.vqgan)
-    names = checkpoint["classes"]
-    rows = [find_class(text, names) for text in args.classes] if args.classes else list(range(min(10, len(names))))
-    out = Path(args.out or folder / "samples.png")
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"--out {out} must end in .png, .jpg or .webp")
-    print(f"{folder}: {len(rows)} classes x {args.num} images, {args.steps} steps, {args.schedule} schedule, seed {args.seed}, on {device}")
-
-    labels = torch.tensor(rows, device=device).repeat_interleave(args.num)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    started = time.time()
-    images, history = draw(tokenizer, transformer, labels, steps=args.steps, schedule=args.schedule, generator=generator,
-                           choice_temperature=args.choice_temperature, temperature=args.temperature, top_k=args.top_k,
-                           cfg=args.cfg, order=args.order, return_steps=args.film)
-    seconds = time.time() - started
-    runtime.save_image(out, runtime.grid(list(images.split(args.num)), [names[i] for i in rows]))
-    print(f"wrote {out}: {len(images)} images in {seconds:.1f} s")
-    if args.film:
-        first = [i for i in range(len(images)) if i % args.num == 0]          # the strip shows one image of each class
-        film = save_film(out, [(predicted[first], mask[first]) for predicted, mask in history])
-        print(f"wrote {film[0]} and {film[1]}")
+    devices.add_machine_flags(parser)
+    devices.launch(sample, parser.parse_args())
 
 
 if __name__ == "__main__":
-    runtime.command_line(main)
+    devices.command_line(main)

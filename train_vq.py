@@ -4,6 +4,8 @@
     python train_vq.py --data cifar10
     python train_vq.py --data FOLDER                # a subfolder of images for each class
     python train_vq.py --resume                     # go on after an interruption
+    torchrun --nproc_per_node 8 train_vq.py --data imagenet      # the paper's configuration on eight GPUs
+    python train_vq.py --data imagenet --device xla              # and on all TPU chips of a host
 
 Writes runs/NAME/vqgan.pt, and beside it the log, the loss curve and the latest reconstructions.
 """
@@ -14,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import devices
 import runtime
 from data import batches, open_data
 from vqgan import VQGAN, Discriminator, VQGANConfig, discriminator_loss, generator_loss, r1_penalty
@@ -30,7 +33,7 @@ FLAGS = {
     "disc_width": "width of the discriminator at 256 pixels, doubling at each halving",
     "disc_max_width": "and its largest width",
     "steps": "training steps",
-    "batch": "images in a step",
+    "batch": "images in a step, over all devices",
     "lr": "learning rate of Adam, for the tokenizer",
     "disc_lr": "and for the discriminator",
     "beta1": "Adam's first beta; the second is 0.99",
@@ -45,27 +48,57 @@ FLAGS = {
     "gan_loss": "non-saturating or hinge",
     "r1": "cost of the discriminator's gradient penalty",
     "r1_every": "steps between applications of the penalty, which is scaled up by as much",
+    "recompute": "yes: recompute activations in the backward pass, for less memory; always done from 512 pixels on",
 }
 SHAPES = dict(image_size=32, filters=32, multipliers=(1, 1, 1), res_blocks=1, groups=1, codebook_size=256, codebook_dim=8,
               codebook_lr=3.0, disc_width=2, disc_max_width=64, steps=3000, batch=16, lr=3e-3, disc_lr=1e-3, beta1=0.9, warmup=100,
               decay=True, ema=0.995, reconstruction=20.0, entropy=0.1, adversarial=0.4, gan_start=0.5, gan_ramp=100,
-              gan_loss="non-saturating", r1=0.1, r1_every=16)
+              gan_loss="non-saturating", r1=0.1, r1_every=16, recompute=False)
 IMAGENET = dict(image_size=256, filters=128, multipliers=(1, 1, 2, 2, 4), res_blocks=2, groups=32, codebook_size=1024,
                 codebook_dim=256, codebook_lr=1.0, disc_width=64, disc_max_width=512, steps=1_000_000, batch=256, lr=1e-4,
                 disc_lr=1e-4, beta1=0.0, warmup=0, decay=False, ema=0.999, reconstruction=1.0, entropy=0.1, adversarial=0.1,
-                gan_start=0.0, gan_ramp=1, gan_loss="non-saturating", r1=10.0, r1_every=16)
+                gan_start=0.0, gan_ramp=1, gan_loss="non-saturating", r1=10.0, r1_every=16, recompute=False, micro_batch=32)
 PRESETS = {"shapes": SHAPES, "cifar10": SHAPES | dict(codebook_size=1024, steps=20_000, batch=32),
-           "folder": SHAPES | dict(codebook_size=1024), "imagenet": IMAGENET}
+           "folder": SHAPES | dict(codebook_size=1024), "imagenet": IMAGENET, "places2": IMAGENET}
 
 
 @torch.no_grad()
-def start_codebook(model, images):
+def start_codebook(model, images, generator, machine):
     """Starts the codebook from features of the first images, so that every entry is near some feature from the start."""
     features = model.encoder(images).permute(0, 2, 3, 1).flatten(0, 2)
     size = model.config.codebook_size
-    chosen = torch.randperm(len(features), device=features.device).repeat(-(-size // len(features)))[:size]
-    noise = 0.05 * features.std(0) * torch.randn(size, features.shape[1], device=features.device)   # no two entries alike
-    model.quantizer.codebook.copy_(features[chosen] + noise)
+    chosen = torch.randperm(len(features), generator=generator).repeat(-(-size // len(features)))[:size].to(features.device)
+    noise = torch.randn(size, features.shape[1], generator=generator).to(features.device)
+    start = features[chosen] + 0.05 * features.std(0) * noise                                 # no two entries alike
+    model.quantizer.codebook.copy_(machine.mean(start * (machine.rank == 0)) * machine.world)  # rank 0's, on all
+
+
+def tokenizer_losses(args, model, images, judge, adversarial):
+    """The tokenizer: reconstruct, stay near the codes, and, where adversarial > 0, pass for real.
+
+    images: (B, 3, S, S) in [0, 1]. judge: images -> logits. adversarial: the weight now. Returns the total, a scalar,
+    the losses by name, and the reconstructions, detached."""
+    restored, _, losses = model(images)
+    losses["reconstruction"] = F.mse_loss(restored.float(), images)
+    total = args.reconstruction * losses["reconstruction"] + losses["commitment"] + losses["codebook"] + losses["entropy"]
+    losses["generator"] = torch.zeros_like(total)
+    if adversarial > 0:
+        losses["generator"] = generator_loss(judge(restored).float(), args.gan_loss)
+        total = total + adversarial * losses["generator"]
+    return total, losses, restored.detach()
+
+
+def judge_losses(args, judge, plain_judge, images, restored, penalty):
+    """The discriminator: real images against the tokenizer's reconstructions of them. penalty: whether R1 is due.
+
+    plain_judge: the same discriminator uncompiled, since torch.compile has no second derivatives. Returns the total and the loss
+    without the penalty."""
+    real, fake = judge(torch.cat([images, restored])).float().chunk(2)
+    loss = discriminator_loss(real, fake, args.gan_loss)
+    if not penalty:
+        return loss, loss
+    with torch.autocast(images.device.type, enabled=False):      # the square of a gradient needs float32
+        return loss + args.r1_every * args.r1 * r1_penalty(plain_judge, images), loss
 
 
 def preview(model, images, path):
@@ -84,9 +117,7 @@ def preview(model, images, path):
             "sharpness": (runtime.sharpness(restored) / runtime.sharpness(images)).item()}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args = runtime.parse_training_flags(parser, PRESETS, FLAGS)
+def train(args, machine):
     settings = {name: getattr(args, name) for name in (*FLAGS, "data", "seed")}
     config = VQGANConfig(args.codebook_size, args.codebook_dim, args.filters, args.multipliers, args.res_blocks,
                          args.groups, entropy=args.entropy)
@@ -94,81 +125,96 @@ def main():
         raise ValueError(f"--image-size {args.image_size} is not divisible by the tokenizer's stride {config.stride}")
     if args.gan_loss not in ("non-saturating", "hinge"):
         raise ValueError(f"unknown --gan-loss '{args.gan_loss}'; choose non-saturating or hinge")
-    device = runtime.pick_device(args.device)
+    device, parts = machine.device, devices.micro_batches(args, machine)
     run = runtime.Run(args.run or Path("runs", Path(args.data).name), "vqgan", settings,
                       ["reconstruction", "commitment", "codebook", "entropy", "generator", "discriminator", "gradient",
-                       "psnr", "usage", "sharpness"], args.steps, args.batch, args.resume, args.overwrite)
-    train, val = open_data(args.data, args.image_size)
+                       "psnr", "usage", "sharpness"], args, machine)
+    data, val = open_data(args.data, args.image_size, args.data_dir)
     sample = val.batch(torch.linspace(0, len(val) - 1, min(512, len(val))).long().numpy())[0].to(device).float() / 255
 
     torch.manual_seed(args.seed)
-    model = VQGAN(config).to(device, memory_format=torch.channels_last)
-    disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width).to(device, memory_format=torch.channels_last)
+    model = VQGAN(config).to(device, memory_format=machine.layout)
+    disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width).to(device, memory_format=machine.layout)
+    model.encoder.recompute = model.decoder.recompute = args.recompute or args.image_size >= 512
     codebook = model.quantizer.codebook
     groups = [{"params": [p for p in model.parameters() if p is not codebook], "base": args.lr},
               {"params": [codebook], "base": args.lr * args.codebook_lr}]
-    optimizer = torch.optim.Adam(groups, lr=args.lr, betas=(args.beta1, 0.99))
-    disc_optimizer = torch.optim.Adam(disc.parameters(), lr=args.disc_lr, betas=(args.beta1, 0.99))
+    optimizer = torch.optim.Adam(groups, lr=args.lr, betas=(args.beta1, 0.99), fused=machine.fused)
+    disc_optimizer = torch.optim.Adam(disc.parameters(), lr=args.disc_lr, betas=(args.beta1, 0.99), fused=machine.fused)
     ema = runtime.EMA(model, args.ema)
-    parts = {"model": model, "disc": disc, "ema": ema.model, "optimizer": optimizer, "disc_optimizer": disc_optimizer}
+    saved = {"model": model, "disc": disc, "ema": ema.model, "optimizer": optimizer, "disc_optimizer": disc_optimizer}
     if run.state:
-        for name, part in parts.items():
+        for name, part in saved.items():
             part.load_state_dict(run.state[name])
-    print(f"{run.folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-          f"{(args.image_size // config.stride) ** 2} tokens of {config.codebook_size}, on {device}", flush=True)
+    run.say(f"{run.folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+            f"{(args.image_size // config.stride) ** 2} tokens of {config.codebook_size}, on {device} x {machine.world}")
 
+    model.quantizer.mean_over_ranks = machine.mean
+    trained, trained_disc = machine.trainable(model), machine.trainable(disc)
     judge = lambda images: disc(images * 2 - 1)      # centred inputs: from [0, 1] the discriminator learns far slower
+    trained_judge = lambda images: trained_disc(images * 2 - 1)
     gan_start = int(args.gan_start * args.steps) if args.adversarial > 0 else args.steps
-    stream = batches(train, args.batch, args.seed, run.step, args.steps, args.workers, device.type == "cuda")
+    stream = batches(data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
     for step, (images, _) in enumerate(stream, run.step):
-        runtime.seed_step(args.seed, step)
-        images = images.to(device, non_blocking=True).float().div(255).contiguous(memory_format=torch.channels_last)
+        generator = machine.seed_step(args.seed, step)
+        images = images.to(device, non_blocking=True).float().div(255).contiguous(memory_format=machine.layout)
         if step == 0 and args.codebook_lr > 1:
-            start_codebook(model, images)
+            start_codebook(model, images, generator, machine)
+        adversarial = args.adversarial * min(1, (step - gan_start + 1) / args.gan_ramp) if step >= gan_start else 0
         for group in optimizer.param_groups:
             group["lr"] = runtime.learning_rate(step, group["base"], args.warmup, args.steps, args.decay)
 
-        # The tokenizer: reconstruct, stay near the codes, and, from gan_start on, pass for real.
-        restored, _, losses = model(images)
-        losses["reconstruction"] = F.mse_loss(restored, images)
-        losses["generator"] = losses["discriminator"] = torch.zeros((), device=device)
-        total = args.reconstruction * losses["reconstruction"] + losses["commitment"] + losses["codebook"] + losses["entropy"]
-        adversarial = step >= gan_start
-        if adversarial:
-            disc.requires_grad_(False)
-            losses["generator"] = generator_loss(judge(restored), args.gan_loss)
-            total = total + args.adversarial * min(1, (step - gan_start + 1) / args.gan_ramp) * losses["generator"]
-            disc.requires_grad_(True)
+        disc.requires_grad_(False)
         optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        losses["gradient"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        restored, metrics = [], []
+        for i, part in enumerate(images.chunk(parts)):
+            with machine.accumulating(trained, i + 1 < parts):
+                with machine.autocast():
+                    total, losses, output = tokenizer_losses(args, trained, part, judge, adversarial)
+                (total / parts).backward()
+            restored.append(output)
+            metrics.append(losses)
+        metrics = {name: sum(losses[name].detach() for losses in metrics) / parts for name in losses}
+        machine.reduce_gradients(optimizer)
+        metrics["gradient"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         ema.update(model, step)
 
-        # The discriminator: real images against the same reconstructions. It warms up as well, or its first steps overshoot.
+        # The discriminator warms up as well, or its first steps overshoot.
+        metrics["discriminator"] = torch.zeros_like(metrics["generator"])
         if adversarial:
             for group in disc_optimizer.param_groups:
                 group["lr"] = runtime.learning_rate(step - gan_start, args.disc_lr, args.gan_ramp, args.steps, decay=False)
-            losses["discriminator"] = discriminator_loss(judge(images), judge(restored.detach()), args.gan_loss)
-            total = losses["discriminator"]
-            if args.r1 > 0 and step % args.r1_every == 0:
-                total = total + args.r1_every * args.r1 * r1_penalty(judge, images)
+            disc.requires_grad_(True)
             disc_optimizer.zero_grad(set_to_none=True)
-            total.backward()
+            for i, (part, output) in enumerate(zip(images.chunk(parts), restored)):
+                with machine.accumulating(trained_disc, i + 1 < parts):
+                    with machine.autocast():
+                        total, loss = judge_losses(args, trained_judge, judge, part, output, args.r1 > 0 and step % args.r1_every == 0)
+                    (total / parts).backward()
+                metrics["discriminator"] = metrics["discriminator"] + loss.detach() / parts
+            machine.reduce_gradients(disc_optimizer)
             disc_optimizer.step()
+        run.end_step(metrics)
 
-        save = (step + 1) % args.save_every == 0 or step + 1 == args.steps or run.signal
-        if save:
+        save = run.saves(step + 1)
+        if save and run.leads:
             run.extra = preview(ema.model, sample, run.files["png"])
-        run.log(step + 1, losses, every=1 if save else args.log_every)
+        if save or (step + 1) % args.log_every == 0:
+            run.log(step + 1)
         if save:
-            run.save(step + 1, {name: part.state_dict() for name, part in parts.items()},
+            run.save(step + 1, {name: part.state_dict() for name, part in saved.items()},
                      {"config": asdict(config), "model": ema.model.state_dict(), "data": args.data,
-                      "image_size": args.image_size, "classes": list(train.classes)})
+                      "image_size": args.image_size, "classes": list(data.classes)})
             run.draw_curve()
             run.exit_if_signalled(step + 1)
-    print(f"the tokenizer is {run.files['pt']}; look at {run.files['png']}. Next: python train_transformer.py")
+    run.say(f"the tokenizer is {run.files['pt']}; look at {run.files['png']}. Next: python train_transformer.py")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    devices.launch(train, runtime.parse_training_flags(parser, PRESETS, FLAGS))
 
 
 if __name__ == "__main__":
-    runtime.command_line(main)
+    devices.command_line(main)

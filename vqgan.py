@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -38,6 +39,17 @@ class VQGANConfig:
 
 # ------------------------------------------------------------------------------------------- encoder and decoder
 
+class Tower(nn.Module):
+    """Layers in sequence. recompute: in training, keep no activations inside a layer and compute them again in the
+    backward pass: less memory, a third more time."""
+    recompute = False
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.recompute and self.training else layer(x)
+        return x
+
+
 def conv3x3(inputs, outputs, bias=True):
     return nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
 
@@ -58,7 +70,7 @@ class ResBlock(nn.Module):
         return h + (x if self.shortcut is None else self.shortcut(h))
 
 
-class Encoder(nn.Module):
+class Encoder(Tower):
     """(B, 3, H, W) -> (B, codebook_dim, H / stride, W / stride)."""
 
     def __init__(self, config):
@@ -75,11 +87,8 @@ class Encoder(nn.Module):
         layers += [nn.GroupNorm(config.groups, width, eps=1e-6), nn.SiLU(), nn.Conv2d(width, config.codebook_dim, 1)]
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, images):
-        return self.layers(images)
 
-
-class Decoder(nn.Module):
+class Decoder(Tower):
     """(B, codebook_dim, h, w) -> (B, 3, h * stride, w * stride)."""
 
     def __init__(self, config):
@@ -97,21 +106,20 @@ class Decoder(nn.Module):
         layers += [nn.GroupNorm(config.groups, width, eps=1e-6), nn.SiLU(), conv3x3(width, 3)]
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, features):
-        return self.layers(features)
-
 
 # ------------------------------------------------------------------------------------------------------ quantizer
 
-def entropy_loss(affinity, temperature):
+def entropy_loss(affinity, temperature, mean_over_ranks=lambda x: x):
     """Low entropy for each feature, high entropy for their average: sure choices, and every code in use.
 
-    affinity: (..., codebook_size), larger is nearer; temperature > 0. Returns a scalar. Source: released code
-    (`entropy_loss`, type softmax), whose 1e-5 inside the logarithms is kept so that the numbers agree.
+    affinity: (..., codebook_size), larger is nearer; temperature > 0. mean_over_ranks: averages a tensor over the
+    processes that train together, so that each sees the usage of codes in the joint batch. Returns a scalar. Source:
+    released code (`entropy_loss`, type softmax), whose 1e-5 inside the logarithms is kept so that the numbers agree.
     """
     logits = affinity.flatten(0, -2) / temperature
     probs = logits.softmax(-1)
     average = probs.mean(0)
+    average = average + (mean_over_ranks(average.detach()) - average.detach())   # the joint value, each rank's own gradient
     average_entropy = -(average * (average + 1e-5).log()).sum()
     sample_entropy = -(probs * (logits + 1e-5).log_softmax(-1)).sum(-1).mean()
     return sample_entropy - average_entropy
@@ -123,6 +131,7 @@ class VectorQuantizer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.mean_over_ranks = lambda x: x      # replaced where several processes train together
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.codebook_dim))
 
     def distances(self, features):
@@ -143,7 +152,8 @@ class VectorQuantizer(nn.Module):
         losses = {
             "commitment": self.config.commitment * F.mse_loss(features, quantized.detach()),  # pulls features to codes
             "codebook": F.mse_loss(quantized, features.detach()),                             # pulls codes to features
-            "entropy": self.config.entropy * entropy_loss(-distances, self.config.entropy_temperature),
+            "entropy": self.config.entropy * entropy_loss(-distances, self.config.entropy_temperature,
+                                                                  self.mean_over_ranks),
         }
         # Straight-through: forward is the code, backward is the identity.
         return features + (quantized - features).detach(), indices, losses

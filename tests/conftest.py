@@ -1,6 +1,9 @@
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
+os.environ["MASKGIT_CACHE"] = tempfile.mkdtemp(prefix="maskgit-tests-")
+atexit.register(shutil.rmtree, os.environ["MASKGIT_CACHE"], ignore_errors=True)
 
 TINY_VQ = "--filters 8 --codebook-size 32 --codebook-dim 4 --steps 6 --batch 4 --disc-width 1 --disc-max-width 8 --save-every 2 --log-every 1 --r1-every 2".split()
 TINY_TRANSFORMER = "--dim 16 --depth 1 --heads 2 --mlp-dim 32 --steps 6 --batch 4 --save-every 2 --log-every 1".split()

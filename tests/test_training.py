@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, TINY_TRANSFORMER, TINY_VQ, refused, run
-from runtime import fingerprint, load_checkpoint, seed_step
+from devices import step_seed
+from runtime import fingerprint, load_checkpoint
 from sample import load_tokenizer
 
 STAGES = {"train_vq.py": ("vqgan", TINY_VQ), "train_transformer.py": ("transformer", TINY_TRANSFORMER)}
@@ -146,8 +147,7 @@ def test_seeds_differ_by_step_and_rank():
     for seed in range(3):
         for step in range(50):
             for rank in range(2):
-                seed_step(seed, step, rank)
-                draws.add(torch.rand(1).item())
+                draws.add(step_seed(seed, step, rank))
     assert len(draws) == 300
 
 

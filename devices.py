@@ -1,0 +1,164 @@
+"""Where a loop runs: a CPU, CUDA GPUs under torchrun, or TPU chips under torch-xla; precision, compilation, ranks, seeds.
+
+    python train_vq.py                                             # one process on what is there
+    torchrun --nproc_per_node 8 train_vq.py --data imagenet        # DistributedDataParallel
+    python train_vq.py --data imagenet --device xla                # all TPU chips of the host
+
+A script's main() parses the flags and calls launch(function, args), which calls function(args, machine) on every rank.
+Bad input raises ValueError or OSError with one line for the user; `command_line` turns it into exit status 2.
+"""
+import contextlib
+import datetime
+import hashlib
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+
+def command_line(main):
+    """Runs a script's main(): a ValueError or OSError becomes one line on stderr and exit status 2.
+
+    TRACEBACK=1 in the environment shows where it came from."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: out of memory: lower --micro-batch (the result stays that of --batch) or the model's sizes", file=sys.stderr)
+        sys.exit(2)
+
+
+def yes_or_no(text):
+    """argparse type: yes or no."""
+    return {"yes": True, "no": False}[text] if text in ("yes", "no") else int("")
+
+
+def add_machine_flags(parser):
+    """The flags that say where to run, for every script."""
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "xla"), help="xla: TPU, through torch-xla (default: cuda where there is one, else cpu)")
+    parser.add_argument("--bf16", type=yes_or_no, metavar="YES_NO", help="bfloat16 matrix products and convolutions (default: yes on cuda and xla)")
+    parser.add_argument("--compile", type=yes_or_no, metavar="YES_NO", help="torch.compile (default: yes on cuda)")
+
+
+class Machine:
+    """The device of this process, and the ranks beside it: CPU and CUDA processes started by torchrun, or TPU chips.
+
+    name: auto, cpu, cuda or xla. bf16: autocast to bfloat16; compiled: torch.compile; None: what suits the device.
+    Attributes: device, rank, world (the number of ranks). Raises ValueError where the device is absent."""
+
+    def __init__(self, name="auto", bf16=None, compiled=None):
+        self.rank, self.world = 0, 1
+        if name == "xla":
+            import torch_xla.core.xla_model
+            import torch_xla.runtime
+            self.xla = torch_xla
+            self.device, self.rank, self.world = torch_xla.device(), torch_xla.runtime.global_ordinal(), torch_xla.runtime.world_size()
+        else:
+            if name == "cuda" and not torch.cuda.is_available():
+                raise ValueError("no CUDA device is available: use --device cpu, or install a CUDA build of torch")
+            self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+                torch.cuda.set_device(self.device)
+                torch.set_float32_matmul_precision("high")                 # TF32 where autocast leaves float32
+            if "RANK" in os.environ and not dist.is_initialized():         # torchrun
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+            if dist.is_initialized():
+                self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.bf16 = self.device.type != "cpu" if bf16 is None else bf16
+        self.compiled = self.device.type == "cuda" if compiled is None else compiled
+        self.fused = self.device.type != "xla"                             # one pass over memory in the optimizers
+        self.layout = torch.contiguous_format if self.device.type == "xla" else torch.channels_last    # of images
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def trainable(self, model):
+        """What to call in place of `model` in training: averages gradients over the ranks in backward, compiled."""
+        if self.world > 1 and self.device.type == "xla":
+            self.xla.core.xla_model.broadcast_master_param(model)           # ranks may be threads, whose draws mix
+        elif self.world > 1:
+            model = torch.nn.parallel.DistributedDataParallel(model)
+        return torch.compile(model) if self.compiled else model
+
+    def accumulating(self, model, more):
+        """Around the forward and backward pass of a micro-batch. more: others follow, so ranks need not exchange gradients yet."""
+        return model.no_sync() if more and hasattr(model, "no_sync") else contextlib.nullcontext()
+
+    def reduce_gradients(self, optimizer):
+        """After the last backward pass of a step. DistributedDataParallel has done it on the way; torch-xla has not."""
+        if self.device.type == "xla":
+            self.xla.core.xla_model.reduce_gradients(optimizer)
+
+    def mean(self, tensor):
+        """The mean of a tensor over the ranks, on all of them; no gradient."""
+        if self.world == 1:
+            return tensor
+        if self.device.type == "xla":
+            return self.xla.core.xla_model.all_reduce("sum", tensor.detach(), 1 / self.world)
+        tensor = tensor.detach().clone()
+        dist.all_reduce(tensor)
+        return tensor / self.world
+
+    def barrier(self):
+        """Waits for the other ranks."""
+        self.mean(torch.zeros((), device=self.device)).item()
+
+    def sync(self):
+        """Ends a step. torch-xla only records operations: this is where the step's one graph is handed to the device."""
+        if self.device.type == "xla":
+            self.xla.sync()
+
+    def generator(self, seed):
+        """A random generator for tensors of the device, or None where the device has but one (torch-xla)."""
+        if self.device.type == "xla":
+            self.xla.manual_seed(seed)
+            return None
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def seed_step(self, seed, step):
+        """Makes every draw of a step a function of (seed, step, rank). Returns a CPU generator, whose draws (the masks)
+        are the same on every device; dropout draws on the device."""
+        number = step_seed(seed, step, self.rank)
+        torch.manual_seed(number)
+        if self.device.type == "xla":
+            self.xla.manual_seed(number % (1 << 32))
+        return torch.Generator().manual_seed(number)
+
+
+def micro_batches(args, machine):
+    """Into how many parts each rank's share of --batch is split. Raises ValueError where it does not divide evenly."""
+    share, rest = divmod(args.batch, machine.world)
+    micro = min(args.micro_batch or share, share)
+    if rest or share % micro:
+        raise ValueError(f"--batch {args.batch} on {machine.world} devices does not split into micro-batches of {micro}: "
+                         f"choose --micro-batch so that it does")
+    return share // micro
+
+
+def launch(function, args):
+    """Calls function(args, machine), once on each chip of the host where --device is xla. Raises ValueError without torch_xla."""
+    if args.device != "xla":
+        function(args, Machine(args.device, args.bf16, args.compile))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    try:
+        import torch_xla
+    except ImportError:
+        raise ValueError("--device xla needs torch-xla: pip install torch==2.9.0 'torch_xla[tpu]==2.9.0'") from None
+    torch_xla.launch(_on_chip, (function, args))
+
+
+def _on_chip(index, function, args):
+    command_line(lambda: function(args, Machine("xla", args.bf16, False)))
+
+
+def step_seed(seed, step, rank=0):
+    """A 64-bit hash of (seed, step, rank)."""
+    return int.from_bytes(hashlib.blake2s(f"{seed} {step} {rank}".encode(), digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,252 @@
+"""Beyond one process: ranks, accumulation, cached tokens, torch-xla; and the benchmark."""
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data
+import devices
+import train_vq
+from conftest import ROOT, TINY_TRANSFORMER, TINY_VQ, refused, run
+from maskgit import MaskGIT, MaskGITConfig, mask_tokens, mvtm_loss
+from test_data import make_folder
+from test_training import start, wait_for_step
+from tokens import CachedTokens
+from vqgan import VQGAN, Discriminator, VQGANConfig
+
+# Entropy loss and codebook start look at whole batches: without them stage 1 is the same however a batch is split.
+SPLITTABLE = [*TINY_VQ, "--codebook-lr", 1, "--entropy", 0, "--gan-start", 0.4]
+
+
+def torchrun(script, *arguments):
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29500 + os.getpid() % 1000),
+            "--", str(ROOT / script), *map(str, arguments)]           # "--", or torchrun takes our --run for its own
+
+
+# ---- two processes against one
+
+def gradients(stage, machine):
+    """Gradients of one training step on this rank's half of a fixed batch."""
+    torch.manual_seed(0)
+    half = slice(4 * machine.rank // machine.world, 4 * (machine.rank + 1) // machine.world)
+    if stage == "transformer":
+        model = MaskGIT(MaskGITConfig(24, 3, 16, 32, 2, 4, 64, dropout=0.0))
+        tokens, labels = torch.randint(0, 24, (4, 16)), torch.tensor([0, 1, 2, 1])
+        masked, mask = mask_tokens(tokens, "cosine", model.mask_id)
+        trained = machine.trainable(model)
+        mvtm_loss(trained(masked[half], labels[half]), tokens[half], mask[half]).backward()
+        return [model]
+    args = SimpleNamespace(**train_vq.SHAPES)
+    model, disc = VQGAN(VQGANConfig(32, 4, 8, (1, 1, 1), 1, 1)), Discriminator(32, 1, 8)
+    torch.nn.init.normal_(model.quantizer.codebook)
+    images = torch.rand(4, 3, 32, 32)[half]
+    model.quantizer.mean_over_ranks = machine.mean
+    trained, trained_disc = machine.trainable(model), machine.trainable(disc)
+    disc.requires_grad_(False)
+    total, _, restored = train_vq.tokenizer_losses(args, trained, images, disc, 0.4)
+    total.backward()
+    disc.requires_grad_(True)
+    total, _ = train_vq.judge_losses(args, trained_disc, disc, images, restored, penalty=True)
+    total.backward()
+    return [model, disc]
+
+
+def on_a_rank(rank, stage, port, path):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    models = gradients(stage, devices.Machine("cpu"))
+    if rank == 0:
+        torch.save([p.grad for model in models for p in model.parameters()], path)
+
+
+@pytest.mark.parametrize("stage", ["transformer", "vqgan"])
+def test_two_processes_give_the_gradients_of_one(stage, tmp_path):
+    torch.multiprocessing.spawn(on_a_rank, (stage, 28000 + os.getpid() % 1000, tmp_path / "gradients.pt"), nprocs=2)
+    ours = [p.grad for model in gradients(stage, devices.Machine("cpu")) for p in model.parameters()]
+    theirs = torch.load(tmp_path / "gradients.pt")
+    assert len(ours) == len(theirs) and max(g.abs().max() for g in ours) > 0.01
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def weights(folder):
+    return torch.load(folder / "vqgan.pt", weights_only=True)["model"]
+
+
+def assert_close(a, b):
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-3, rtol=0, msg=lambda text: f"{name}: {text}")
+
+
+def test_a_run_moves_from_two_processes_to_one_and_back(tmp_path):
+    run("train_vq.py", "--run", tmp_path / "alone", *SPLITTABLE)
+    for name, first, then in (("fewer", torchrun, lambda *a: [sys.executable, str(ROOT / a[0]), *map(str, a[1:])]),
+                              ("more", lambda *a: [sys.executable, str(ROOT / a[0]), *map(str, a[1:])], torchrun)):
+        command = "train_vq.py", "--run", tmp_path / name, *SPLITTABLE
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(first(*command), stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+        wait_for_step(process, 3)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        subprocess.run(then(*command, "--resume"), check=True, capture_output=True, env=environment, timeout=120)
+        assert_close(weights(tmp_path / "alone"), weights(tmp_path / name))
+        rows = list(csv.DictReader(open(tmp_path / name / "vqgan.log.csv")))
+        alone = list(csv.DictReader(open(tmp_path / "alone" / "vqgan.log.csv")))
+        assert [row["step"] for row in rows] == list("123456")
+        # The logged loss is the mean over the ranks: that of the whole batch.
+        assert all(abs(float(a["reconstruction"]) - float(b["reconstruction"])) < 1e-3 for a, b in zip(rows, alone))
+
+
+def test_a_rank_that_dies_ends_the_others(trained, tmp_path):
+    process = subprocess.Popen(torchrun("train_vq.py", "--run", tmp_path, *TINY_VQ, "--steps", 100000), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+    wait_for_step(process, 2)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    started = time.time()
+    process.communicate(timeout=60)
+    assert process.returncode not in (0, None) and time.time() - started < 60
+
+
+def test_micro_batches_add_up(tmp_path):
+    for name, micro in (("whole", 4), ("split", 2)):
+        run("train_vq.py", "--run", tmp_path / name, *SPLITTABLE, "--micro-batch", micro, "--recompute", "yes" if micro == 2 else "no")
+    assert_close(weights(tmp_path / "whole"), weights(tmp_path / "split"))
+    refused("train_vq.py", "--run", tmp_path / "bad", *SPLITTABLE, "--micro-batch", 3, says=["--batch 4", "--micro-batch"])
+
+
+# ---- cached tokens
+
+def test_cached_tokens_are_those_encoded_on_the_fly(trained, tmp_path, monkeypatch):
+    make_folder(tmp_path / "images", {"a": 12, "b": 9})
+    train, _ = data.open_data(str(tmp_path / "images"), 32)
+    monkeypatch.setattr(CachedTokens, "CHUNK", 16)
+    calls = []
+
+    def tokenize(images):                       # stands for the tokenizer: every image its own, by its own mean
+        calls.append(len(images))
+        return images[:, :, ::16, ::16].flatten(1).long()
+    cached = CachedTokens(tmp_path / "tokens", train, 3, "abc", 12)
+    for rank in (0, 1):                         # ranks share the chunks
+        cached.encode(tokenize, rank, 2)
+    assert sum(calls) == 3 * len(train) and len(cached.paths) == -(-3 * len(train) // 16)
+    indices = [0, len(train) - 1, 5]
+    tokens, labels = cached.batch(indices, [3, 4, 5])
+    assert torch.equal(labels, train.batch(indices)[1]) and tokens.shape == (3, 12)
+    view = int(data.hashed_uniform(5, [3], 1)[0, 0] * 3)
+    again = train.batch([0], [view * len(train) + (1 << 50)])[0]
+    assert torch.equal(tokens[0].long(), tokenize(again)[0])
+    # A half-written cache resumes: what is there stays.
+    os.remove(cached.paths[1])
+    calls.clear()
+    CachedTokens(tmp_path / "tokens", train, 3, "abc", 12).encode(tokenize)
+    assert sum(calls) == 16
+    with pytest.raises(ValueError, match="another tokenizer: rm -r"):
+        CachedTokens(tmp_path / "tokens", train, 3, "xyz", 12)
+    with pytest.raises(ValueError, match="stale .*views"):
+        CachedTokens(tmp_path / "tokens", train, 2, "abc", 12)
+
+
+def test_training_from_cached_tokens(trained, tmp_path):
+    """The same losses, and a stale cache is refused with the command that renews it."""
+    make_folder(tmp_path / "images", {"a": 12, "b": 9})
+    flags = ["--data", tmp_path / "images", "--vqgan", trained / "vqgan.pt", *TINY_TRANSFORMER]
+    run("train_transformer.py", "--run", tmp_path / "cached", *flags, "--cache-tokens", 2)
+    assert (tmp_path / "cached" / "tokens" / "00000.npy").exists()
+    shutil.copytree(tmp_path / "cached" / "tokens", tmp_path / "other" / "tokens")
+    refused("train_transformer.py", "--run", tmp_path / "other", *flags, "--cache-tokens", 3, says=["stale", "views", "rm -r"])
+
+
+# ---- data at scale
+
+def test_a_scan_is_kept_until_a_folder_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path / "cache"))
+    make_folder(tmp_path / "images", {"a": 3, "b": 2})
+    first = data.list_files(tmp_path / "images")
+    monkeypatch.setattr(os, "walk", None)                       # a second walk would fail
+    assert data.list_files(tmp_path / "images") == first and len(first) == 5
+    monkeypatch.undo()
+    monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path / "cache"))
+    make_folder(tmp_path / "images", {"b": 4})
+    assert len(data.list_files(tmp_path / "images")) == 7
+    for path in (tmp_path / "cache").iterdir():
+        path.write_text("{")
+    assert len(data.list_files(tmp_path / "images")) == 7
+
+
+def test_bad_places(trained, tmp_path):
+    for name, says in (("imagenet", "n01440764"), ("places2", "365")):
+        refused("train_vq.py", "--data", name, "--run", tmp_path / "run", says=[f"data/{name}", "train/CLASS", says, "--data-dir"], cwd=tmp_path)
+    if not torch.cuda.is_available():
+        refused("sample.py", "--run", trained, "--device", "cuda", says=["CUDA", "--device cpu"])
+    try:
+        import torch_xla  # noqa: F401
+    except ImportError:
+        refused("train_vq.py", "--run", tmp_path / "run", "--device", "xla", says=["torch-xla", "pip install"])
+
+
+def test_larger_images_with_a_tokenizer_of_smaller_ones(trained, tmp_path):
+    """As in the paper, where the tokenizer trained at 256 serves 512 too."""
+    make_folder(tmp_path / "images", {"a": 6, "b": 6}, size=(80, 80))
+    output = run("train_transformer.py", "--run", tmp_path / "run", "--data", tmp_path / "images", "--vqgan", trained / "vqgan.pt",
+                 "--image-size", 64, *TINY_TRANSFORMER)
+    assert "256 tokens of 32, 2 classes" in output
+    run("sample.py", "--run", tmp_path / "run", "--vqgan", trained / "vqgan.pt", "--num", 1)
+
+
+# ---- speed and torch-xla
+
+def test_bench(tmp_path):
+    output = run("bench.py", "--preset", "shapes", "--batch", 2, "--repeats", 1, "--json", tmp_path / "bench.json")
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["row"].split(",")[0] for row in rows] == "train-transformer decode train-vq encode restore".split()
+    assert all(0 < row["share"] < 1.2 and row["memory"] > 1e7 for row in rows) and "float32" in output
+    # 6 FLOPs for each weight of the blocks and each of 65 positions, a little more for attention and the output.
+    train = rows[0]["flops"] / 2
+    assert 6 * 65 * 4 * 12 * 128 ** 2 < train < 1.15 * 6 * 65 * 4 * 12 * 128 ** 2
+
+
+COUNT = """
+import sys, runtime, importlib
+import torch_xla.debug.metrics as metrics
+script = importlib.import_module(sys.argv.pop(1))
+done = runtime.Run.end_step
+def counted(self, values):
+    done(self, values)
+    print("compiled", (metrics.metric_data("CompileTime") or [0])[0], flush=True)
+runtime.Run.end_step = counted
+script.main()
+"""
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_xla(replicas, tmp_path):
+    """Both stages and sampling through torch-xla's CPU device: the losses of plain CPU, and no graph after the second step."""
+    pytest.importorskip("torch_xla")
+    xla = {**os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(replicas), "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+    flags = {"vqgan": [*SPLITTABLE, "--gan-start", 0], "transformer": TINY_TRANSFORMER}
+    for stage, script in (("vqgan", "train_vq"), ("transformer", "train_transformer")):
+        rows = {}
+        for device in ("cpu", "xla"):
+            if stage == "transformer" and device == "xla":
+                shutil.copy(tmp_path / "cpu" / "vqgan.pt", tmp_path / "xla" / "vqgan.pt")
+            command = ["--run", tmp_path / device, *flags[stage], "--device", device, "--bf16", "no", "--save-every", 100]
+            result = subprocess.run([sys.executable, "-c", COUNT, script, *map(str, command)] if device == "xla" else
+                                    [sys.executable, ROOT / f"{script}.py", *map(str, command)], capture_output=True, text=True, env=xla)
+            assert result.returncode == 0, result.stdout + result.stderr
+            rows[device] = list(csv.DictReader(open(tmp_path / device / f"{stage}.log.csv")))
+            compiled = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("compiled")]
+            if device == "xla":
+                assert len(compiled) == 6 * replicas and len(set(compiled[2 * replicas:])) == 1, compiled
+        if stage == "vqgan" or replicas == 1:   # masks differ by rank
+            loss = {"vqgan": "reconstruction", "transformer": "loss"}[stage]
+            assert all(abs(float(a[loss]) - float(b[loss])) < 1e-4 for a, b in zip(rows["cpu"], rows["xla"])), rows
+    subprocess.run([sys.executable, ROOT / "sample.py", "--run", tmp_path / "xla", "--device", "xla", "--num", "1"], check=True, env=xla)
