@@ -28,7 +28,9 @@ def command_line(main):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):     # CUDA's, the CPU's
+            raise
         print("error: out of memory: lower --micro-batch (the result stays that of --batch) or the model's sizes", file=sys.stderr)
         sys.exit(2)
 
@@ -105,9 +107,10 @@ class Machine:
         dist.all_reduce(tensor)
         return tensor / self.world
 
-    def barrier(self):
-        """Waits for the other ranks."""
-        self.mean(torch.zeros((), device=self.device)).item()
+    def fetch(self, tensor):
+        """The value of a tensor, as Python numbers: waits for the device."""
+        self.sync()
+        return tensor.tolist()
 
     def sync(self):
         """Ends a step. torch-xla only records operations: this is where the step's one graph is handed to the device."""

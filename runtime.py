@@ -259,8 +259,8 @@ class Run:
     def saves(self, step):
         """Whether to save after this step: every --save-every, at the end, or because a signal asked to stop."""
         if self.machine.world > 1 and step % 10 == 0:            # ranks must agree: every tenth step one asks the others
-            asked = self.machine.mean(torch.tensor(float(self.signal is not None), device=self.machine.device)).item()
-            self.stopping = asked > 0
+            asked = self.machine.mean(torch.tensor(float(self.signal is not None)).to(self.machine.device))
+            self.stopping = self.machine.fetch(asked) > 0
         elif self.machine.world == 1:
             self.stopping = self.signal is not None
         return step % self.args.save_every == 0 or step == self.steps or self.stopping
@@ -269,7 +269,7 @@ class Run:
         """Writes the means of the metrics since the last call, over all ranks.
 
         Raises ValueError where a mean is not finite; the checkpoint on disk is then the last good one."""
-        means = dict(zip(self.names, self.machine.mean(torch.stack(self.pending).mean(0)).tolist()))
+        means = dict(zip(self.names, self.machine.fetch(self.machine.mean(torch.stack(self.pending).mean(0)))))
         self.pending = []
         for name, value in means.items():
             if not math.isfinite(value):

@@ -82,6 +82,8 @@ def train(args, machine):
     settings = {name: getattr(args, name) for name in (*FLAGS, "data", "seed", "cache_tokens")}
     settings |= {"image_size": size, "tokenizer": runtime.fingerprint(tokenizer)}
     run = runtime.Run(folder, "transformer", settings, ["loss", "accuracy", "gradient", "val_loss"], args, machine)
+    if args.vqgan and run.leads and not (folder / "vqgan.pt").exists():     # a run holds all that sampling needs
+        runtime.write_atomically(folder / "vqgan.pt", lambda file: file.write(Path(args.vqgan).read_bytes()))
     data, val = open_data(args.data, size, args.data_dir)
     config = MaskGITConfig(tokenizer.config.codebook_size, len(data.classes), (size // tokenizer.config.stride) ** 2,
                            args.dim, args.depth, args.heads, args.mlp_dim, args.dropout, args.class_dropout > 0)
@@ -109,7 +111,7 @@ def train(args, machine):
     if args.cache_tokens:
         data = CachedTokens(folder / "tokens", data, args.cache_tokens, settings["tokenizer"], config.num_tokens)
         data.encode(tokenize, machine.rank, machine.world)
-        machine.barrier()
+        machine.fetch(machine.mean(torch.zeros(1).to(device)))                              # waits for the other ranks
     val_images, val_labels = val.batch(torch.linspace(0, len(val) - 1, min(512, len(val))).long().numpy())
     val_tokens, val_labels = tokenize(val_images), val_labels.to(device)
     shown = min(10, len(data.classes))

@@ -70,7 +70,8 @@ def start_codebook(model, images, generator, machine):
     chosen = torch.randperm(len(features), generator=generator).repeat(-(-size // len(features)))[:size].to(features.device)
     noise = torch.randn(size, features.shape[1], generator=generator).to(features.device)
     start = features[chosen] + 0.05 * features.std(0) * noise                                 # no two entries alike
-    model.quantizer.codebook.copy_(machine.mean(start * (machine.rank == 0)) * machine.world)  # rank 0's, on all
+    only_first = torch.tensor(float(machine.rank == 0)).to(start.device)
+    model.quantizer.codebook.copy_(machine.mean(start * only_first) * machine.world)           # rank 0's, on all
 
 
 def tokenizer_losses(args, model, images, judge, adversarial):
@@ -101,14 +102,14 @@ def judge_losses(args, judge, plain_judge, images, restored, penalty):
         return loss + args.r1_every * args.r1 * r1_penalty(plain_judge, images), loss
 
 
-def preview(model, images, path):
-    """Writes validation images above their reconstructions.
+def preview(model, images, batch, path):
+    """Writes validation images above their reconstructions. images: (n, 3, S, S) in [0, 1], `batch` of them at a time.
 
     Returns PSNR in dB (mean over images), the share of the codebook in use, and sharpness relative to the images."""
     model.eval()
     with torch.no_grad():
-        indices = torch.cat([model.encode(x) for x in images.split(64)])
-        restored = torch.cat([model.decode(i) for i in indices.split(64)])
+        indices = torch.cat([model.encode(x) for x in images.split(batch)])
+        restored = torch.cat([model.decode(i) for i in indices.split(batch)])
     psnr = -10 * (restored - images).square().mean((1, 2, 3)).clamp(min=1e-10).log10().mean()
     usage = torch.bincount(indices.flatten(), minlength=model.config.codebook_size).gt(0).float().mean()
     rows = [row for i in (0, 16) for row in (images[i:i + 16], restored[i:i + 16]) if len(row)]
@@ -130,7 +131,8 @@ def train(args, machine):
                       ["reconstruction", "commitment", "codebook", "entropy", "generator", "discriminator", "gradient",
                        "psnr", "usage", "sharpness"], args, machine)
     data, val = open_data(args.data, args.image_size, args.data_dir)
-    sample = val.batch(torch.linspace(0, len(val) - 1, min(512, len(val))).long().numpy())[0].to(device).float() / 255
+    shown = min(512 if args.image_size <= 64 else 64, len(val))
+    sample = val.batch(torch.linspace(0, len(val) - 1, shown).long().numpy())[0].to(device).float() / 255
 
     torch.manual_seed(args.seed)
     model = VQGAN(config).to(device, memory_format=machine.layout)
@@ -199,7 +201,7 @@ def train(args, machine):
 
         save = run.saves(step + 1)
         if save and run.leads:
-            run.extra = preview(ema.model, sample, run.files["png"])
+            run.extra = preview(ema.model, sample, args.micro_batch or 64, run.files["png"])
         if save or (step + 1) % args.log_every == 0:
             run.log(step + 1)
         if save:

@@ -136,9 +136,9 @@ class VectorQuantizer(nn.Module):
 
     def distances(self, features):
         """(B, D, h, w) -> (B, h, w, codebook_size): |z|^2 - 2 z.e + |e|^2."""
-        z = features.permute(0, 2, 3, 1).float()  # distances need float32, whatever the autocast
-        e = self.codebook.float()
-        return z.square().sum(-1, keepdim=True) - 2 * z @ e.T + e.square().sum(-1)
+        with torch.autocast(features.device.type, enabled=False):       # differences of large numbers need float32
+            z, e = features.permute(0, 2, 3, 1).float(), self.codebook.float()
+            return z.square().sum(-1, keepdim=True) - 2 * z @ e.T + e.square().sum(-1)
 
     def lookup(self, indices):
         """(B, h, w) -> (B, D, h, w)."""

@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)      # the models are tiny: a second thread would only wait
 os.environ["MASKGIT_CACHE"] = tempfile.mkdtemp(prefix="maskgit-tests-")
 atexit.register(shutil.rmtree, os.environ["MASKGIT_CACHE"], ignore_errors=True)
 
@@ -22,7 +22,7 @@ TINY_TRANSFORMER = "--dim 16 --depth 1 --heads 2 --mlp-dim 32 --steps 6 --batch 
 def run(script, *arguments, code=0, **options):
     """Runs a script as a user would -> stdout + stderr. `code`: the exit status it must have."""
     result = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True,
-                            stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "2"}, timeout=300, **options)
+                            stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300, **options)
     output = result.stdout + result.stderr
     assert result.returncode == code, f"exit status {result.returncode}:\n{output}"
     if code == 2:

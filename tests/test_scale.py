@@ -199,7 +199,7 @@ def test_larger_images_with_a_tokenizer_of_smaller_ones(trained, tmp_path):
     output = run("train_transformer.py", "--run", tmp_path / "run", "--data", tmp_path / "images", "--vqgan", trained / "vqgan.pt",
                  "--image-size", 64, *TINY_TRANSFORMER)
     assert "256 tokens of 32, 2 classes" in output
-    run("sample.py", "--run", tmp_path / "run", "--vqgan", trained / "vqgan.pt", "--num", 1)
+    run("sample.py", "--run", tmp_path / "run", "--num", 1)
 
 
 # ---- speed and torch-xla
@@ -215,23 +215,23 @@ def test_bench(tmp_path):
 
 
 COUNT = """
-import sys, runtime, importlib
-import torch_xla.debug.metrics as metrics
-script = importlib.import_module(sys.argv.pop(1))
+import importlib, sys
+import runtime, torch_xla.debug.metrics as metrics
 done = runtime.Run.end_step
-def counted(self, values):
+def counted(self, values):                    # patched in the chip's process as well, which imports this file
     done(self, values)
     print("compiled", (metrics.metric_data("CompileTime") or [0])[0], flush=True)
 runtime.Run.end_step = counted
-script.main()
+if __name__ == "__main__":
+    importlib.import_module(sys.argv.pop(1)).main()
 """
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_xla(replicas, tmp_path):
+def test_xla(tmp_path):
     """Both stages and sampling through torch-xla's CPU device: the losses of plain CPU, and no graph after the second step."""
     pytest.importorskip("torch_xla")
-    xla = {**os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(replicas), "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+    xla = {**os.environ, "PJRT_DEVICE": "CPU", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    (tmp_path / "count.py").write_text(COUNT)
     flags = {"vqgan": [*SPLITTABLE, "--gan-start", 0], "transformer": TINY_TRANSFORMER}
     for stage, script in (("vqgan", "train_vq"), ("transformer", "train_transformer")):
         rows = {}
@@ -239,14 +239,13 @@ def test_xla(replicas, tmp_path):
             if stage == "transformer" and device == "xla":
                 shutil.copy(tmp_path / "cpu" / "vqgan.pt", tmp_path / "xla" / "vqgan.pt")
             command = ["--run", tmp_path / device, *flags[stage], "--device", device, "--bf16", "no", "--save-every", 100]
-            result = subprocess.run([sys.executable, "-c", COUNT, script, *map(str, command)] if device == "xla" else
+            result = subprocess.run([sys.executable, tmp_path / "count.py", script, *map(str, command)] if device == "xla" else
                                     [sys.executable, ROOT / f"{script}.py", *map(str, command)], capture_output=True, text=True, env=xla)
             assert result.returncode == 0, result.stdout + result.stderr
             rows[device] = list(csv.DictReader(open(tmp_path / device / f"{stage}.log.csv")))
             compiled = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("compiled")]
             if device == "xla":
-                assert len(compiled) == 6 * replicas and len(set(compiled[2 * replicas:])) == 1, compiled
-        if stage == "vqgan" or replicas == 1:   # masks differ by rank
-            loss = {"vqgan": "reconstruction", "transformer": "loss"}[stage]
-            assert all(abs(float(a[loss]) - float(b[loss])) < 1e-4 for a, b in zip(rows["cpu"], rows["xla"])), rows
+                assert len(compiled) == 6 and len(set(compiled[2:])) == 1, compiled
+        loss = {"vqgan": "reconstruction", "transformer": "loss"}[stage]
+        assert all(abs(float(a[loss]) - float(b[loss])) < 1e-4 for a, b in zip(rows["cpu"], rows["xla"])), rows
     subprocess.run([sys.executable, ROOT / "sample.py", "--run", tmp_path / "xla", "--device", "xla", "--num", "1"], check=True, env=xla)

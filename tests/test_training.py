@@ -20,7 +20,7 @@ STAGES = {"train_vq.py": ("vqgan", TINY_VQ), "train_transformer.py": ("transform
 
 def start(script, *arguments, **options):
     return subprocess.Popen([sys.executable, ROOT / script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            stdin=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"},
+                            stdin=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
                             **options)
 
 
