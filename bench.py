@@ -26,6 +26,7 @@ import runtime
 import train_transformer
 import train_vq
 from maskgit import MaskGIT, MaskGITConfig, decode
+from perceptual import LPIPS
 from vqgan import VQGAN, Discriminator, VQGANConfig
 
 ROWS = "train-transformer decode train-vq encode restore".split()
@@ -37,16 +38,17 @@ def configurations(preset):
     name, size = PRESETS[preset]
     one, two = SimpleNamespace(**train_vq.PRESETS[name]), SimpleNamespace(**train_transformer.PRESETS[name])
     one.image_size, one.recompute = size, size >= 512
-    vq = VQGANConfig(one.codebook_size, one.codebook_dim, one.filters, one.multipliers, one.res_blocks, one.groups, entropy=one.entropy)
+    vq = VQGANConfig(one.codebook_size, one.codebook_dim, one.filters, one.multipliers, one.res_blocks, one.groups,
+                     entropy=one.entropy)
     classes = 1000 if name == "imagenet" else 10
     return one, two, vq, MaskGITConfig(vq.codebook_size, classes, (size // vq.stride) ** 2, two.dim, two.depth, two.heads,
                                        two.mlp_dim, two.dropout)
 
 
-def flops(function, *models):
-    """FLOPs of function(*models) with the models on the meta device, where nothing is computed."""
-    with FlopCounterMode(display=False) as counter:
-        function(*[model.to("meta") for model in models])
+def flops(function):
+    """FLOPs of function() on the meta device, where nothing is computed and no memory is taken."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        function()
     return counter.get_total_flops()
 
 
@@ -109,9 +111,11 @@ def transformer_row(machine, args, config, batch):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         ema.update(model, 1000)
-    empty = torch.empty(batch, config.num_tokens, dtype=torch.long, device="meta")
-    count = flops(lambda m: m(empty, empty[:, 0]).sum().backward(), MaskGIT(config))
-    return step, count, batch
+
+    def count():
+        empty = torch.empty(batch, config.num_tokens, dtype=torch.long)
+        MaskGIT(config)(empty, empty[:, 0]).sum().backward()
+    return step, flops(count), batch
 
 
 def decode_row(machine, config, batch, steps):
@@ -122,24 +126,30 @@ def decode_row(machine, config, batch, steps):
     def step():
         with machine.autocast():
             decode(forward, labels, steps, generator=machine.generator(0))
-    empty = torch.empty(batch, config.num_tokens, dtype=torch.long, device="meta")
-    return step, steps * flops(lambda m: m(empty, empty[:, 0]), MaskGIT(config)), batch
+
+    def count():
+        empty = torch.empty(batch, config.num_tokens, dtype=torch.long)
+        MaskGIT(config).eval()(empty, empty[:, 0])
+    return step, steps * flops(count), batch
 
 
 def vq_row(machine, args, config, batch):
-    """One training step of stage 1 with the discriminator, without the R1 penalty (due every 16th step)."""
+    """One training step of stage 1 with discriminator and, from 128 pixels on, LPIPS (on random weights, which take as long);
+    without the R1 penalty, due every 16th step."""
     model = VQGAN(config).to(machine.device, memory_format=machine.layout)
-    disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width).to(machine.device, memory_format=machine.layout)
+    disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width)
+    disc.to(machine.device, memory_format=machine.layout)
     model.encoder.recompute = model.decoder.recompute = args.recompute
+    lpips = LPIPS().to(machine.device, memory_format=machine.layout) if args.image_size >= 128 else None
     ema, trained, trained_disc = runtime.EMA(model, args.ema), machine.trainable(model), machine.trainable(disc)
-    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-4, betas=(0, 0.99), fused=machine.fused) for m in (model, disc)]
-    images = torch.rand(batch, 3, args.image_size, args.image_size, device=machine.device).contiguous(memory_format=machine.layout)
+    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-4, betas=(0.0, 0.99), fused=machine.fused) for m in (model, disc)]
+    images = torch.rand(batch, 3, args.image_size, args.image_size).to(machine.device, memory_format=machine.layout)
 
     def step():
         disc.requires_grad_(False)
         optimizers[0].zero_grad(set_to_none=True)
         with machine.autocast():
-            total, _, restored = train_vq.tokenizer_losses(args, trained, images, disc, args.adversarial)
+            total, _, restored = train_vq.tokenizer_losses(args, trained, images, disc, args.adversarial, lpips)
         total.backward()
         optimizers[0].step()
         ema.update(model, 1000)
@@ -150,13 +160,16 @@ def vq_row(machine, args, config, batch):
         total.backward()
         optimizers[1].step()
 
-    def count(model, disc):
-        empty = torch.empty(batch, 3, args.image_size, args.image_size, device="meta")
+    def count():
+        empty = torch.empty(batch, 3, args.image_size, args.image_size)
+        model, disc = VQGAN(config), Discriminator(args.image_size, args.disc_width, args.disc_max_width)
         disc.requires_grad_(False)
-        disc(model(empty)[0]).sum().backward()
+        restored = model(empty)[0]
+        total = disc(restored).sum() + (LPIPS()(restored, empty).sum() if lpips else 0)
+        total.backward()
         disc.requires_grad_(True)
         disc(torch.cat([empty, empty])).sum().backward()
-    return step, flops(count, VQGAN(config), Discriminator(args.image_size, args.disc_width, args.disc_max_width)), batch
+    return step, flops(count), batch
 
 
 def tokenizer_row(machine, args, config, batch, restore):
@@ -165,15 +178,19 @@ def tokenizer_row(machine, args, config, batch, restore):
     method = model.decode if restore else model.encode
     method = torch.compile(method) if machine.compiled else method
     side = args.image_size // config.stride
-    given = torch.randint(config.codebook_size, (batch, side, side), device=machine.device) if restore else \
-        torch.rand(batch, 3, args.image_size, args.image_size, device=machine.device).contiguous(memory_format=machine.layout)
+    given = torch.rand(batch, 3, args.image_size, args.image_size).to(machine.device, memory_format=machine.layout)
+    if restore:
+        given = torch.randint(config.codebook_size, (batch, side, side), device=machine.device)
 
     @torch.no_grad()
     def step():
         with machine.autocast():
             method(given)
-    count = flops(lambda m: (m.decode if restore else m.encode)(given.to("meta")), VQGAN(config))
-    return step, count, batch
+
+    def count():
+        model = VQGAN(config)
+        (model.decode if restore else model.encode)(torch.empty(given.shape, dtype=given.dtype))
+    return step, flops(count), batch
 
 
 def rows_of(machine, preset, wanted, batches):
@@ -226,8 +243,9 @@ def bench(args, machine):
             before = matrix_peak(machine)
             took = seconds(machine, step, args.repeats)
             memory, peak = peak_memory(machine), max(before, matrix_peak(machine))
-            results.append({"preset": preset, "row": label, "batch": images, "seconds": took, "images_per_second": images / took,
-                            "flops": count, "flops_per_second": count / took, "peak": peak, "share": count / took / peak, "memory": memory})
+            results.append({"preset": preset, "row": label, "batch": images, "seconds": took,
+                            "images_per_second": images / took, "flops": count, "flops_per_second": count / took,
+                            "peak": peak, "share": count / took / peak, "memory": memory})
             print(f"{preset:12} {label:18} {images:5} {took:9.4g} {images / took:9.4g} {count / took / 1e12:8.4g} {peak / 1e12:7.4g} "
                   f"{count / took / peak:6.1%} {memory / 2 ** 30:5.2f} GB", flush=True)
             del step

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import tarfile
-import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps
+
+from downloads import cache_folder, download
 
 SPLITS = ("train", "val")
 
@@ -158,9 +159,7 @@ class Cifar10:
     image_size, workers = 32, 0
 
     def __init__(self, split, folder):
-        path = Path(folder) / "cifar-10-binary.tar.gz"
-        if not path.exists():
-            fetch(CIFAR_URL, path)
+        path = download(CIFAR_URL, "cifar-10-binary.tar.gz", folder=Path(folder))
         if hashlib.md5(path.read_bytes()).hexdigest() != CIFAR_MD5:
             raise ValueError(f"{path} has a wrong checksum (MD5 {CIFAR_MD5} expected): delete it and run again to fetch it anew")
         self.classes, self.images, self.labels = read_cifar(path, split)
@@ -183,24 +182,6 @@ def read_cifar(path, split):
         names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
         records = np.frombuffer(b"".join(read(name) for name in names), np.uint8).reshape(-1, 3073)
         return read("batches.meta.txt").decode().split(), records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
-
-
-def fetch(url, path):
-    """Downloads to a temporary name, with progress, and renames. Raises OSError that names both places."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as response, open(temporary, "wb") as file:
-            total, done = int(response.headers.get("Content-Length") or 0), 0
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
-                done += len(chunk)
-                print(f"\rfetching {url}: {done >> 20} of {total >> 20} MB", end="", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot fetch {url} ({error}): put the file at {path} yourself") from error
 
 
 # ------------------------------------------------------------------------------------------------ a folder of images
@@ -321,7 +302,7 @@ def remembered(kind, root, valid, make):
     """What make() returns, a JSON value, from the cache folder where what lies there is valid(): to scan a million files
     takes minutes. The cache folder is MASKGIT_CACHE, by default ~/.cache/maskgit."""
     name = f"{kind}-{hashlib.md5(str(root.resolve()).encode()).hexdigest()}.json"
-    path = Path(os.environ.get("MASKGIT_CACHE") or Path.home() / ".cache" / "maskgit", name)
+    path = cache_folder() / name
     try:
         found = json.loads(path.read_text())
         if valid(found):
@@ -335,7 +316,8 @@ def remembered(kind, root, valid, make):
         temporary.write_text(json.dumps(made))
         os.replace(temporary, path)
     except OSError as error:
-        print(f"the scan of {root} could not be kept in {path.parent} ({error.strerror}): the next start scans again", file=sys.stderr)
+        print(f"the scan of {root} could not be kept in {path.parent} ({error.strerror}): the next start scans again",
+              file=sys.stderr)
     return made
 
 
@@ -408,8 +390,9 @@ def open_data(name, size=None, folder="data"):
         return open_folder(name, size or 32)
     root = Path(folder, name)
     if not (root / "train").is_dir() or not (root / "val").is_dir():
-        raise ValueError(f"{root} should hold train/CLASS/*.JPEG and val/CLASS/*.JPEG, with a folder for each of the "
-                         f"{'1,000 WNIDs, such as n01440764' if name == 'imagenet' else '365 classes'}; put it there or name its place with --data-dir")
+        classes = "1,000 WNIDs, such as n01440764" if name == "imagenet" else "365 classes"
+        raise ValueError(f"{root} should hold train/CLASS/*.JPEG and val/CLASS/*.JPEG, with a folder for each of the {classes}; "
+                         f"put it there or name its place with --data-dir")
     pair = open_folder(root, size or 256, check=False)               # its million files are known to be whole
     if (root / "LOC_synset_mapping.txt").exists():                   # "n01440764 tench, Tinca tinca", beside ImageNet's folders
         names = dict(line.split(" ", 1) for line in (root / "LOC_synset_mapping.txt").read_text().splitlines() if " " in line)

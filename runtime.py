@@ -152,6 +152,17 @@ def load_checkpoint(path, kind):
     return checkpoint
 
 
+def load_tensors(path):
+    """The tensors of a PyTorch state dict, by name. Raises OSError, or ValueError where the file is none."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: value for name, value in state.items() if torch.is_tensor(value)}
+    except OSError:
+        raise
+    except Exception as error:                              # a damaged archive can raise nearly anything
+        raise ValueError(f"{path} is no PyTorch state dict, or is damaged; fetch it again") from error
+
+
 def load_weights(model, weights, path):
     """load_state_dict with a one-line ValueError that names the first parameter which does not fit."""
     own = model.state_dict()
@@ -162,8 +173,19 @@ def load_weights(model, weights, path):
         if own[name].shape != weights[name].shape:
             raise ValueError(f"{path} does not fit its own configuration: parameter {name} has shape "
                              f"{tuple(weights[name].shape)}, not {tuple(own[name].shape)}")
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=True)
     return model
+
+
+def rebuild(path, kind, config_class, model_class):
+    """A model from its file alone -> (model in eval mode, checkpoint). Raises ValueError or FileNotFoundError."""
+    checkpoint = load_checkpoint(path, kind)
+    try:
+        with torch.device("meta"):                       # no time for a random start, which is replaced at once
+            model = model_class(config_class(**checkpoint["config"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} has a configuration that this version does not know ({error}); train it again") from error
+    return load_weights(model, checkpoint["model"], path).eval().requires_grad_(False), checkpoint
 
 
 def fingerprint(model):

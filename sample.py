@@ -18,19 +18,9 @@ from maskgit import ORDERS, SCHEDULES, MaskGIT, MaskGITConfig, decode
 from vqgan import VQGAN, VQGANConfig
 
 
-def rebuild(path, kind, config_class, model_class):
-    """A model from its file alone -> (model in eval mode, checkpoint). Raises ValueError or FileNotFoundError."""
-    checkpoint = runtime.load_checkpoint(path, kind)
-    try:
-        model = model_class(config_class(**checkpoint["config"]))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} has a configuration that this version does not know ({error}); train it again") from error
-    return runtime.load_weights(model, checkpoint["model"], path).eval().requires_grad_(False), checkpoint
-
-
 def load_tokenizer(path):
     """runs/NAME/vqgan.pt -> (VQGAN, checkpoint)."""
-    return rebuild(path, "vqgan", VQGANConfig, VQGAN)
+    return runtime.rebuild(path, "vqgan", VQGANConfig, VQGAN)
 
 
 def load_run(folder, device, vqgan=None):
@@ -42,7 +32,7 @@ def load_run(folder, device, vqgan=None):
     trained again after the transformer."""
     folder = Path(folder) if folder else newest_run()
     path = Path(vqgan or folder / "vqgan.pt")
-    transformer, checkpoint = rebuild(folder / "transformer.pt", "transformer", MaskGITConfig, MaskGIT)
+    transformer, checkpoint = runtime.rebuild(folder / "transformer.pt", "transformer", MaskGITConfig, MaskGIT)
     tokenizer, _ = load_tokenizer(path)
     ours, theirs = tokenizer.config.codebook_size, transformer.config.codebook_size
     if ours != theirs:
@@ -57,7 +47,7 @@ def newest_run(root="runs"):
     """The folder whose transformer.pt was written last. Raises FileNotFoundError where there is none."""
     files = sorted(Path(root).glob("*/transformer.pt"), key=lambda path: path.stat().st_mtime)
     if not files:
-        raise FileNotFoundError(f"no run in {root}/ holds a transformer: run train_vq.py and train_transformer.py first, "
+        raise FileNotFoundError(f"no run in {root}/ holds a transformer: run train_vq.py and train_transformer.py, or pretrained.py imagenet256, "
                                 f"or name a run with --run")
     return files[-1].parent
 

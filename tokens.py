@@ -1,4 +1,4 @@
-"""Stage 2 from cached tokens: each training image is encoded once, in several augmented views (train_transformer.py --cache-tokens).
+"""Stage 2 from cached tokens (--cache-tokens): each training image is encoded once, in several augmented views.
 
 A folder holds index.json and chunks NNNNN.npy; a chunk is written whole or not at all, so an interrupted encoding goes
 on where it stopped, and ranks share the chunks among them.
@@ -26,7 +26,8 @@ class CachedTokens:
     def __init__(self, folder, data, views, fingerprint, num_tokens):
         self.folder, self.data, self.views, self.classes = Path(folder), data, views, data.classes
         self.rows = len(data) * views
-        index = {"tokenizer": fingerprint, "images": len(data), "views": views, "tokens": num_tokens, "classes": list(data.classes)}
+        index = {"tokenizer": fingerprint, "images": len(data), "views": views, "tokens": num_tokens,
+                 "classes": list(data.classes)}
         try:
             found = json.loads((self.folder / "index.json").read_text())
         except FileNotFoundError:
@@ -37,8 +38,8 @@ class CachedTokens:
         else:
             if found != index:
                 what = next(key for key in index if found.get(key) != index[key])
-                raise ValueError(f"the tokens in {folder} are stale (another number or set of {what}): rm -r '{folder}', then run this again"
-                                 if what != "tokenizer" else f"the tokens in {folder} are of another tokenizer: rm -r '{folder}', then run this again")
+                raise ValueError(f"the tokens in {folder} are stale, with another value of {what}: rm -r '{folder}', then run this "
+                                 f"again to encode anew")
         self.paths = [self.folder / f"{i:05}.npy" for i in range(-(-self.rows // self.CHUNK))]
 
     def __len__(self):

@@ -12,7 +12,7 @@ Writes runs/NAME/transformer.pt, and beside it the log, the loss curve and the l
 """
 import argparse
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -41,10 +41,11 @@ FLAGS = {
     "decay": "yes: cosine decay to 1%%; no: constant learning rate",
     "ema": "decay of the averaged weights",
 }
-SHAPES = dict(dim=128, depth=4, heads=4, mlp_dim=512, dropout=0.0, schedule="cosine", label_smoothing=0.0, class_dropout=0.0,
-              steps=4200, batch=32, lr=4e-3, weight_decay=0.045, warmup=100, decay=True, ema=0.995)
-IMAGENET = dict(dim=768, depth=24, heads=8, mlp_dim=3072, dropout=0.1, schedule="cosine", label_smoothing=0.1, class_dropout=0.0,
-                steps=1_501_000, batch=256, lr=1e-4, weight_decay=0.045, warmup=5000, decay=False, ema=0.999, micro_batch=64)     # 300 epochs
+SHAPES = dict(dim=128, depth=4, heads=4, mlp_dim=512, dropout=0.0, schedule="cosine", label_smoothing=0.0,
+              class_dropout=0.0, steps=4200, batch=32, lr=4e-3, weight_decay=0.045, warmup=100, decay=True, ema=0.995)
+IMAGENET = dict(dim=768, depth=24, heads=8, mlp_dim=3072, dropout=0.1, schedule="cosine", label_smoothing=0.1,
+                class_dropout=0.0, steps=1_501_000, batch=256, lr=1e-4, weight_decay=0.045, warmup=5000, decay=False,
+                ema=0.999, micro_batch=64)                  # 300 epochs
 PRESETS = {"shapes": SHAPES, "cifar10": SHAPES | dict(steps=20_000), "folder": SHAPES, "imagenet": IMAGENET,
            "places2": IMAGENET | dict(steps=1_409_000)}      # 200 epochs
 
@@ -70,6 +71,18 @@ def training_loss(args, model, mask_id, tokens, labels, generator):
     return loss, ((logits.detach().argmax(-1) == tokens) & mask).sum() / mask.sum()
 
 
+def adopt(model, start, same_classes):
+    """Takes over the weights of `start`; the rows of the classes only where both have the same."""
+    weights, own, codes = start.state_dict(), model.state_dict(), model.config.codebook_size
+    for name in ("token_embedding.weight", "head_bias"):
+        table, theirs = own[name].clone(), weights[name]
+        table[:codes], table[model.mask_id] = theirs[:codes], theirs[start.mask_id]
+        if same_classes:
+            table[codes:model.mask_id] = theirs[codes:start.mask_id]
+        weights[name] = table
+    model.load_state_dict(weights)
+
+
 def train(args, machine):
     if args.schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule '{args.schedule}'; choose one of: {', '.join(SCHEDULES)}")
@@ -80,17 +93,28 @@ def train(args, machine):
     if size % tokenizer.config.stride:
         raise ValueError(f"--image-size {size} is not divisible by the tokenizer's stride {tokenizer.config.stride}")
     settings = {name: getattr(args, name) for name in (*FLAGS, "data", "seed", "cache_tokens")}
-    settings |= {"image_size": size, "tokenizer": runtime.fingerprint(tokenizer)}
+    settings |= {"init": args.init, "image_size": size, "tokenizer": runtime.fingerprint(tokenizer)}
     run = runtime.Run(folder, "transformer", settings, ["loss", "accuracy", "gradient", "val_loss"], args, machine)
     if args.vqgan and run.leads and not (folder / "vqgan.pt").exists():     # a run holds all that sampling needs
         runtime.write_atomically(folder / "vqgan.pt", lambda file: file.write(Path(args.vqgan).read_bytes()))
     data, val = open_data(args.data, size, args.data_dir)
     config = MaskGITConfig(tokenizer.config.codebook_size, len(data.classes), (size // tokenizer.config.stride) ** 2,
                            args.dim, args.depth, args.heads, args.mlp_dim, args.dropout, args.class_dropout > 0)
+    if args.init:
+        start, of_start = runtime.rebuild(Path(args.init, "transformer.pt"), "transformer", MaskGITConfig, MaskGIT)
+        if of_start["tokenizer"] != settings["tokenizer"]:
+            raise ValueError(f"the transformer of {args.init} belongs to another tokenizer: add --vqgan {args.init}/vqgan.pt")
+        if start.config.num_tokens != config.num_tokens:
+            raise ValueError(f"the transformer of {args.init} draws {start.config.num_tokens} tokens, not {config.num_tokens}: "
+                             f"add --image-size {of_start['image_size']}")
+        config = replace(start.config, num_classes=config.num_classes, dropout=config.dropout, null_class=config.null_class)
 
     torch.manual_seed(args.seed)
     tokenizer.to(device, memory_format=machine.layout)
-    model = MaskGIT(config).to(device)
+    model = MaskGIT(config)
+    if args.init:
+        adopt(model, start, list(data.classes) == of_start["classes"])
+    model.to(device)
     # Weight decay for matrices; biases, LayerNorms and the output's bias are left alone.
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -166,10 +190,14 @@ def train(args, machine):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--init", metavar="RUN",
+                        help="start from the transformer of a run, sizes included, such as runs/imagenet256")
     parser.add_argument("--vqgan", help="tokenizer file (default: vqgan.pt in the run's folder)")
-    parser.add_argument("--image-size", type=runtime.whole, help="pixels along each side (default: what the tokenizer was trained at)")
+    parser.add_argument("--image-size", type=runtime.whole,
+                        help="pixels along each side (default: what the tokenizer was trained at)")
     parser.add_argument("--cache-tokens", type=runtime.whole, default=0, metavar="K",
-                        help="encode every training image once, in K augmented views, and train from the tokens; 0: encode on the fly (default: %(default)s)")
+                        help="encode every training image once, in K augmented views, and train from the tokens; "
+                             "0: encode on the fly (default: %(default)s)")
     devices.launch(train, runtime.parse_training_flags(parser, PRESETS, FLAGS))
 
 

@@ -10,7 +10,7 @@
 Writes runs/NAME/vqgan.pt, and beside it the log, the loss curve and the latest reconstructions.
 """
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,10 @@ import torch.nn.functional as F
 import devices
 import runtime
 from data import batches, open_data
-from vqgan import VQGAN, Discriminator, VQGANConfig, discriminator_loss, generator_loss, r1_penalty
+from perceptual import load_lpips
+from sample import load_tokenizer
+from vqgan import (VQGAN, Discriminator, VQGANConfig, discriminator_loss, full_precision, generator_loss,
+                   r1_penalty)
 
 FLAGS = {
     "image_size": "pixels along each side",
@@ -41,6 +44,8 @@ FLAGS = {
     "decay": "yes: cosine decay to 1%%; no: constant learning rate",
     "ema": "decay of the averaged weights",
     "reconstruction": "weight of the squared error",
+    "perceptual": "lpips (VGG16 features, 528 MB fetched once), none, or auto: lpips from 128 pixels on",
+    "perceptual_weight": "weight of the perceptual loss",
     "entropy": "weight of the codebook entropy loss",
     "adversarial": "weight of the adversarial loss; 0 switches the discriminator off",
     "gan_start": "share of the steps after which the discriminator sets in",
@@ -51,13 +56,14 @@ FLAGS = {
     "recompute": "yes: recompute activations in the backward pass, for less memory; always done from 512 pixels on",
 }
 SHAPES = dict(image_size=32, filters=32, multipliers=(1, 1, 1), res_blocks=1, groups=1, codebook_size=256, codebook_dim=8,
-              codebook_lr=3.0, disc_width=2, disc_max_width=64, steps=3000, batch=16, lr=3e-3, disc_lr=1e-3, beta1=0.9, warmup=100,
-              decay=True, ema=0.995, reconstruction=20.0, entropy=0.1, adversarial=0.4, gan_start=0.5, gan_ramp=100,
-              gan_loss="non-saturating", r1=0.1, r1_every=16, recompute=False)
+              codebook_lr=3.0, disc_width=2, disc_max_width=64, steps=3000, batch=16, lr=3e-3, disc_lr=1e-3, beta1=0.9,
+              warmup=100, decay=True, ema=0.995, reconstruction=20.0, perceptual="auto", perceptual_weight=0.1, entropy=0.1,
+              adversarial=0.4, gan_start=0.5, gan_ramp=100, gan_loss="non-saturating", r1=0.1, r1_every=16, recompute=False)
 IMAGENET = dict(image_size=256, filters=128, multipliers=(1, 1, 2, 2, 4), res_blocks=2, groups=32, codebook_size=1024,
                 codebook_dim=256, codebook_lr=1.0, disc_width=64, disc_max_width=512, steps=1_000_000, batch=256, lr=1e-4,
-                disc_lr=1e-4, beta1=0.0, warmup=0, decay=False, ema=0.999, reconstruction=1.0, entropy=0.1, adversarial=0.1,
-                gan_start=0.0, gan_ramp=1, gan_loss="non-saturating", r1=10.0, r1_every=16, recompute=False, micro_batch=32)
+                disc_lr=1e-4, beta1=0.0, warmup=0, decay=False, ema=0.999, reconstruction=1.0, perceptual="auto",
+                perceptual_weight=0.1, entropy=0.1, adversarial=0.1, gan_start=0.0, gan_ramp=1, gan_loss="non-saturating",
+                r1=10.0, r1_every=16, recompute=False, micro_batch=32)
 PRESETS = {"shapes": SHAPES, "cifar10": SHAPES | dict(codebook_size=1024, steps=20_000, batch=32),
            "folder": SHAPES | dict(codebook_size=1024), "imagenet": IMAGENET, "places2": IMAGENET}
 
@@ -74,14 +80,17 @@ def start_codebook(model, images, generator, machine):
     model.quantizer.codebook.copy_(machine.mean(start * only_first) * machine.world)           # rank 0's, on all
 
 
-def tokenizer_losses(args, model, images, judge, adversarial):
-    """The tokenizer: reconstruct, stay near the codes, and, where adversarial > 0, pass for real.
+def tokenizer_losses(args, model, images, judge, adversarial, lpips=None):
+    """The tokenizer: reconstruct, stay near the codes, look alike to `lpips`, and, where adversarial > 0, pass for real.
 
-    images: (B, 3, S, S) in [0, 1]. judge: images -> logits. adversarial: the weight now. Returns the total, a scalar,
-    the losses by name, and the reconstructions, detached."""
+    images: (B, 3, S, S) in [0, 1]. judge: images -> logits. adversarial: its weight now. lpips: perceptual.LPIPS, or None.
+    Returns the total, a scalar, the losses by name, and the reconstructions, detached."""
     restored, _, losses = model(images)
     losses["reconstruction"] = F.mse_loss(restored.float(), images)
     total = args.reconstruction * losses["reconstruction"] + losses["commitment"] + losses["codebook"] + losses["entropy"]
+    if lpips:
+        losses["perceptual"] = lpips(restored, images).mean()
+        total = total + args.perceptual_weight * losses["perceptual"]
     losses["generator"] = torch.zeros_like(total)
     if adversarial > 0:
         losses["generator"] = generator_loss(judge(restored).float(), args.gan_loss)
@@ -92,13 +101,13 @@ def tokenizer_losses(args, model, images, judge, adversarial):
 def judge_losses(args, judge, plain_judge, images, restored, penalty):
     """The discriminator: real images against the tokenizer's reconstructions of them. penalty: whether R1 is due.
 
-    plain_judge: the same discriminator uncompiled, since torch.compile has no second derivatives. Returns the total and the loss
-    without the penalty."""
+    plain_judge: the same discriminator uncompiled, since torch.compile has no second derivatives. Returns the total and the
+    loss without the penalty."""
     real, fake = judge(torch.cat([images, restored])).float().chunk(2)
     loss = discriminator_loss(real, fake, args.gan_loss)
     if not penalty:
         return loss, loss
-    with torch.autocast(images.device.type, enabled=False):      # the square of a gradient needs float32
+    with full_precision(images):      # the square of a gradient needs float32
         return loss + args.r1_every * args.r1 * r1_penalty(plain_judge, images), loss
 
 
@@ -119,23 +128,34 @@ def preview(model, images, batch, path):
 
 
 def train(args, machine):
-    settings = {name: getattr(args, name) for name in (*FLAGS, "data", "seed")}
+    if args.perceptual == "auto":
+        args.perceptual = "lpips" if args.image_size >= 128 else "none"
+    if args.perceptual not in ("lpips", "none"):
+        raise ValueError(f"unknown --perceptual '{args.perceptual}'; choose lpips, none or auto")
+    settings = {name: getattr(args, name) for name in (*FLAGS, "data", "seed", "init")}
     config = VQGANConfig(args.codebook_size, args.codebook_dim, args.filters, args.multipliers, args.res_blocks,
                          args.groups, entropy=args.entropy)
+    if args.init:
+        start, _ = load_tokenizer(Path(args.init, "vqgan.pt"))
+        config = replace(start.config, entropy=args.entropy)
     if args.image_size % config.stride:
         raise ValueError(f"--image-size {args.image_size} is not divisible by the tokenizer's stride {config.stride}")
     if args.gan_loss not in ("non-saturating", "hinge"):
         raise ValueError(f"unknown --gan-loss '{args.gan_loss}'; choose non-saturating or hinge")
     device, parts = machine.device, devices.micro_batches(args, machine)
     run = runtime.Run(args.run or Path("runs", Path(args.data).name), "vqgan", settings,
-                      ["reconstruction", "commitment", "codebook", "entropy", "generator", "discriminator", "gradient",
+                      ["reconstruction", "perceptual", "commitment", "codebook", "entropy", "generator", "discriminator", "gradient",
                        "psnr", "usage", "sharpness"], args, machine)
     data, val = open_data(args.data, args.image_size, args.data_dir)
     shown = min(512 if args.image_size <= 64 else 64, len(val))
     sample = val.batch(torch.linspace(0, len(val) - 1, shown).long().numpy())[0].to(device).float() / 255
 
     torch.manual_seed(args.seed)
-    model = VQGAN(config).to(device, memory_format=machine.layout)
+    model = VQGAN(config)
+    if args.init:
+        model.load_state_dict(start.state_dict())
+    model.to(device, memory_format=machine.layout)
+    lpips = load_lpips().to(device, memory_format=machine.layout) if args.perceptual == "lpips" else None
     disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width).to(device, memory_format=machine.layout)
     model.encoder.recompute = model.decoder.recompute = args.recompute or args.image_size >= 512
     codebook = model.quantizer.codebook
@@ -160,7 +180,7 @@ def train(args, machine):
     for step, (images, _) in enumerate(stream, run.step):
         generator = machine.seed_step(args.seed, step)
         images = images.to(device, non_blocking=True).float().div(255).contiguous(memory_format=machine.layout)
-        if step == 0 and args.codebook_lr > 1:
+        if step == 0 and args.codebook_lr > 1 and not args.init:
             start_codebook(model, images, generator, machine)
         adversarial = args.adversarial * min(1, (step - gan_start + 1) / args.gan_ramp) if step >= gan_start else 0
         for group in optimizer.param_groups:
@@ -172,7 +192,7 @@ def train(args, machine):
         for i, part in enumerate(images.chunk(parts)):
             with machine.accumulating(trained, i + 1 < parts):
                 with machine.autocast():
-                    total, losses, output = tokenizer_losses(args, trained, part, judge, adversarial)
+                    total, losses, output = tokenizer_losses(args, trained, part, judge, adversarial, lpips)
                 (total / parts).backward()
             restored.append(output)
             metrics.append(losses)
@@ -192,7 +212,8 @@ def train(args, machine):
             for i, (part, output) in enumerate(zip(images.chunk(parts), restored)):
                 with machine.accumulating(trained_disc, i + 1 < parts):
                     with machine.autocast():
-                        total, loss = judge_losses(args, trained_judge, judge, part, output, args.r1 > 0 and step % args.r1_every == 0)
+                        penalty = args.r1 > 0 and step % args.r1_every == 0
+                        total, loss = judge_losses(args, trained_judge, judge, part, output, penalty)
                     (total / parts).backward()
                 metrics["discriminator"] = metrics["discriminator"] + loss.detach() / parts
             machine.reduce_gradients(disc_optimizer)
@@ -215,6 +236,7 @@ def train(args, machine):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--init", metavar="RUN", help="start from the tokenizer of a run, sizes included, such as runs/imagenet256")
     devices.launch(train, runtime.parse_training_flags(parser, PRESETS, FLAGS))
 
 

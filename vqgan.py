@@ -9,6 +9,7 @@ The architecture is that of the released model, number for number:
 - the discriminator is StyleGAN's residual one, with [1 3 3 1] blur resampling.
 Images are (B, 3, H, W) floats in [0, 1]; tokens are (B, h, w) int64 in [0, codebook_size).
 """
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -109,6 +110,11 @@ class Decoder(Tower):
 
 # ------------------------------------------------------------------------------------------------------ quantizer
 
+def full_precision(tensor):
+    """Switches autocast off. The meta device, on which bench.py counts operations, has none."""
+    return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
 def entropy_loss(affinity, temperature, mean_over_ranks=lambda x: x):
     """Low entropy for each feature, high entropy for their average: sure choices, and every code in use.
 
@@ -136,7 +142,7 @@ class VectorQuantizer(nn.Module):
 
     def distances(self, features):
         """(B, D, h, w) -> (B, h, w, codebook_size): |z|^2 - 2 z.e + |e|^2."""
-        with torch.autocast(features.device.type, enabled=False):       # differences of large numbers need float32
+        with full_precision(features):                                  # differences of large numbers need float32
             z, e = features.permute(0, 2, 3, 1).float(), self.codebook.float()
             return z.square().sum(-1, keepdim=True) - 2 * z @ e.T + e.square().sum(-1)
 

@@ -78,7 +78,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path):
     for i in range(4):
         Image.new("RGB", (80, 80), (60 * i, 0, 99)).save(tmp_path / "images" / f"{i}.png")
     # Images of over 64 pixels are read by worker processes; the signal reaches them too, as Ctrl-C in a terminal does.
-    flags = [*TINY_VQ, "--data", tmp_path / "images", "--image-size", 128, "--workers", 1, "--steps", 100000, "--save-every", 100000]
+    flags = [*TINY_VQ, "--data", tmp_path / "images", "--image-size", 128, "--perceptual", "none", "--workers", 1, "--steps", 100000, "--save-every", 100000]
     process = start("train_vq.py", "--run", tmp_path / "a b", *flags, start_new_session=True)
     wait_for_step(process, 2)
     os.killpg(process.pid, number)

@@ -1,0 +1,497 @@
+"""What others trained: the released format both ways, the tokenizer's PyTorch port, LPIPS, and fetching over bad networks."""
+import copy
+import hashlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import downloads
+from conftest import ROOT, refused, run
+from downloads import download
+from maskgit import MaskGIT, MaskGITConfig
+from perceptual import LPIPS, load_lpips
+from pretrained import maskgit_from_jax, read_tokenizer, tokenizer_layers, vqgan_from_jax, vqgan_from_port, write_released
+from runtime import load_checkpoint
+from test_parity import DATA, close, load
+from vqgan import VQGAN, VQGANConfig
+
+TOKENIZER, TRANSFORMER = DATA / "tokenizer_tiny.msgpack", DATA / "transformer_tiny.msgpack"
+
+
+@pytest.fixture
+def msgpack():
+    return pytest.importorskip("msgpack")
+
+
+def tree_of(msgpack, path):
+    """The file as nested dicts, every array still packed."""
+    return msgpack.unpackb(path.read_bytes())
+
+
+def says(error, *words):
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert str(word) in message, f"'{word}' is not in: {message}"
+
+
+# ---- the released files
+
+@torch.no_grad()
+def test_released_tokenizer(msgpack):
+    ref, _ = load("tokenizer_tiny")
+    model = vqgan_from_jax(TOKENIZER)
+    assert not model.training
+    assert model.config == VQGANConfig(codebook_size=64, codebook_dim=16, filters=32, multipliers=(1, 1, 2), res_blocks=1)
+    images = ref["image"].permute(0, 3, 1, 2)
+    close(model.encoder(images), ref["encoded"].permute(0, 3, 1, 2))
+    assert torch.equal(model.encode(images), ref["indices"].long())
+    close(model(images)[0], ref["reconstruction"].permute(0, 3, 1, 2))
+
+
+@torch.no_grad()
+def test_released_transformer(msgpack):
+    ref, _ = load("transformer_tiny")
+    model = maskgit_from_jax(TRANSFORMER, 64)
+    assert not model.training
+    assert model.config == MaskGITConfig(64, num_classes=10, num_tokens=16, dim=32, depth=2, heads=4, mlp_dim=64)
+    ids = ref["input_ids"].long()
+    close(model(torch.where(ids[:, 1:] < 0, model.mask_id, ids[:, 1:]), ids[:, 0] - 64), ref["logits"][:, 1:, :64])
+
+
+def test_export_gives_the_released_file_again(msgpack, tmp_path):
+    for path, model in ((TOKENIZER, vqgan_from_jax(TOKENIZER)), (TRANSFORMER, maskgit_from_jax(TRANSFORMER, 64))):
+        write_released(model, tmp_path / "file")
+        assert tree_of(msgpack, tmp_path / "file") == tree_of(msgpack, path)
+
+
+@pytest.mark.parametrize("model", [
+    lambda: VQGAN(VQGANConfig(codebook_size=20, codebook_dim=6, filters=32, multipliers=(1, 2, 3), res_blocks=2)),
+    lambda: VQGAN(VQGANConfig(codebook_size=20, codebook_dim=6, filters=32, multipliers=(2,), res_blocks=3)),
+    lambda: MaskGIT(MaskGITConfig(codebook_size=64, num_classes=5, num_tokens=9, dim=24, depth=3, heads=2, mlp_dim=40)),
+])
+def test_export_and_import_change_no_bit(msgpack, model, tmp_path):
+    model = model()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    write_released(model, tmp_path / "file")
+    found = vqgan_from_jax(tmp_path / "file") if isinstance(model, VQGAN) else maskgit_from_jax(tmp_path / "file", 64)
+    assert found.config == model.config
+    assert found.state_dict().keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value) and found.state_dict()[name].is_contiguous(), name
+
+
+def test_wrappings_chunks_and_other_types(msgpack, tmp_path):
+    """Parameters bare or wrapped, an array in pieces as Flax writes those of over 1 GiB, and bfloat16."""
+    expected, tree = maskgit_from_jax(TRANSFORMER, 64).state_dict(), tree_of(msgpack, TRANSFORMER)
+    table = tree["params"]["Embed_0"]["word_embeddings"]
+    (rows, dim), _, data = msgpack.unpackb(table["embedding"].data)
+    pieces = [msgpack.ExtType(1, msgpack.packb(((len(part) // 4,), "float32", part))) for part in (data[:4000], data[4000:])]
+    table["embedding"] = {"__msgpack_chunked_array__": True, "shape": {"0": rows, "1": dim},
+                          "chunks": {"0": pieces[0], "1": pieces[1]}}
+    bias = tree["params"]["MlmLayer_0"]["mlm_dense"]
+    halved = torch.from_numpy(np.frombuffer(msgpack.unpackb(bias["bias"].data)[2], np.float32).copy()).bfloat16()
+    bias["bias"] = msgpack.ExtType(1, msgpack.packb((halved.shape, "bfloat16", halved.view(torch.int16).numpy().tobytes())))
+    step = msgpack.ExtType(3, msgpack.packb(((), "int32", b"\0\0\0\1")))
+    for i, wrapped in enumerate((tree, tree["params"], {"step": step, "params": tree}, {"target": tree, "step": 7})):
+        (tmp_path / "file").write_bytes(msgpack.packb(wrapped))
+        for name, value in maskgit_from_jax(tmp_path / "file", 64).state_dict().items():
+            assert torch.equal(value, halved.float() if name == "head.0.bias" else expected[name]), (i, name)
+    (tmp_path / "file").write_bytes(msgpack.packb({"a": tree, "b": tree}))
+    with pytest.raises(ValueError) as error:
+        maskgit_from_jax(tmp_path / "file", 64)
+    says(error, tmp_path / "file", "twice")
+
+
+def leaves(tree, path=()):
+    for key, value in tree.items():
+        yield from leaves(value, (*path, key)) if isinstance(value, dict) else [(*path, key)]
+
+
+@pytest.mark.parametrize("path, read", [(TOKENIZER, vqgan_from_jax), (TRANSFORMER, lambda path: maskgit_from_jax(path, 64))])
+def test_a_parameter_too_few_too_many_or_misshapen_is_named(msgpack, path, read, tmp_path):
+    file, tree = tmp_path / "file", tree_of(msgpack, path)
+    for *folders, last in leaves(tree["params"]):
+        changed = copy.deepcopy(tree)
+        node, name = changed["params"], "/".join((*folders, last))
+        for folder in folders:
+            node = node[folder]
+        value = node.pop(last)
+        file.write_bytes(msgpack.packb(changed))
+        with pytest.raises(ValueError) as error:
+            read(file)
+        says(error, file, name, "missing")
+        node[last], node["more"] = value, value
+        file.write_bytes(msgpack.packb(changed))
+        with pytest.raises(ValueError) as error:
+            read(file)
+        says(error, file, "/".join((*folders, "more")), "unexpected")
+        if last in ("bias", "scale"):                       # nothing is read off these
+            del node["more"]
+            node[last] = msgpack.ExtType(1, msgpack.packb(((5,), "float32", bytes(20))))
+            file.write_bytes(msgpack.packb(changed))
+            with pytest.raises(ValueError) as error:
+                read(file)
+            says(error, file, name, "(5,)")
+
+
+def test_damaged_files(msgpack, tmp_path):
+    file, whole = tmp_path / "file", TRANSFORMER.read_bytes()
+    for data in (b"", b"not a checkpoint at all", whole[:20], whole[:50_000], whole[:-1], whole + b"x", b"\x93\x01\x02\x03",
+                 whole.replace(b"float32", b"complex"), whole.replace(b"\x92\x20\x04\x08", b"\x92\x20\x04\x09")):
+        file.write_bytes(data)
+        for read in (maskgit_from_jax, read_tokenizer):
+            with pytest.raises(ValueError) as error:
+                read(file)
+            says(error, file)
+    with pytest.raises(OSError):
+        maskgit_from_jax(tmp_path / "none")
+
+
+def test_a_vocabulary_that_does_not_fit(msgpack):
+    with pytest.raises(ValueError) as error:
+        maskgit_from_jax(TRANSFORMER)
+    says(error, TRANSFORMER, "vocabulary of 75", 1024)
+
+
+def test_msgpack_is_optional(tmp_path, monkeypatch):
+    (tmp_path / "msgpack.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    refused("pretrained.py", "imagenet256", "--run", tmp_path / "run", says="pip install msgpack")
+    assert not (tmp_path / "run").exists()
+
+
+# ---- runs
+
+def test_conversion_makes_a_run_to_sample_from(msgpack, tmp_path):
+    folder = tmp_path / "run"
+    command = ["pretrained.py", "--tokenizer", TOKENIZER, "--transformer", TRANSFORMER, "--run", folder]
+    run(*command)
+    run("sample.py", "--run", folder, "--steps", 3, "--class", "7", "0", "--num", 2, "--device", "cpu")
+    assert (folder / "samples.png").exists()
+    found = load_checkpoint(folder / "transformer.pt", "transformer")
+    assert found["image_size"] == 16 and found["data"] == "imagenet" and found["classes"] == list("0123456789")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    refused(*command, says=[str(folder), "--overwrite"])
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+    (folder / "vqgan.resume.pt").write_text("of a run that was replaced")
+    run(*command, "--overwrite")
+    assert not (folder / "vqgan.resume.pt").exists()
+
+    run("pretrained.py", "--export", tmp_path / "out", folder)
+    assert tree_of(msgpack, tmp_path / "out" / "tokenizer_run_checkpoint") == tree_of(msgpack, TOKENIZER)
+    assert tree_of(msgpack, tmp_path / "out" / "maskgit_run_checkpoint") == tree_of(msgpack, TRANSFORMER)
+    refused("pretrained.py", "--export", tmp_path / "out", folder, says=["tokenizer_run_checkpoint", "--overwrite"])
+
+
+def test_a_damaged_file_makes_no_run(msgpack, tmp_path):
+    (tmp_path / "cut").write_bytes(TRANSFORMER.read_bytes()[:1000])
+    refused("pretrained.py", "--tokenizer", TOKENIZER, "--transformer", tmp_path / "cut", "--run", tmp_path / "run",
+            says=str(tmp_path / "cut"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_released_format_cannot_hold(msgpack, trained, tmp_path):
+    refused("pretrained.py", "--export", tmp_path, trained, says="groups")
+    with pytest.raises(ValueError) as error:
+        write_released(MaskGIT(MaskGITConfig(64, 5, 9, 24, 1, 2, 40, null_class=True)), tmp_path / "file")
+    says(error, "null class")
+    assert not list(tmp_path.iterdir())
+
+
+def test_model_names(tmp_path):
+    refused("pretrained.py", "imagenet1024", says=["imagenet1024", "imagenet256, imagenet512"])
+    refused("pretrained.py", "--transformer", TRANSFORMER, "--run", tmp_path / "run", says="--tokenizer")
+    refused("pretrained.py", "imagenet256", "--offline", "--run", tmp_path / "run",
+            says=["tokenizer_imagenet256_checkpoint", "not there"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_imagenet_classes():
+    names = (ROOT / "imagenet_classes.txt").read_text().splitlines()
+    assert len({name.lower() for name in names}) == len(names) == 1000
+    known = {0: "tench", 1: "goldfish", 207: "golden retriever", 388: "giant panda", 517: "crane (machine)", 985: "daisy",
+             999: "toilet tissue"}
+    assert {i: names[i] for i in known} == known
+
+
+# ---- the tokenizer's PyTorch port
+
+def port_reconstruction(weights, levels, blocks, x):
+    """The port's forward pass, from its names alone."""
+    def conv(name, x):
+        kernel = weights[f"{name}.weight"]
+        return F.conv2d(x, kernel, weights.get(f"{name}.bias"), padding=kernel.shape[-1] // 2)
+
+    def norm(name, x):
+        return F.silu(F.group_norm(x, 32, weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6))
+
+    def residual(name, x):
+        h = conv(f"{name}.conv2", norm(f"{name}.norm2", conv(f"{name}.conv1", norm(f"{name}.norm1", x))))
+        return h + (conv(f"{name}.nin_shortcut", h) if f"{name}.nin_shortcut.weight" in weights else x)
+
+    def residuals(name, x):
+        for i in range(blocks):
+            x = residual(f"{name}.{i}", x)
+        return x
+
+    x = conv("encoder.conv_in", x)
+    for level in range(levels):
+        x = residuals(f"encoder.down.{level}.block", x)
+        x = F.avg_pool2d(x, 2) if level < levels - 1 else x
+    x = conv("encoder.conv_out", norm("encoder.norm_out", residuals("encoder.mid", x)))
+    codes = weights["quantize.embedding.weight"]
+    indices = torch.cdist(x.permute(0, 2, 3, 1).flatten(0, 2), codes).argmin(-1)
+    x = codes[indices].view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+    x = residuals("decoder.mid", conv("decoder.conv_in", x))
+    for level in reversed(range(levels)):
+        x = residuals(f"decoder.up.{level}.block", x)
+        x = conv(f"decoder.up.{level}.upsample_conv", F.interpolate(x, scale_factor=2.0)) if level else x
+    return conv("decoder.conv_out", norm("decoder.norm_out", x))
+
+
+@torch.no_grad()
+def test_port_of_the_tokenizer(tmp_path):
+    torch.manual_seed(0)
+    model = VQGAN(VQGANConfig(codebook_size=20, codebook_dim=6, filters=32, multipliers=(1, 2, 2, 3), res_blocks=2)).eval()
+    for name, parameter in model.named_parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    own = model.state_dict()
+    weights = {"quantize.embedding.weight": own["quantizer.codebook"]}
+    for ours, _, port in tokenizer_layers(model):
+        weights |= {f"{port}.{kind}": own[f"{ours}.{kind}"] for kind in ("weight", "bias") if f"{ours}.{kind}" in own}
+    assert len(weights) == len(own)
+    images = torch.rand(2, 3, 32, 32)
+    close(port_reconstruction(weights, 4, 2, images), model(images)[0])
+    for zipped in (True, False):                            # as torch.save writes now, and as it did before 1.6
+        torch.save(weights, tmp_path / "port.bin", _use_new_zipfile_serialization=zipped)
+        found = read_tokenizer(tmp_path / "port.bin")
+        assert found.config == model.config and not found.training
+        assert all(torch.equal(value, own[name]) for name, value in found.state_dict().items())
+
+    changed = {name: value for name, value in weights.items() if name != "decoder.up.3.upsample_conv.bias"}
+    torch.save(changed, tmp_path / "port.bin")
+    with pytest.raises(ValueError) as error:
+        vqgan_from_port(tmp_path / "port.bin")
+    says(error, tmp_path / "port.bin", "decoder.up.3.upsample_conv.bias", "missing")
+    torch.save(weights | {"encoder.more": torch.zeros(1)}, tmp_path / "port.bin")
+    with pytest.raises(ValueError) as error:
+        vqgan_from_port(tmp_path / "port.bin")
+    says(error, "encoder.more", "unexpected")
+
+
+def test_a_port_file_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    for zipped in (True, False):
+        torch.save({"quantize.embedding.weight": Evil()}, tmp_path / "port.bin", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ValueError) as error:
+            read_tokenizer(tmp_path / "port.bin")
+        says(error, tmp_path / "port.bin")
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- LPIPS
+
+def lpips_weights():
+    """Parameter number i in the sorted list of names is RandomState(1000 + i).randn(*shape), scaled; linear ones positive."""
+    weights = {}
+    for i, (name, value) in enumerate(sorted(LPIPS().state_dict().items())):
+        array = np.random.RandomState(1000 + i).randn(*value.shape)
+        scale = 0.1 if name.endswith("bias") else np.sqrt(2 / array[0].size)
+        weights[name] = torch.from_numpy((np.abs(array) if name.startswith("linear") else array * scale).astype(np.float32))
+    return weights
+
+
+def test_lpips(monkeypatch, tmp_path):
+    """Distances and gradients are those of the package lpips 0.1.4 with the same weights (tests/data/lpips.npz)."""
+    monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path))
+    weights, random = lpips_weights(), np.random.RandomState(0)
+    vgg16, linear = tmp_path / "vgg16-397923af.pth", tmp_path / "lpips-vgg.pth"              # named as in upstream's files:
+    torch.save({k: v for k, v in weights.items() if k.startswith("features")} | {"classifier.0.bias": torch.zeros(2)}, vgg16)
+    torch.save({f"lin{i}.model.1.weight": weights[f"linear.{i}"].view(1, -1, 1, 1) for i in range(5)}, linear)
+    model, ref = load_lpips(offline=True), np.load(DATA / "lpips.npz")
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    a, b = (torch.from_numpy(random.rand(4, 3, 32, 32).astype(np.float32)) for _ in range(2))
+    b[1], b[2] = a[1], a[2] + 0.05 * (b[2] - a[2])
+    a.requires_grad_(True)
+    distance = model(a, b)
+    close(distance, ref["distance"], 1e-5)
+    gradient, = torch.autograd.grad(distance.sum(), a)
+    close(gradient[:, :, ::8, ::8], ref["gradient"], 1e-6)
+
+    for bias in (name for name in weights if name.endswith("bias")):       # features that are zero everywhere
+        model.get_parameter(bias).fill_(-1e3)
+    distance = model(a, b)
+    gradient, = torch.autograd.grad(distance.sum(), a)
+    assert torch.equal(distance, torch.zeros(4)) and gradient.isfinite().all()
+
+    torch.save({"features.0.weight": torch.zeros(2)}, vgg16)
+    with pytest.raises(ValueError) as error:
+        load_lpips(offline=True)
+    says(error, "vgg16-397923af.pth", "features.0.bias")
+
+
+def test_lpips_without_its_files(monkeypatch, tmp_path):
+    monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path))
+    with pytest.raises(OSError) as error:
+        load_lpips(offline=True)
+    says(error, tmp_path, "vgg16-397923af.pth", "lpips-vgg.pth", "--perceptual none")
+
+
+# ---- fetching
+
+BODY = np.random.RandomState(0).bytes(3_000_000)
+
+
+class Server(BaseHTTPRequestHandler):
+    """Serves BODY. What it does wrong is in the server's attributes: `cuts` requests broken off at 30%, an error `status`,
+    `ranges` that are ignored, and `pause` seconds before the body. `asked` lists the Range of each request."""
+    def do_GET(self):
+        server, asked = self.server, self.headers.get("Range")
+        server.asked.append(asked)
+        if server.status != 200:
+            return self.send_error(server.status)
+        first = int(asked[len("bytes="):-1]) if asked and server.ranges else 0
+        if first >= len(BODY):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(BODY)}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        self.send_response(206 if first else 200)
+        self.send_header("Content-Length", str(len(BODY) - first))
+        self.end_headers()
+        time.sleep(server.pause)
+        last = len(BODY)
+        if len(server.asked) <= server.cuts:
+            last = first + int(0.3 * (len(BODY) - first))
+        self.wfile.write(BODY[first:last])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path / "cache"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        server.asked, server.cuts, server.status, server.ranges, server.pause = [], 0, 200, True, 0
+        server.url = f"http://127.0.0.1:{server.server_port}/file"
+        server.cache = tmp_path / "cache"
+        server.handle_error = lambda *_: None               # a client that gives up is no news
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+def test_fetching_once(server, capfd):
+    path = download(server.url, "file", SHA256, len(BODY))
+    assert path == server.cache / "file" and path.read_bytes() == BODY
+    assert "3.0 of 3.0 MB" in capfd.readouterr().err
+    assert download(server.url, "file") == path and server.asked == [None]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_connection_that_breaks_off(server, ranges):
+    server.cuts, server.ranges = 1, ranges
+    assert download(server.url, "file", SHA256[:8]).read_bytes() == BODY
+    assert server.asked == [None, "bytes=900000-"]
+    assert not list(server.cache.glob("*.part"))
+
+
+def test_a_connection_that_keeps_breaking_off(server, monkeypatch):
+    monkeypatch.setattr(downloads, "TRIES", 2)
+    server.cuts = 2
+    with pytest.raises(OSError) as error:
+        download(server.url, "file")
+    says(error, server.url, "broke off at 1530000 of 3000000", "run this again")
+    assert not (server.cache / "file").exists()
+    assert download(server.url, "file").read_bytes() == BODY            # what had arrived is not fetched again
+    assert server.asked == [None, "bytes=900000-", "bytes=1530000-"]
+
+
+def test_a_part_that_is_whole_or_too_long(server):
+    server.cache.mkdir()
+    for data in (BODY, BODY + b"more"):                                 # killed before renaming; the file was another then
+        (server.cache / "file.part").write_bytes(data)
+        path = download(server.url, "file", SHA256)
+        assert path.read_bytes() == BODY
+        path.unlink()
+    assert server.asked == ["bytes=3000000-", "bytes=3000004-", None]
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (dict(sha256="0" * 64), ["checksum", "0" * 64, SHA256]),
+    (dict(size=2_999_999), ["3000000 bytes", "not 2999999"]),
+])
+def test_a_wrong_file(server, wrong, words):
+    with pytest.raises(ValueError) as error:
+        download(server.url, "file", **wrong)
+    says(error, server.url, *words)
+    assert [path.name for path in server.cache.iterdir()] == ["file.lock"]
+
+
+def test_servers_that_fail_or_are_not_there(server):
+    server.status = 503
+    with pytest.raises(OSError) as error:
+        download(server.url, "file")
+    says(error, server.url, 503, server.cache / "file")
+    with pytest.raises(OSError) as error:
+        download("http://127.0.0.1:9/file", "file")
+    says(error, "cannot reach http://127.0.0.1:9/file", server.cache / "file")
+    with pytest.raises(OSError) as error:
+        download(server.url, "file", offline=True)
+    says(error, server.url, server.cache / "file")
+    assert server.asked == [None] and [path.name for path in server.cache.iterdir()] == ["file.lock"]
+
+
+def test_a_cache_folder_that_cannot_be_written(server, monkeypatch, tmp_path):
+    (tmp_path / "occupied").write_text("")
+    monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path / "occupied" / "cache"))
+    with pytest.raises(OSError) as error:
+        download(server.url, "file")
+    says(error, "occupied", "MASKGIT_CACHE")
+
+
+def child(server, **options):
+    code = f"import devices, downloads; devices.command_line(lambda: print(downloads.download({server.url!r}, 'file')))"
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            **options)
+
+
+def test_a_full_disk(server):
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    process = child(server, preexec_fn=limit)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in errors
+    assert "cannot write" in errors.splitlines()[-1] and "MASKGIT_CACHE" in errors.splitlines()[-1]
+    assert not (server.cache / "file").exists()
+    assert download(server.url, "file", SHA256).read_bytes() == BODY and server.asked[-1] == "bytes=1000000-"
+
+
+def test_two_processes_fetch_a_file_once(server):
+    server.pause = 4
+    processes = [child(server), child(server)]
+    for process in processes:
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        assert output.strip() == str(server.cache / "file")
+    assert server.asked == [None] and (server.cache / "file").read_bytes() == BODY
