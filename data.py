@@ -394,10 +394,9 @@ def open_data(name, size=None, folder="data"):
         raise ValueError(f"{root} should hold train/CLASS/*.JPEG and val/CLASS/*.JPEG, with a folder for each of the {classes}; "
                          f"put it there or name its place with --data-dir")
     pair = open_folder(root, size or 256, check=False)               # its million files are known to be whole
-    if (root / "LOC_synset_mapping.txt").exists():                   # "n01440764 tench, Tinca tinca", beside ImageNet's folders
-        names = dict(line.split(" ", 1) for line in (root / "LOC_synset_mapping.txt").read_text().splitlines() if " " in line)
+    if name == "imagenet" and len(pair[0].classes) == 1000:          # the folders are WNIDs: show what they stand for
         for data in pair:
-            data.classes = [names.get(wnid, wnid) for wnid in data.classes]
+            data.classes = Path(__file__).with_name("imagenet_classes.txt").read_text().splitlines()
     return pair
 
 

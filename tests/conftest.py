@@ -19,10 +19,11 @@ TINY_VQ = "--filters 8 --codebook-size 32 --codebook-dim 4 --steps 6 --batch 4 -
 TINY_TRANSFORMER = "--dim 16 --depth 1 --heads 2 --mlp-dim 32 --steps 6 --batch 4 --save-every 2 --log-every 1".split()
 
 
-def run(script, *arguments, code=0, **options):
+def run(script, *arguments, code=0, env=None, **options):
     """Runs a script as a user would -> stdout + stderr. `code`: the exit status it must have."""
     result = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True,
-                            stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300, **options)
+                            stdin=subprocess.DEVNULL, timeout=300,
+                            env=(env or os.environ) | {"OMP_NUM_THREADS": "1"}, **options)
     output = result.stdout + result.stderr
     assert result.returncode == code, f"exit status {result.returncode}:\n{output}"
     if code == 2:

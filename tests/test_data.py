@@ -206,6 +206,15 @@ def test_imagenet_is_a_folder_with_the_papers_settings(tmp_path):
     assert "runs/imagenet" in output and "4 tokens of 32" in output
 
 
+def test_imagenets_thousand_folders_have_names(tmp_path):
+    for split in ("train", "val"):
+        for i in range(1000):
+            picture(tmp_path / "imagenet" / split / f"n{i:08}" / "0.JPEG", size=(4, 4))
+    train, val = open_data("imagenet", 32, tmp_path)
+    assert len(train) == 1000 and train.classes == val.classes
+    assert train.classes[0] == "tench" and train.classes[90] == "lorikeet" and len(set(train.classes)) == 1000
+
+
 def test_large_images_are_read_from_their_files(tmp_path):
     make_folder(tmp_path, {"a": 3}, size=(300, 200))
     train, _ = open_data(str(tmp_path), 128)

@@ -1,5 +1,6 @@
 """What others trained: the released format both ways, the tokenizer's PyTorch port, LPIPS, and fetching over bad networks."""
 import copy
+import csv
 import hashlib
 import os
 import resource
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import downloads
-from conftest import ROOT, refused, run
+from conftest import ROOT, TINY_TRANSFORMER, TINY_VQ, refused, run
 from downloads import download
 from maskgit import MaskGIT, MaskGITConfig
 from perceptual import LPIPS, load_lpips
@@ -350,6 +351,33 @@ def test_lpips_without_its_files(monkeypatch, tmp_path):
     with pytest.raises(OSError) as error:
         load_lpips(offline=True)
     says(error, tmp_path, "vgg16-397923af.pth", "lpips-vgg.pth", "--perceptual none")
+
+
+def test_training_with_the_perceptual_loss(tmp_path):
+    weights = lpips_weights()
+    torch.save({k: v for k, v in weights.items() if k.startswith("features")}, tmp_path / "vgg16-397923af.pth")
+    torch.save({f"lin{i}.model.1.weight": weights[f"linear.{i}"].view(1, -1, 1, 1) for i in range(5)}, tmp_path / "lpips-vgg.pth")
+    command = ["train_vq.py", "--run", tmp_path / "run", *TINY_VQ, "--steps", 2, "--perceptual", "lpips"]
+    run(*command, env=os.environ | {"MASKGIT_CACHE": str(tmp_path)})
+    rows = list(csv.DictReader(open(tmp_path / "run" / "vqgan.log.csv")))
+    assert all(0 < float(row["perceptual"]) < 100 for row in rows)
+    # Neither at hand nor to be fetched: training does not silently go on without.
+    unreachable = {name: "http://127.0.0.1:9" for name in ("https_proxy", "HTTPS_PROXY")}
+    refused(*command, "--overwrite", env=os.environ | unreachable | {"MASKGIT_CACHE": str(tmp_path / "empty")},
+            says=["vgg16-397923af.pth", "lpips-vgg.pth", "--perceptual none"])
+    refused("train_vq.py", "--run", tmp_path / "other", "--perceptual", "l2", says=["l2", "lpips", "none"])
+
+
+def test_training_goes_on_from_a_run(trained, tmp_path):
+    """--init takes weights and sizes over, the rows of classes only where both have the same."""
+    output = run("train_transformer.py", "--run", tmp_path / "same", "--vqgan", trained / "vqgan.pt", "--init", trained,
+                 *TINY_TRANSFORMER, "--steps", 1, "--lr", 0, "--dim", 999)
+    assert "10 classes" in output
+    ours, theirs = (load_checkpoint(f / "transformer.resume.pt", "transformer training state")["model"] if f != trained else
+                    load_checkpoint(f / "transformer.pt", "transformer")["model"] for f in (tmp_path / "same", trained))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    refused("train_transformer.py", "--run", tmp_path / "no", "--vqgan", trained / "vqgan.pt", "--init", tmp_path / "nowhere",
+            says=["nowhere", "does not exist"])
 
 
 # ---- fetching
