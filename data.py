@@ -395,8 +395,9 @@ def open_data(name, size=None, folder="data"):
                          f"put it there or name its place with --data-dir")
     pair = open_folder(root, size or 256, check=False)               # its million files are known to be whole
     if name == "imagenet" and len(pair[0].classes) == 1000:          # the folders are WNIDs: show what they stand for
+        names = Path(__file__).with_name("imagenet_classes.txt").read_text().splitlines()
         for data in pair:
-            data.classes = Path(__file__).with_name("imagenet_classes.txt").read_text().splitlines()
+            data.classes = names
     return pair
 
 

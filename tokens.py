@@ -4,7 +4,6 @@ A folder holds index.json and chunks NNNNN.npy; a chunk is written whole or not 
 on where it stopped, and ranks share the chunks among them.
 """
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from data import hashed_uniform, loader
+from runtime import write_atomically
 
 
 class CachedTokens:
@@ -32,9 +32,7 @@ class CachedTokens:
             found = json.loads((self.folder / "index.json").read_text())
         except FileNotFoundError:
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f".index.{os.getpid()}"
-            temporary.write_text(json.dumps(index))
-            os.replace(temporary, self.folder / "index.json")
+            write_atomically(self.folder / "index.json", lambda file: file.write(json.dumps(index).encode()))
         else:
             if found != index:
                 what = next(key for key in index if found.get(key) != index[key])
@@ -61,9 +59,7 @@ class CachedTokens:
                 images, labels = next(stream)
                 rows.append(np.concatenate([tokenize(images).cpu().numpy(), labels.numpy()[:, None]], 1).astype(np.uint16))
                 done += len(labels)
-            temporary = self.folder / f".{self.paths[i].name}.{os.getpid()}.npy"
-            np.save(temporary, np.concatenate(rows))
-            os.replace(temporary, self.paths[i])
+            write_atomically(self.paths[i], lambda file: np.save(file, np.concatenate(rows)))
             if rank == 0:
                 left = (time.time() - started) / done * (256 * len(firsts) - done)
                 print(f"encoding {self.rows} views into {self.folder}: {done / (time.time() - started):.0f} images/s, "

@@ -317,13 +317,19 @@ def lpips_weights():
     return weights
 
 
+def save_lpips_weights(folder):
+    """The random weights in files named and laid out as upstream's -> their paths."""
+    weights, vgg16, linear = lpips_weights(), folder / "vgg16-397923af.pth", folder / "lpips-vgg.pth"
+    torch.save({k: v for k, v in weights.items() if k.startswith("features")} | {"classifier.0.bias": torch.zeros(2)}, vgg16)
+    torch.save({f"lin{i}.model.1.weight": weights[f"linear.{i}"].view(1, -1, 1, 1) for i in range(5)}, linear)
+    return vgg16, linear
+
+
 def test_lpips(monkeypatch, tmp_path):
     """Distances and gradients are those of the package lpips 0.1.4 with the same weights (tests/data/lpips.npz)."""
     monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path))
-    weights, random = lpips_weights(), np.random.RandomState(0)
-    vgg16, linear = tmp_path / "vgg16-397923af.pth", tmp_path / "lpips-vgg.pth"              # named as in upstream's files:
-    torch.save({k: v for k, v in weights.items() if k.startswith("features")} | {"classifier.0.bias": torch.zeros(2)}, vgg16)
-    torch.save({f"lin{i}.model.1.weight": weights[f"linear.{i}"].view(1, -1, 1, 1) for i in range(5)}, linear)
+    vgg16, _ = save_lpips_weights(tmp_path)
+    random = np.random.RandomState(0)
     model, ref = load_lpips(offline=True), np.load(DATA / "lpips.npz")
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     a, b = (torch.from_numpy(random.rand(4, 3, 32, 32).astype(np.float32)) for _ in range(2))
@@ -334,7 +340,7 @@ def test_lpips(monkeypatch, tmp_path):
     gradient, = torch.autograd.grad(distance.sum(), a)
     close(gradient[:, :, ::8, ::8], ref["gradient"], 1e-6)
 
-    for bias in (name for name in weights if name.endswith("bias")):       # features that are zero everywhere
+    for bias in (name for name in model.state_dict() if name.endswith("bias")):       # features that are zero everywhere
         model.get_parameter(bias).fill_(-1e3)
     distance = model(a, b)
     gradient, = torch.autograd.grad(distance.sum(), a)
@@ -354,9 +360,7 @@ def test_lpips_without_its_files(monkeypatch, tmp_path):
 
 
 def test_training_with_the_perceptual_loss(tmp_path):
-    weights = lpips_weights()
-    torch.save({k: v for k, v in weights.items() if k.startswith("features")}, tmp_path / "vgg16-397923af.pth")
-    torch.save({f"lin{i}.model.1.weight": weights[f"linear.{i}"].view(1, -1, 1, 1) for i in range(5)}, tmp_path / "lpips-vgg.pth")
+    save_lpips_weights(tmp_path)
     command = ["train_vq.py", "--run", tmp_path / "run", *TINY_VQ, "--steps", 2, "--perceptual", "lpips"]
     run(*command, env=os.environ | {"MASKGIT_CACHE": str(tmp_path)})
     rows = list(csv.DictReader(open(tmp_path / "run" / "vqgan.log.csv")))

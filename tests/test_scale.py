@@ -18,7 +18,7 @@ import train_vq
 from conftest import ROOT, TINY_TRANSFORMER, TINY_VQ, refused, run
 from maskgit import MaskGIT, MaskGITConfig, mask_tokens, mvtm_loss
 from test_data import make_folder
-from test_training import start, wait_for_step
+from test_training import wait_for_step
 from tokens import CachedTokens
 from vqgan import VQGAN, Discriminator, VQGANConfig
 
