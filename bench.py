@@ -37,7 +37,7 @@ def configurations(preset):
     """-> flags of stage 1, flags of stage 2 (namespaces as the training scripts have them), VQGANConfig, MaskGITConfig."""
     name, size = PRESETS[preset]
     one, two = SimpleNamespace(**train_vq.PRESETS[name]), SimpleNamespace(**train_transformer.PRESETS[name])
-    one.image_size, one.recompute = size, size >= 512
+    one.image_size, one.recompute, two.decoder = size, size >= 512, "parallel"
     vq = VQGANConfig(one.codebook_size, one.codebook_dim, one.filters, one.multipliers, one.res_blocks, one.groups,
                      entropy=one.entropy)
     classes = 1000 if name == "imagenet" else 10

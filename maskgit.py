@@ -1,9 +1,10 @@
-"""Stage 2 of MaskGIT (§3.2, §3.3): the bidirectional transformer, masked training, and parallel decoding.
+"""Stage 2 of MaskGIT (§3.2, §3.3): the bidirectional transformer, masked training, parallel and sequential decoding.
 
 Read it beside the paper:
     gamma, mask_counts        the mask scheduling functions (§3.4, Table 3)
     mask_tokens, mvtm_loss    masked visual token modelling (§3.2, Eq. 1)
     decode                    iterative parallel decoding, the four steps of §3.3
+    decode_sequential         the raster-scan decoding that the paper compares with, by a causal transformer of the same size
 The transformer is the released one, number for number: BERT with LayerNorm after each residual sum; the class is the
 first of N + 1 positions; one table embeds codes, then classes, then [MASK], and its code rows are the output layer.
 """
@@ -26,24 +27,32 @@ class MaskGITConfig:
     heads: int = 8
     mlp_dim: int = 3072
     dropout: float = 0.1
+    causal: bool = False        # each position sees itself and those before: the autoregressive baseline
     null_class: bool = False    # an extra "no class" embedding, for classifier-free guidance (not in the paper)
 
 
 # ------------------------------------------------------------------------------------------------ the transformer
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all positions, in both directions. (B, L, dim) -> (B, L, dim)."""
+    """Multi-head self-attention: over all positions, or those up to each where config.causal. (B, L, dim) -> (B, L, dim)."""
 
     def __init__(self, config):
         super().__init__()
-        self.heads, self.dropout = config.heads, config.dropout
+        self.heads, self.dropout, self.causal = config.heads, config.dropout, config.causal
         self.qkv = nn.Linear(config.dim, 3 * config.dim)  # queries, keys and values in one product
         self.out = nn.Linear(config.dim, config.dim)
 
-    def forward(self, x):
+    def forward(self, x, cache=None, position=None):
         B, L, D = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, L, D/H)
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        if cache is None:
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=self.causal)
+        else:
+            # One position (L = 1) sees what those before it left in the cache (2, B, H, N, D/H). All N rows are read and the
+            # later ones masked: the shapes are the same at every position, so one compiled graph serves them all.
+            keys, values = cache[0].index_copy_(2, position, k), cache[1].index_copy_(2, position, v)
+            seen = torch.arange(cache.shape[3], device=x.device) <= position
+            x = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[None])
         return self.out(x.transpose(1, 2).reshape(B, L, D))
 
 
@@ -59,13 +68,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.dim, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
-        x = self.norm1(x + self.dropout(self.attention(x)))
+    def forward(self, x, cache=None, position=None):
+        x = self.norm1(x + self.dropout(self.attention(x, cache, position)))
         return self.norm2(x + self.dropout(self.mlp(x)))
 
 
 class MaskGIT(nn.Module):
-    """The bidirectional transformer: p(every token | the tokens not masked, the class)."""
+    """The bidirectional transformer: p(every token | the tokens not masked, the class).
+
+    With config.causal the autoregressive baseline of the same size: p(every token | the tokens before it, the class)."""
 
     def __init__(self, config):
         super().__init__()
@@ -95,16 +106,26 @@ class MaskGIT(nn.Module):
     def forward(self, tokens, labels):
         """Logits of the codebook entries at every position.
 
-        tokens: (B, N) int64, a code or mask_id. labels: (B,) int64 in [0, num_classes), or null_label where the model
-        has one. Returns (B, N, codebook_size)."""
+        tokens: (B, N) int64, a code or mask_id (causal: the first n <= N codes, of which the last is not looked at). labels:
+        (B,) int64 in [0, num_classes), or null_label where the model has one. Returns (B, N, codebook_size)."""
+        rows = torch.cat([labels[:, None] + self.config.codebook_size, tokens], dim=1)      # (B, N + 1)
+        # Causal: position i sees the class and the first i tokens, and predicts token i; the last token is only predicted.
+        return self.predict(rows[:, :-1] if self.config.causal else rows)
+
+    def predict(self, x, cache=None, position=None):
+        """Rows of the embedding (B, L), the class first -> logits of the tokens (B, L or, bidirectional, L - 1, codebook_size).
+
+        cache, position: for decode_sequential, which gives one position at a time (L = 1): keys and values of those before,
+        (depth, 2, B, heads, N, dim / heads), where this one's are added; and its number, (1,) int64."""
+        places = self.position_embedding.weight[:x.shape[1]] if cache is None else self.position_embedding(position)
+        x = self.dropout(self.norm(self.token_embedding(x) + places))
+        for i, block in enumerate(self.blocks):
+            x = block(x) if cache is None else block(x, cache[i], position)
+        if not self.config.causal:
+            x = x[:, 1:]                                       # each position predicts its own token; the class has none
         codes = self.config.codebook_size
-        x = torch.cat([labels[:, None] + codes, tokens], dim=1)                             # (B, N + 1)
-        x = self.dropout(self.norm(self.token_embedding(x) + self.position_embedding.weight))
-        for block in self.blocks:
-            x = block(x)
-        x = self.head(x[:, 1:])                                                             # (B, N, dim)
         # The output is tied to the embedding of codes alone: no other row is ever a target or a sample.
-        return F.linear(x, self.token_embedding.weight[:codes], self.head_bias[:codes])
+        return F.linear(self.head(x), self.token_embedding.weight[:codes], self.head_bias[:codes])
 
 
 # --------------------------------------------------------------------------------------- mask schedules (Table 3)
@@ -138,15 +159,15 @@ def gamma(r, schedule, total):
     return value.clamp(1e-6, 1)
 
 
-def mask_counts(schedule, steps, total):
-    """How many of `total` tokens are still masked after each of `steps` steps: a list of ints that ends in 0.
+def mask_counts(schedule, steps, total, start_step=0):
+    """How many of `total` tokens are still masked after steps start_step + 1 .. steps: a list of ints that ends in 0.
 
     floor(γ(t / T) · N), but at least 1 and at least one fewer than before (until one is left), as released; the paper
     writes a ceiling. Raises ValueError for steps < 1 or an unknown schedule."""
     if steps < 1:
         raise ValueError(f"decoding needs at least 1 step, not {steps}")
     counts, masked = [], total
-    for t in range(1, steps):
+    for t in range(start_step + 1, steps):
         scheduled = int(math.floor(gamma(t / steps, schedule, total).item() * total))
         masked = max(min(scheduled, masked - 1), min(1, total))
         counts.append(masked)
@@ -217,9 +238,18 @@ def gumbel_noise(like, generator=None):
     return -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
 
 
+def sample_tokens(logits, temperature, top_k, generator=None):
+    """(..., codebook_size) -> tokens (...): a sample at each position, the likeliest at temperature 0."""
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
+    if temperature > 0:
+        logits = logits / temperature + gumbel_noise(logits, generator)
+    return logits.argmax(-1)
+
+
 @torch.no_grad()
 def decode(model, labels, steps=8, schedule="cosine", known=None, choice_temperature=4.5, temperature=1.0, top_k=None,
-           cfg=0.0, order="confidence", generator=None, return_steps=False):
+           cfg=0.0, order="confidence", start_step=0, generator=None, return_steps=False):
     """Iterative parallel decoding (§3.3): all tokens of an image in `steps` forward passes.
 
     labels: (B,) int64. steps: T, from 1 to N. known: (B, N) tokens to keep, mask_id where unknown (None: all unknown);
@@ -227,12 +257,16 @@ def decode(model, labels, steps=8, schedule="cosine", known=None, choice_tempera
     annealed to 0 (released code; the paper has none, and samples turn flat and monochrome without it).
     temperature: of the token samples, 0 for the likeliest. top_k: sample among the k likeliest. cfg: weight of
     classifier-free guidance, growing linearly with t; needs a model with a null class. order: one of ORDERS, what is
-    revealed first.
+    revealed first. start_step: steps passed over, for a start from known tokens (the released demo edits with 2 of 12).
     Returns tokens (B, N) int64; with return_steps, also a list of (predicted tokens (B, N), mask (B, N) of those that
     stay masked), one pair a step. Raises ValueError for a bad argument."""
     B, N, mask_id = len(labels), model.config.num_tokens, model.mask_id
     if not 1 <= steps <= N:
         raise ValueError(f"steps must be from 1 to the number of tokens, {N}, not {steps}")
+    if not 0 <= start_step < steps:
+        raise ValueError(f"the start step must be from 0 to {steps - 1}, one fewer than the steps, not {start_step}")
+    if model.config.causal:
+        raise ValueError("an autoregressive transformer decodes token by token, not in parallel")
     if order not in ORDERS:
         raise ValueError(f"unknown order '{order}'; choose one of: {', '.join(ORDERS)}")
     if cfg and model.null_label is None:
@@ -240,12 +274,12 @@ def decode(model, labels, steps=8, schedule="cosine", known=None, choice_tempera
     tokens = torch.full((B, N), mask_id, device=labels.device) if known is None else known
     masked = tokens == mask_id
     unknown = [N] * B if known is None else masked.sum(1).tolist()
-    counts = {m: mask_counts(schedule, steps, m) for m in set(unknown)}
-    counts = torch.tensor([counts[m] for m in unknown], device=labels.device)                # (B, T)
+    counts = {m: mask_counts(schedule, steps, m, start_step) for m in set(unknown)}
+    counts = torch.tensor([counts[m] for m in unknown], device=labels.device)                # (B, T - start_step)
     if order == "halton":
         halton_rank = halton_order(N).argsort().to(labels.device)
     history = []
-    for t in range(1, steps + 1):
+    for t in range(start_step + 1, steps + 1):
         # 1. Predict: the probabilities of all masked tokens, in parallel.
         if cfg:
             both = model(torch.cat([tokens, tokens]), torch.cat([labels, torch.full_like(labels, model.null_label)]))
@@ -255,12 +289,7 @@ def decode(model, labels, steps=8, schedule="cosine", known=None, choice_tempera
             logits = model(tokens, labels).float()                                           # (B, N, codebook_size)
 
         # 2. Sample a token at every masked position; its probability is the confidence. Known tokens stay.
-        choices = logits
-        if top_k:
-            choices = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
-        if temperature > 0:
-            choices = choices / temperature + gumbel_noise(choices, generator)
-        predicted = torch.where(masked, choices.argmax(-1), tokens)
+        predicted = torch.where(masked, sample_tokens(logits, temperature, top_k, generator), tokens)
         if order == "confidence":
             log_p = logits.log_softmax(-1).gather(-1, predicted.clamp(max=logits.shape[-1] - 1)[..., None]).squeeze(-1)
             noise = choice_temperature * (1 - t / steps)
@@ -272,7 +301,7 @@ def decode(model, labels, steps=8, schedule="cosine", known=None, choice_tempera
         confidence = confidence.masked_fill(~masked, math.inf)
 
         # 3. Mask schedule: n = γ(t / T)·M tokens stay masked, M being those unknown at the start.
-        n = counts[:, t - 1, None]
+        n = counts[:, t - 1 - start_step, None]
 
         # 4. Mask the n least confident tokens again.
         masked = confidence.argsort(1).argsort(1) < n
@@ -280,3 +309,26 @@ def decode(model, labels, steps=8, schedule="cosine", known=None, choice_tempera
         if return_steps:
             history.append((predicted, masked))
     return (tokens, history) if return_steps else tokens
+
+
+# ------------------------------------------------------------- sequential decoding, the baseline (§3.1, Table 1: VQGAN)
+
+@torch.no_grad()
+def decode_sequential(model, labels, temperature=1.0, top_k=None, generator=None, cached=True):
+    """Autoregressive decoding in raster order: N forward passes, each of which samples one token of every image.
+
+    model: a MaskGIT with config.causal. labels: (B,) int64. temperature, top_k: as for decode. cached: keep the keys and
+    values of the tokens so far, so that a pass computes one position; else each pass computes all of them so far anew.
+    Returns tokens (B, N) int64. Raises ValueError for a model that is not causal."""
+    config, B = model.config, len(labels)
+    if not config.causal:
+        raise ValueError("sequential decoding needs an autoregressive transformer: train one with --decoder autoregressive")
+    rows = torch.zeros(B, config.num_tokens + 1, dtype=torch.long, device=labels.device)     # the class, then the tokens
+    rows[:, 0] = labels + config.codebook_size
+    cache = model.position_embedding.weight.new_zeros(
+        config.depth, 2, B, config.heads, config.num_tokens, config.dim // config.heads) if cached else None
+    places = torch.arange(config.num_tokens, device=labels.device)
+    for i in range(config.num_tokens):
+        logits = model.predict(rows[:, i:i + 1], cache, places[i:i + 1]) if cached else model.predict(rows[:, :i + 1])
+        rows[:, i + 1] = sample_tokens(logits[:, -1].float(), temperature, top_k, generator)
+    return rows[:, 1:]

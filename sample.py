@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import devices
 import runtime
-from maskgit import ORDERS, SCHEDULES, MaskGIT, MaskGITConfig, decode
+from maskgit import ORDERS, SCHEDULES, MaskGIT, MaskGITConfig, decode, decode_sequential
 from vqgan import VQGAN, VQGANConfig
 
 
@@ -23,29 +23,37 @@ def load_tokenizer(path):
     return runtime.rebuild(path, "vqgan", VQGANConfig, VQGAN)
 
 
-def load_run(folder, device, vqgan=None):
+STAGES = {"parallel": "transformer", "autoregressive": "autoregressive"}           # by decoder: the name of its file
+
+
+def load_run(folder, device, vqgan=None, decoder=None):
     """Both models of a run (None: the newest), on `device` -> (folder, VQGAN, MaskGIT, the transformer's checkpoint).
 
-    vqgan: another tokenizer file.
+    vqgan: another tokenizer file. decoder: one of STAGES; None: parallel, but in a run that holds only the other.
 
     Raises ValueError where they do not belong together: another codebook, another grid, or a tokenizer that was
     trained again after the transformer."""
     folder = Path(folder) if folder else newest_run()
     path = Path(vqgan or folder / "vqgan.pt")
-    transformer, checkpoint = runtime.rebuild(folder / "transformer.pt", "transformer", MaskGITConfig, MaskGIT)
+    alone = not (folder / "transformer.pt").exists() and (folder / "autoregressive.pt").exists()
+    stage = STAGES[decoder or ("autoregressive" if alone else "parallel")]
+    transformer, checkpoint = runtime.rebuild(folder / f"{stage}.pt", stage, MaskGITConfig, MaskGIT)
     tokenizer, _ = load_tokenizer(path)
     ours, theirs = tokenizer.config.codebook_size, transformer.config.codebook_size
     if ours != theirs:
-        raise ValueError(f"{folder}/transformer.pt was made for a codebook of {theirs}, but {path} has {ours} entries")
+        raise ValueError(f"{folder}/{stage}.pt was made for a codebook of {theirs}, but {path} has {ours} entries")
     if runtime.fingerprint(tokenizer) != checkpoint["tokenizer"]:
-        raise ValueError(f"{path} is not the tokenizer that {folder}/transformer.pt was trained with (it was trained again "
+        raise ValueError(f"{path} is not the tokenizer that {folder}/{stage}.pt was trained with (it was trained again "
                          f"later?): run train_transformer.py again, or name the right file with --vqgan")
     return folder, tokenizer.to(device), transformer.to(device), checkpoint
 
 
 def newest_run(root="runs"):
-    """The folder whose transformer.pt was written last. Raises FileNotFoundError where there is none."""
-    files = sorted(Path(root).glob("*/transformer.pt"), key=lambda path: path.stat().st_mtime)
+    """The folder whose transformer was written last; the example beside this file where there is none.
+
+    Raises FileNotFoundError where that is missing too."""
+    files = [path for stage in STAGES.values() for path in Path(root).glob(f"*/{stage}.pt")]
+    files = sorted(files, key=lambda path: path.stat().st_mtime) or list(Path(__file__).parent.glob("example/transformer.pt"))
     if not files:
         raise FileNotFoundError(f"no run in {root}/ holds a transformer: run train_vq.py and train_transformer.py, or pretrained.py imagenet256, "
                                 f"or name a run with --run")
@@ -67,23 +75,33 @@ def find_class(text, classes):
                      f"unknown class '{text}'; this run has {shown}{', ...' if len(classes) > 12 else ''}")
 
 
-def draw(tokenizer, transformer, labels, batch=64, **options):
-    """decode() and the tokenizer's decoder in batches. labels: (n,). options: as for maskgit.decode.
+def draw(tokenizer, transformer, labels, batch=64, known=None, **options):
+    """decode() (or decode_sequential(), for a causal transformer) and the tokenizer's decoder, in batches.
 
+    labels: (n,). known: (n, N) or None. options: as for the decoding function.
     Returns images (n, 3, H, W), and a list of (images of the prediction, pixel mask (n, 1, H, W)), one pair a step,
     empty unless return_steps is among the options."""
     images, history = [], []
-    side = math.isqrt(transformer.config.num_tokens)
-    picture = lambda tokens: tokenizer.decode(tokens.view(-1, side, side))
-    for part in labels.split(batch):
-        result = decode(transformer, part, **options)
-        tokens, steps = result if options.get("return_steps") else (result, [])
-        with torch.no_grad():
-            images.append(picture(tokens))
-            stride = tokenizer.config.stride
-            history.append([(picture(predicted), F.interpolate(mask.view(-1, 1, side, side).float(), scale_factor=stride))
-                            for predicted, mask in steps])
+    side, stride = math.isqrt(transformer.config.num_tokens), tokenizer.config.stride
+    for start in range(0, len(labels), batch):
+        part = labels[start:start + batch]
+        if transformer.config.causal:
+            tokens, steps = decode_sequential(transformer, part, **options), []
+        else:
+            given = None if known is None else known[start:start + batch]
+            result = decode(transformer, part, known=given, **options)
+            tokens, steps = result if options.get("return_steps") else (result, [])
+        images.append(restore(tokenizer, tokens))
+        history.append([(restore(tokenizer, predicted), F.interpolate(mask.view(-1, 1, side, side).float(), scale_factor=stride))
+                        for predicted, mask in steps])
     return torch.cat(images), [tuple(map(torch.cat, zip(*step))) for step in zip(*history)]
+
+
+@torch.no_grad()
+def restore(tokenizer, tokens):
+    """Tokens (B, N) of a square grid -> images (B, 3, H, W)."""
+    side = math.isqrt(tokens.shape[1])
+    return tokenizer.decode(tokens.view(-1, side, side))
 
 
 def save_film(path, history):

@@ -5,10 +5,11 @@
     python train_transformer.py --data FOLDER --vqgan OTHER/vqgan.pt
     python train_transformer.py --resume            # go on after an interruption
     python train_transformer.py --cache-tokens 1    # encode every image once, train from the tokens
+    python train_transformer.py --decoder autoregressive    # the raster-scan baseline that the paper compares with
     torchrun --nproc_per_node 8 train_transformer.py --data imagenet --cache-tokens 10       # eight GPUs
     python train_transformer.py --data imagenet --device xla                                 # all TPU chips of a host
 
-Writes runs/NAME/transformer.pt, and beside it the log, the loss curve and the latest samples.
+Writes runs/NAME/transformer.pt (autoregressive.pt), and beside it the log, the loss curve and the latest samples.
 """
 import argparse
 import time
@@ -50,25 +51,26 @@ PRESETS = {"shapes": SHAPES, "cifar10": SHAPES | dict(steps=20_000), "folder": S
            "places2": IMAGENET | dict(steps=1_409_000)}      # 200 epochs
 
 
-@torch.no_grad()
-def validate(model, tokens, labels, schedule, label_smoothing):
-    """Loss of validation tokens (n, N) under fixed random masks: the same at every call."""
-    generator, losses = torch.Generator().manual_seed(0), []
-    for part, label in zip(tokens.split(64), labels.split(64)):
-        masked, mask = mask_tokens(part, schedule, model.mask_id, generator)
-        losses.append(mvtm_loss(model(masked, label), part, mask, label_smoothing))
-    return torch.stack(losses).mean().item()
-
-
 def training_loss(args, model, mask_id, tokens, labels, generator):
     """§3.2: mask γ(r)·N tokens, predict them from the others, cross-entropy on the masked ones.
 
     tokens: (B, N), labels: (B,). model: (tokens, labels) -> logits. Returns the loss and the share of masked tokens
-    predicted right, scalars."""
-    masked, mask = mask_tokens(tokens, args.schedule, mask_id, generator)
+    predicted right, scalars. The autoregressive baseline predicts every token from those before it instead."""
+    if args.decoder == "autoregressive":
+        masked, mask = tokens, torch.ones_like(tokens, dtype=torch.bool)
+    else:
+        masked, mask = mask_tokens(tokens, args.schedule, mask_id, generator)
     logits = model(masked, labels)
     loss = mvtm_loss(logits, tokens, mask, args.label_smoothing)
     return loss, ((logits.detach().argmax(-1) == tokens) & mask).sum() / mask.sum()
+
+
+@torch.no_grad()
+def validate(args, model, tokens, labels):
+    """Loss of validation tokens (n, N) under fixed random masks: the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([training_loss(args, model, model.mask_id, part, label, generator)[0]
+                        for part, label in zip(tokens.split(64), labels.split(64))]).mean().item()
 
 
 def adopt(model, start, same_classes):
@@ -94,14 +96,16 @@ def train(args, machine):
         raise ValueError(f"--image-size {size} is not divisible by the tokenizer's stride {tokenizer.config.stride}")
     settings = {name: getattr(args, name) for name in (*FLAGS, "data", "seed", "cache_tokens")}
     settings |= {"init": args.init, "image_size": size, "tokenizer": runtime.fingerprint(tokenizer)}
-    run = runtime.Run(folder, "transformer", settings, ["loss", "accuracy", "gradient", "val_loss"], args, machine)
+    stage = "transformer" if args.decoder == "parallel" else "autoregressive"
+    run = runtime.Run(folder, stage, settings, ["loss", "accuracy", "gradient", "val_loss"], args, machine)
     if args.vqgan and run.leads and not (folder / "vqgan.pt").exists():     # a run holds all that sampling needs
         runtime.write_atomically(folder / "vqgan.pt", lambda file: file.write(Path(args.vqgan).read_bytes()))
     data, val = open_data(args.data, size, args.data_dir)
     config = MaskGITConfig(tokenizer.config.codebook_size, len(data.classes), (size // tokenizer.config.stride) ** 2,
-                           args.dim, args.depth, args.heads, args.mlp_dim, args.dropout, args.class_dropout > 0)
+                           args.dim, args.depth, args.heads, args.mlp_dim, args.dropout, causal=stage == "autoregressive",
+                           null_class=args.class_dropout > 0)
     if args.init:
-        start, of_start = runtime.rebuild(Path(args.init, "transformer.pt"), "transformer", MaskGITConfig, MaskGIT)
+        start, of_start = runtime.rebuild(Path(args.init, f"{stage}.pt"), stage, MaskGITConfig, MaskGIT)
         if of_start["tokenizer"] != settings["tokenizer"]:
             raise ValueError(f"the transformer of {args.init} belongs to another tokenizer: add --vqgan {args.init}/vqgan.pt")
         if start.config.num_tokens != config.num_tokens:
@@ -174,8 +178,9 @@ def train(args, machine):
 
         save = run.saves(step + 1)
         if save and run.leads:
-            run.extra["val_loss"] = validate(ema.model, val_tokens, val_labels, args.schedule, args.label_smoothing)
-            pictures, _ = draw(tokenizer, ema.model, preview_labels, steps=min(8, config.num_tokens), generator=machine.generator(0))
+            run.extra["val_loss"] = validate(args, ema.model, val_tokens, val_labels)
+            options = {} if config.causal else {"steps": min(8, config.num_tokens)}
+            pictures, _ = draw(tokenizer, ema.model, preview_labels, generator=machine.generator(0), **options)
             runtime.save_image(run.files["png"], runtime.grid(list(pictures.split(8)), data.classes[:shown]))
         if save or (step + 1) % args.log_every == 0:
             run.log(step + 1)
@@ -185,11 +190,13 @@ def train(args, machine):
                       "classes": list(data.classes), "tokenizer": settings["tokenizer"]})
             run.draw_curve()
             run.exit_if_signalled(step + 1)
-    run.say(f"the transformer is {run.files['pt']}; look at {run.files['png']}. Next: python sample.py --run {run.folder}")
+    run.say(f"the {stage} is {run.files['pt']}; look at {run.files['png']}. Next: python sample.py --run {run.folder}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--decoder", default="parallel", choices=("parallel", "autoregressive"),
+                        help="autoregressive: next-token prediction in raster order with a causal mask (default: %(default)s)")
     parser.add_argument("--init", metavar="RUN",
                         help="start from the transformer of a run, sizes included, such as runs/imagenet256")
     parser.add_argument("--vqgan", help="tokenizer file (default: vqgan.pt in the run's folder)")
