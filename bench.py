@@ -4,12 +4,16 @@
     python bench.py --preset shapes
     python bench.py --rows train-transformer decode --batch 4 --json bench.json
     python bench.py --preset imagenet256 imagenet512 --rows train-transformer --batch 1 2 4 --plot rate.png
+    python bench.py --compare --preset imagenet256 imagenet512 --plot runtime.png   # parallel and sequential decoding (Figure 4)
 
 FLOPs are counted on shapes alone (torch's FlopCounterMode over meta tensors): matrix products, attention and convolutions, 2
 for each multiply-add; a training step is counted with its backward pass, recomputation left out. The peak is the fastest of a
 few square matrix products of the same precision, timed before and after each row; the better of the two counts.
+--compare times single passes and multiplies: parallel decoding passes over all positions at each step; sequential decoding is
+timed at eight places, evenly spaced, with the key/value cache (one position a pass) and without (all positions so far).
 """
 import argparse
+import dataclasses
 import json
 import platform
 import resource
@@ -25,7 +29,7 @@ import devices
 import runtime
 import train_transformer
 import train_vq
-from maskgit import MaskGIT, MaskGITConfig, decode
+from maskgit import MaskGIT, MaskGITConfig, decode, sample_tokens
 from perceptual import LPIPS
 from vqgan import VQGAN, Discriminator, VQGANConfig
 
@@ -213,16 +217,54 @@ def rows_of(machine, preset, wanted, batches):
                 yield row, lambda: tokenizer_row(machine, one, vq, b, restore=row == "restore")
 
 
-def plot(path, results):
-    """Images/s against the batch size, a line for each row and preset."""
+@torch.no_grad()
+def compare(machine, args):
+    """Wall-clock of one batch against the number of passes, parallel and sequential -> rows for the table and the plot."""
+    print(f"{'preset':12} {'batch':>5} {'decoder':22} {'passes':>6} {'seconds':>9} {'to parallel, 8':>14}")
+    results = []
+    for preset in args.preset:
+        config = dataclasses.replace(configurations(preset)[3], dropout=0.0)
+        torch.manual_seed(0)
+        parallel = MaskGIT(config).to(machine.device).eval()
+        causal = MaskGIT(dataclasses.replace(config, causal=True)).to(machine.device).eval()
+        N = config.num_tokens
+        forward = torch.compile(parallel) if machine.compiled else parallel
+        step = torch.compile(causal.predict) if machine.compiled else causal.predict
+        for batch in args.batch or ([1, 16, 64] if machine.device.type == "cuda" else [1, 4]):
+            labels = torch.arange(batch, device=machine.device) % config.num_classes
+            rows = torch.zeros(batch, N + 1, dtype=torch.long, device=machine.device)
+            places = torch.arange(N, device=machine.device)
+            eight = [round((i + 0.5) * N / 8) for i in range(8)]
+
+            def cached(i):
+                sample_tokens(step(rows[:, i:i + 1], cache, places[i:i + 1])[:, -1].float(), 1.0, None)
+
+            def uncached(i):
+                sample_tokens(causal.predict(rows[:, :i + 1])[:, -1].float(), 1.0, None)
+
+            with machine.autocast():
+                cache = causal.empty_cache(batch)
+                one_step = seconds(machine, lambda: decode(forward, labels, 2), args.repeats) / 2
+                times = [("parallel", steps, steps * one_step) for steps in (1, 2, 4, 8, 12, 16, 32, 64, 128, 256) if steps <= N]
+                for label, function in (("sequential, cached", cached), ("sequential, uncached", uncached)):
+                    function(eight[0])                                                       # warm up, compile
+                    times.append((label, N, N * statistics.mean(seconds(machine, lambda: function(i), 1) for i in eight)))
+            for label, passes, took in times:
+                results.append({"preset": preset, "batch": batch, "row": label, "passes": passes, "seconds": took})
+                print(f"{preset:12} {batch:5} {label:22} {passes:6} {took:9.4g} {took / one_step / 8:14.3g}", flush=True)
+    return results
+
+
+def plot(path, results, x, y):
+    """results[y] against results[x], a line for each row, preset and, where x is another quantity, batch."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for preset, row in dict.fromkeys((r["preset"], r["row"]) for r in results):
-        points = [(r["batch"], r["images_per_second"]) for r in results if (r["preset"], r["row"]) == (preset, row)]
-        axis.plot(*zip(*points), "o-", label=f"{row}, {preset}")
-    axis.set(xscale="log", yscale="log", xlabel="batch", ylabel="images/s")
+    line = lambda r: ", ".join([r["row"], r["preset"]] + [f"batch {r['batch']}"] * (x != "batch"))
+    for name in dict.fromkeys(map(line, results)):
+        axis.plot(*zip(*[(r[x], r[y]) for r in results if line(r) == name]), "o-", label=name)
+    axis.set(xscale="log", yscale="log", xlabel=x, ylabel=y.replace("_per_", "/"))
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
     runtime.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
@@ -233,6 +275,9 @@ def bench(args, machine):
         f"{platform.processor() or platform.machine()} {machine.device.type}, {torch.get_num_threads()} threads"
     precision = "bfloat16" if machine.bf16 else "float32"
     print(f"{name}, {precision}, torch {torch.__version__}, compiled: {'yes' if machine.compiled else 'no'}")
+    if args.compare:
+        results = compare(machine, args)
+        return report(args, name, precision, results, "passes", "seconds")
     print(f"{'preset':12} {'row':18} {'batch':>5} {'seconds':>9} {'images/s':>9} {'TFLOP/s':>8} {'peak':>7} {'share':>6} {'memory':>8}")
     results = []
     for preset in args.preset:
@@ -249,21 +294,27 @@ def bench(args, machine):
             print(f"{preset:12} {label:18} {images:5} {took:9.4g} {images / took:9.4g} {count / took / 1e12:8.4g} {peak / 1e12:7.4g} "
                   f"{count / took / peak:6.1%} {memory / 2 ** 30:5.2f} GB", flush=True)
             del step
+    report(args, name, precision, results, "batch", "images_per_second")
+
+
+def report(args, device, precision, results, x, y):
+    """Writes what --json and --plot ask for."""
     if args.json:
-        report = {"device": name, "precision": precision, "torch": torch.__version__, "rows": results}
-        runtime.write_atomically(args.json, lambda file: file.write(json.dumps(report, indent=1).encode()))
+        content = {"device": device, "precision": precision, "torch": torch.__version__, "rows": results}
+        runtime.write_atomically(args.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
     if args.plot:
-        plot(args.plot, results)
+        plot(args.plot, results, x, y)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", nargs="+", default=["imagenet256"], choices=PRESETS, help="sizes to measure (default: imagenet256)")
     parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS, help="what to measure (default: all)")
+    parser.add_argument("--compare", action="store_true", help="wall-clock of parallel and sequential decoding against the number of passes, instead of the rows")
     parser.add_argument("--batch", type=runtime.whole, nargs="+", help="images at once, one size or several (default: what suits the device)")
     parser.add_argument("--repeats", type=runtime.whole, default=3, help="timed calls of each row, whose median counts (default: %(default)s)")
     parser.add_argument("--json", help="also write the numbers to this file")
-    parser.add_argument("--plot", help="also plot images/s against the batch, to this PNG")
+    parser.add_argument("--plot", help="also plot images/s against the batch (with --compare: seconds against the passes), to this PNG")
     devices.add_machine_flags(parser)
     devices.launch(bench, parser.parse_args())
 

@@ -115,8 +115,8 @@ class MaskGIT(nn.Module):
     def predict(self, x, cache=None, position=None):
         """Rows of the embedding (B, L), the class first -> logits of the tokens (B, L or, bidirectional, L - 1, codebook_size).
 
-        cache, position: for decode_sequential, which gives one position at a time (L = 1): keys and values of those before,
-        (depth, 2, B, heads, N, dim / heads), where this one's are added; and its number, (1,) int64."""
+        cache, position: for decode_sequential, which gives one position at a time (L = 1): the keys and values of those before,
+        from empty_cache, where this one's are added; and its number, (1,) int64."""
         places = self.position_embedding.weight[:x.shape[1]] if cache is None else self.position_embedding(position)
         x = self.dropout(self.norm(self.token_embedding(x) + places))
         for i, block in enumerate(self.blocks):
@@ -126,6 +126,14 @@ class MaskGIT(nn.Module):
         codes = self.config.codebook_size
         # The output is tied to the embedding of codes alone: no other row is ever a target or a sample.
         return F.linear(self.head(x), self.token_embedding.weight[:codes], self.head_bias[:codes])
+
+    def empty_cache(self, batch):
+        """Room for the keys and values of every layer and position: (depth, 2, batch, heads, N, dim / heads)."""
+        config, weight = self.config, self.position_embedding.weight
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        return torch.zeros(config.depth, 2, batch, config.heads, config.num_tokens, config.dim // config.heads, dtype=dtype,
+                           device=weight.device)
 
 
 # --------------------------------------------------------------------------------------- mask schedules (Table 3)
@@ -325,8 +333,7 @@ def decode_sequential(model, labels, temperature=1.0, top_k=None, generator=None
         raise ValueError("sequential decoding needs an autoregressive transformer: train one with --decoder autoregressive")
     rows = torch.zeros(B, config.num_tokens + 1, dtype=torch.long, device=labels.device)     # the class, then the tokens
     rows[:, 0] = labels + config.codebook_size
-    cache = model.position_embedding.weight.new_zeros(
-        config.depth, 2, B, config.heads, config.num_tokens, config.dim // config.heads) if cached else None
+    cache = model.empty_cache(B) if cached else None
     places = torch.arange(config.num_tokens, device=labels.device)
     for i in range(config.num_tokens):
         logits = model.predict(rows[:, i:i + 1], cache, places[i:i + 1]) if cached else model.predict(rows[:, :i + 1])
