@@ -171,9 +171,11 @@ def repaint_region(args, photo, square, size, stride):
             raise ValueError(f"--box {args.box} is empty or reaches outside {args.image}, which is {photo.width} x {photo.height} pixels")
 
         def tokens(start, length):       # in pixels of the photo -> the tokens, and one more on either side as in the released demo
-            start, length = max(0.0, start * size / across), length * size / across
+            start, stop = max(0, start * size / across), min(size, (start + length) * size / across)
+            if start >= stop:
+                return slice(0)
             first = int(start // stride)
-            return slice(max(0, first - 1), max(first + int(length // stride) + 1, math.ceil((start + length) / stride)))
+            return slice(max(0, first - 1), max(first + int((stop - start) // stride) + 1, math.ceil(stop / stride)))
         region[tokens(y - top, height), tokens(x - left, width)] = True
     elif args.mask is not None:
         mask = read_image(args.mask)
@@ -223,8 +225,8 @@ def likeliest_class(model, known, seed):
 
 
 def extrapolate(transformer, tokens, labels, left, right, **options):
-    """Lengthens token grids (B, side, side) by `left` and `right` columns -> a list of (B, side, left + side + right), one
-    for each place of the window, with mask_id where nothing is painted yet; the last one has none.
+    """Lengthens token grids (B, side, side) by `left` and `right` columns -> a list of (B, side, left + side + right), the
+    start and one for each place of the window, with mask_id where nothing is painted yet; the last one has none.
 
     The window of side x side tokens moves by half its width, so that half of it is known. options: as for decode."""
     B, side, _ = tokens.shape
@@ -233,7 +235,7 @@ def extrapolate(transformer, tokens, labels, left, right, **options):
     canvas[:, :, left:left + side] = tokens
     starts = [min(start, left + right) for start in range(left + half, left + right + half, half)]
     starts += [max(start, 0) for start in range(left - half, -half, -half)]
-    steps = []
+    steps = [canvas.clone()]
     for start in starts:
         window = canvas[:, :, start:start + side].flatten(1)
         canvas[:, :, start:start + side] = decode(transformer, labels, known=window, **options).view(B, side, side)
