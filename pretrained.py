@@ -4,6 +4,7 @@
     python sample.py --run runs/imagenet256 --class tench "golden retriever"
     python pretrained.py --tokenizer FILE [--transformer FILE] --run DIR    # from files at hand
     python pretrained.py --export DIR RUN               # a run's two models in the released format
+    python pretrained.py --half DIR RUN                 # a run in float16, half the size, to hand on
 
 Files are fetched into the cache folder (downloads.py). Nothing that is loaded can run code.
 """
@@ -329,6 +330,26 @@ def export(run, tokenizer_file, transformer_file):
         write_released(model, target)
 
 
+KINDS = "vqgan transformer autoregressive classifier".split()                # the models a run may hold, the tokenizer first
+
+
+def halve(run, folder):
+    """Writes the models of a run to a folder in float16, as a run that every script takes (and computes with in float32)."""
+    for stage in KINDS:
+        if not (run / f"{stage}.pt").exists():
+            continue
+        checkpoint = runtime.load_checkpoint(run / f"{stage}.pt", stage)
+        checkpoint["model"] = {name: value.half() if value.is_floating_point() else value for name, value in checkpoint["model"].items()}
+        if stage == "vqgan":                                # rounded, it is another tokenizer: the transformers must know it again
+            rounded = VQGAN(VQGANConfig(**checkpoint["config"]))
+            fingerprint = runtime.fingerprint(runtime.load_weights(rounded, checkpoint["model"], run / "vqgan.pt"))
+        if "tokenizer" in checkpoint:
+            checkpoint["tokenizer"] = fingerprint
+        folder.mkdir(parents=True, exist_ok=True)
+        runtime.save_checkpoint(folder / f"{stage}.pt", checkpoint)
+        print(f"wrote {folder}/{stage}.pt: {(folder / f'{stage}.pt').stat().st_size / 1e6:.2f} MB")
+
+
 # ---------------------------------------------------------------------------------------------------- command line
 
 def main():
@@ -340,8 +361,13 @@ def main():
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.add_argument("--offline", action="store_true", help="never use the network: take what is in the cache folder")
     parser.add_argument("--export", nargs=2, type=Path, metavar=("DIR", "RUN"), help="write RUN's models to DIR as released")
+    parser.add_argument("--half", nargs=2, type=Path, metavar=("DIR", "RUN"), help="write RUN's models to DIR in float16")
     args = parser.parse_args()
-    if args.export:
+    if args.half:
+        folder, run = args.half
+        targets = [folder / f"{stage}.pt" for stage in KINDS]
+        runtime.load_checkpoint(run / "vqgan.pt", "vqgan")
+    elif args.export:
         folder, run = args.export
         targets = [folder / f"{kind}_{run.resolve().name}_checkpoint" for kind in ("tokenizer", "maskgit")]
     elif args.model in MODELS or args.model is None and args.tokenizer and args.run:
@@ -353,6 +379,8 @@ def main():
     for path in targets:
         if path.exists() and not args.overwrite:
             raise ValueError(f"{path} is already there: use --overwrite to replace it, or name another folder")
+    if args.half:
+        return halve(run, folder)
     if args.export:
         export(run, *targets)
         print(f"wrote {targets[0]} and {targets[1]}")

@@ -173,7 +173,7 @@ def load_weights(model, weights, path):
         if own[name].shape != weights[name].shape:
             raise ValueError(f"{path} does not fit its own configuration: parameter {name} has shape "
                              f"{tuple(weights[name].shape)}, not {tuple(own[name].shape)}")
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict({name: value.to(own[name].dtype) for name, value in weights.items()}, assign=True)    # from float16
     return model
 
 
@@ -202,7 +202,7 @@ def fingerprint(model):
 class Run:
     """One stage's training in a run folder: refuses to overwrite, resumes, logs, shows progress, stops on signals.
 
-    folder: runs/NAME. stage: "vqgan" or "transformer". settings: the plain values that decide the result; a resumed
+    folder: runs/NAME. stage: vqgan, transformer or autoregressive. settings: the plain values that decide the result; a resumed
     run must have the same. columns: what end_step() is given, in the order of the CSV. args: the flags of every training
     script. Only rank 0 writes and prints.
     Attributes: step, where to start; state, the dict given to save() last time, or None. Raises ValueError where a run

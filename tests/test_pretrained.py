@@ -23,6 +23,7 @@ from maskgit import MaskGIT, MaskGITConfig
 from perceptual import LPIPS, load_lpips
 from pretrained import maskgit_from_jax, read_tokenizer, tokenizer_layers, vqgan_from_jax, vqgan_from_port, write_released
 from runtime import load_checkpoint
+from sample import load_run
 from test_parity import DATA, close, load
 from vqgan import VQGAN, VQGANConfig
 
@@ -527,3 +528,16 @@ def test_two_processes_fetch_a_file_once(server):
         assert process.returncode == 0, errors
         assert output.strip() == str(server.cache / "file")
     assert server.asked == [None] and (server.cache / "file").read_bytes() == BODY
+
+
+def test_a_run_in_half_the_size(trained, tmp_path):
+    run("pretrained.py", "--half", tmp_path / "half", trained)
+    for stage in ("vqgan", "transformer"):
+        whole, half = (torch.load(folder / f"{stage}.pt", weights_only=True)["model"] for folder in (trained, tmp_path / "half"))
+        for name, value in whole.items():
+            assert half[name].dtype == torch.float16 and torch.equal(half[name], value.half())
+    _, tokenizer, transformer, _ = load_run(tmp_path / "half", "cpu")
+    assert {p.dtype for model in (tokenizer, transformer) for p in model.parameters()} == {torch.float32}
+    run("sample.py", "--run", tmp_path / "half", "--num", 1)
+    refused("pretrained.py", "--half", tmp_path / "half", trained, says=["vqgan.pt", "already there", "--overwrite"])
+    refused("pretrained.py", "--half", tmp_path / "other", tmp_path, says=["vqgan.pt", "does not exist"])

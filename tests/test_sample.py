@@ -59,7 +59,9 @@ def test_bad_flags(trained, tmp_path, flags, says):
 
 
 def test_no_run_at_all(tmp_path):
-    refused("sample.py", says=["train_vq.py", "--run"], cwd=tmp_path)
+    """The example beside the scripts is drawn from, and nothing can be trained on."""
+    assert "/example: samples" in run("sample.py", "--steps", 2, "--num", 1, "--out", "a.png", cwd=tmp_path)
+    assert (tmp_path / "a.png").exists()
     refused("train_transformer.py", says=["vqgan.pt", "does not exist"], cwd=tmp_path)
 
 
