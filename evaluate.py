@@ -1,124 +1,650 @@
-"""Judges a trained run: are samples of the classes that were asked for, and do they differ among themselves?
+"""Measures a trained run as the paper does: the row it would have in Table 1, the ablation of Table 3 and Figure 8.
 
-    python evaluate.py                              # the newest run
-    python evaluate.py --run runs/shapes --num 1000 --seed 0
+    python evaluate.py --run runs/shapes                          # the newest run, where none is named
+    python evaluate.py --num 50000 --features inception           # FID and IS as in the literature (torch-fidelity)
+    python evaluate.py --ablate                                   # seven mask schedules x decoding steps, three seeds
+    python evaluate.py --sweep choice_temperature                 # one setting of the sampler
+    python evaluate.py --manipulate                               # outpainting and inpainting
+    python evaluate.py --folders GENERATED REAL --features inception
+    torchrun --nproc_per_node 8 evaluate.py --run runs/imagenet --num 50000 --features inception
 
-A small residual classifier is trained once on the run's real training images and kept with it (classifier.pt). Then
-`--num` images are sampled, classes balanced, and the classifier names them.
+Distances between classifier features are called FCD, never FID. Results go to eval.json in the run's folder; what is there
+already is not done again, and an interrupted evaluation goes on where it was.
 """
 import argparse
 import json
+import math
+import os
+import platform
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 import devices
+import metrics
 import runtime
-from data import batches, open_data
-from maskgit import SCHEDULES
-from sample import draw, load_run
+from classifier import Chosen, Drawn, accuracy, features_of, load_classifier, to_floats, train_classifier
+from data import open_data, read_image
+from maskgit import ORDERS, SCHEDULES, decode, decode_sequential, mask_tokens, mvtm_loss
+from sample import STAGES, load_run, restore
+
+NEIGHBOURS, FEATURES_KEPT, SPLITS, BINS = 3, 10_000, 10, 20    # k of precision and recall; of how many images; of IS; of mask ratios
+SWEEPS = {"choice_temperature": [0, 1, 2, 4.5, 8, 12], "cfg": [0, 0.5, 1, 2, 4], "order": ORDERS}
 
 
-class Classifier(nn.Module):
-    """(B, 3, S, S) in [0, 1] -> class logits (B, classes): four residual stages, each halving the resolution."""
+class Ledger:
+    """What an evaluation has found: results in eval.json, sums of what is under way in eval.resume.pt.
 
-    def __init__(self, classes, width=24):
-        super().__init__()
-        widths = [width, 2 * width, 4 * width, 4 * width]
-        self.stem = nn.Conv2d(3, width, 3, padding=1)
-        self.down = nn.ModuleList([nn.Conv2d(a, b, 3, 2, 1) for a, b in zip([width] + widths, widths)])
-        self.same = nn.ModuleList([nn.Sequential(nn.BatchNorm2d(w), nn.ReLU(), nn.Conv2d(w, w, 3, padding=1)) for w in widths])
-        self.out = nn.Linear(widths[-1], classes)
+    folder: the run's (None: keep nothing on disk). setup: the plain values that every result depends on; results under another
+    setup stay in the file. again: forget those under this one. Ranks share the batches; only rank 0 writes and prints."""
+    SAVE_SECONDS = 30
 
-    def forward(self, images):
-        x = self.stem(images * 2 - 1)
-        for down, same in zip(self.down, self.same):
-            x = down(F.relu(x))
-            x = x + same(x)
-        return self.out(F.relu(x).mean((2, 3)))
+    def __init__(self, folder, setup, machine, again=False):
+        self.folder, self.setup, self.machine, self.leads = folder, setup, machine, machine.rank == 0
+        self.others, self.results, self.partial = [], {}, {}
+        if folder and (folder / "eval.json").exists():
+            try:
+                records = json.loads((folder / "eval.json").read_text())["records"]
+            except (ValueError, KeyError):                                      # not of this script: it is replaced
+                records = []
+            self.others = [record for record in records if record["setup"] != setup]
+            self.results = {} if again else {record["condition"]: record["result"] for record in records if record["setup"] == setup}
+        if folder and (folder / "eval.resume.pt").exists() and not again:
+            kept = runtime.load_checkpoint(folder / "eval.resume.pt", "evaluation")
+            self.partial = kept["partial"] if kept["setup"] == setup else {}
+
+    def total(self, condition, count, batch, source, room=()):
+        """Adds up what source() yields for the batches of `count` images -> the sums, on the CPU, on rank 0 (others: None).
+
+        source: numbers of batches -> an iterator over (sums, rows) of each. rows: {name: (n, ...)}, a row an image, of which
+        the first room[name] are kept; a name without room is passed over."""
+        first, sums = self.partial.get(condition, (0, {}))
+        batches, world, device = math.ceil(count / batch), self.machine.world, self.machine.device
+        if first >= batches:
+            return sums if self.leads else None
+        sums = {name: value if name in room else value.to(device) for name, value in sums.items()} if self.leads else {}
+        rounds = range(first, batches, world)
+        # In the last round a rank may have no batch left: it repeats the last one and adds nothing of it.
+        stream = source([min(start + self.machine.rank, batches - 1) for start in rounds])
+        started = saved = shown = time.time()
+        for start in rounds:
+            more, rows = next(stream)
+            b, counts = start + self.machine.rank, start + self.machine.rank < batches
+            metrics.add(sums, {name: value.to(device) * counts for name, value in more.items()})
+            for name, part in rows.items():
+                if name in room:
+                    sums.setdefault(name, torch.zeros(room[name], *part.shape[1:], dtype=part.dtype))
+                    part = part[:max(0, room[name] - b * batch)].cpu() * counts
+                    sums[name][b * batch:b * batch + len(part)] += part
+            self.machine.sync()
+            now, done = time.time(), min((start + world) * batch, count)
+            if done == count or self.agree(now - saved > self.SAVE_SECONDS):
+                sums, saved = self.over_ranks(sums), now
+                self.save(condition, min(start + world, batches), sums)
+            if self.leads and (done == count or now - shown > (0.2 if sys.stdout.isatty() else 10)):
+                shown = now
+                show_progress(condition, done, count, (now - started) / (done - first * batch) * (count - done))
+        return runtime.to_cpu(sums) if self.leads else None
+
+    def agree(self, due):
+        """Whether rank 0 finds it due to save: the ranks must do so together."""
+        if self.machine.world == 1:
+            return due
+        return self.machine.fetch(self.machine.mean(torch.tensor(float(due and self.leads)).to(self.machine.device))) > 0
+
+    def over_ranks(self, sums):
+        """The sums of all ranks, on rank 0; zeros on the others, which go on from there."""
+        if self.machine.world == 1:
+            return sums
+        total = {}
+        for name, value in sorted(sums.items()):
+            whole = self.machine.mean(value.to(self.machine.device).double()) * self.machine.world
+            whole = whole if value.is_floating_point() else whole.round()
+            total[name] = (whole * self.leads).to(value.device, value.dtype)
+        return total
+
+    def save(self, condition=None, done=0, sums=None):
+        if condition:
+            self.partial[condition] = (done, sums)
+        if self.leads and self.folder:
+            partial = {name: [done, sums] for name, (done, sums) in self.partial.items()}
+            runtime.save_checkpoint(self.folder / "eval.resume.pt", {"kind": "evaluation", "setup": self.setup, "partial": partial})
+
+    def result(self, condition, count, batch, source, finish, room=()):
+        """The result of a condition: the one found before, or finish(its sums), which is then kept. {} on other ranks."""
+        if condition not in self.results:
+            sums = self.total(condition, count, batch, source, room)
+            self.results[condition] = finish(sums) if self.leads else {}
+            self.write()
+            self.partial.pop(condition, None)
+            self.save()
+        return self.results[condition]
+
+    def write(self, **latest):
+        """eval.json: what was asked for last (a dict), then every result with the setup it was found under."""
+        if self.leads and self.folder:
+            records = self.others + [{"setup": self.setup, "condition": condition, "result": result}
+                                     for condition, result in self.results.items()]
+            text = json.dumps({**latest, "setup": self.setup, "records": records}, indent=1)
+            runtime.write_atomically(self.folder / "eval.json", lambda file: file.write(text.encode()))
 
 
-def train_classifier(path, train, val, steps, seed, device):
-    """Loads the classifier kept at `path`, or trains it on real images -> (classifier, its accuracy on validation images)."""
-    model = Classifier(len(train.classes)).to(device)
-    if path.exists():
-        checkpoint = runtime.load_checkpoint(path, "classifier")
-        if checkpoint["classes"] == list(train.classes) and checkpoint["steps"] == steps:
-            return runtime.load_weights(model, checkpoint["model"], path).eval(), checkpoint["accuracy"]
-    torch.manual_seed(seed)
-    model = Classifier(len(train.classes)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    for step, (images, labels) in enumerate(batches(train, 128, seed, 0, steps)):
-        optimizer.param_groups[0]["lr"] = runtime.learning_rate(step, 3e-3, 50, steps, decay=True)
-        loss = F.cross_entropy(model(images.to(device).float() / 255), labels.to(device), label_smoothing=0.1)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if (step + 1) % 100 == 0:
-            print(f"classifier: step {step + 1}/{steps}  loss {loss.item():.4f}", flush=True)
-    model.eval()
-    right = total = 0
-    for start in range(0, len(val), 250):
-        images, labels = val.batch(torch.arange(start, min(start + 250, len(val))).numpy())
-        right += (classify(model, images.to(device).float() / 255) == labels.to(device)).sum().item()
-        total += len(labels)
-    runtime.save_checkpoint(path, {"kind": "classifier", "model": model.state_dict(), "classes": list(train.classes),
-                                   "steps": steps, "accuracy": right / total})
-    return model, right / total
+def show_progress(condition, done, count, seconds):
+    seconds = round(seconds)
+    text = f"{condition}: {done}/{count} images  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+    if sys.stdout.isatty():
+        width = os.get_terminal_size().columns - 1
+        print("\r" + text[:width].ljust(width), end="\n" if done == count else "", flush=True)
+    else:
+        print(text, flush=True)
 
 
-@torch.no_grad()
-def classify(model, images):
-    """(n, 3, S, S) in [0, 1] -> the likeliest classes (n,)."""
-    return torch.cat([model(part).argmax(1) for part in images.split(250)])
+@dataclass
+class Task:
+    """What is measured and how. extract: images uint8 (n, 3, S, S) on the device -> features (n, D), logits (n, classes)."""
+    machine: Any
+    extract: Any
+    distance: str                 # what a distance between such features is called: FCD or FID
+    score: str                    # and the Inception Score from such logits
+    batch: int
+    seed: int = 0
+    shift: Any = None             # (D,), see metrics.moments
+    tokenizer: Any = None
+    transformer: Any = None
+    classifier: Any = None
+    real: Any = None              # validation images, in a fixed random order
+
+
+# ------------------------------------------------------------------------------------- what is summed over a batch
+
+def quantize(images):
+    """(n, 3, H, W) in [0, 1] -> uint8, as they would be in a file."""
+    return (images.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)
+
+
+def image_sums(task, images, split, labels=None):
+    """Sums over a batch of images uint8 (n, 3, H, W), for `measures` and (with labels) `looks`; and their features (n, D).
+
+    split: (n,), see metrics.split_of. labels: (n,), the class that each was asked to be, or is."""
+    images = images.to(task.machine.device)
+    features, logits = task.extract(images)
+    sums = metrics.moments(features, task.shift) | metrics.score_sums(logits, split.to(images.device), SPLITS)
+    if labels is not None:
+        floats = to_floats(images, task.machine)
+        member = F.one_hot(labels.to(images.device), task.transformer.config.num_classes).double().T        # (classes, n)
+        small = F.adaptive_avg_pool2d(floats, 16).flatten(1).double()
+        sums |= {"class_count": member.sum(1), "class_sum": member @ small, "class_squares": member @ small.square().sum(1),
+                 "sharpness": runtime.sharpness(floats).double() * len(images)}
+        if task.classifier:
+            named = (logits if task.distance == "FCD" else task.classifier(floats)).argmax(1)
+            sums["class_right"] = member @ (named == labels.to(images.device)).double()
+    return sums, features
+
+
+def token_sums(task, tokens, labels, seed):
+    """The negative log-likelihood of masked tokens under each schedule (Table 3), and how many are predicted right at each ratio.
+
+    tokens (n, N), labels (n,): real ones. seed: of the masks. Causal: of each token after those before it."""
+    model, N, generator = task.transformer, tokens.shape[1], torch.Generator().manual_seed(seed)
+    nll, by_ratio = [], torch.zeros(BINS, 3, dtype=torch.float64, device=tokens.device)
+    for schedule in ["none"] if model.config.causal else SCHEDULES:
+        masked, mask = (tokens, torch.ones_like(tokens, dtype=torch.bool)) if model.config.causal else \
+            mask_tokens(tokens, schedule, model.mask_id, generator)
+        with task.machine.autocast():
+            logits = model(masked, labels)
+        nll.append(mvtm_loss(logits, tokens, mask, label_smoothing=0).double() * len(tokens))
+        right, count = ((logits.argmax(-1) == tokens) & mask).sum(1), mask.sum(1)
+        bins = F.one_hot((count * BINS + N - 1) // N - 1, BINS).double()                # ratios up to 1/20, 2/20, ...
+        by_ratio += bins.T @ torch.stack([right, count, torch.ones_like(count)], 1).double()
+    return {"nll": torch.stack(nll), "by_ratio": by_ratio}
+
+
+def real_images(task, split):
+    """source of Ledger.total: validation images, the tokenizer's reconstructions of them, the transformer on their tokens."""
+    @torch.no_grad()
+    def source(numbers):
+        for b, (images, labels) in zip(numbers, task.real.read(numbers)):
+            part, labels, floats = split[b * task.batch:][:len(images)], labels.to(task.machine.device), to_floats(images, task.machine)
+            with task.machine.autocast():
+                tokens = task.tokenizer.encode(floats).flatten(1)
+                restored = restore(task.tokenizer, tokens).float()
+            psnr = -10 * (restored - floats).square().mean((1, 2, 3)).clamp(min=1e-10).log10().double().sum()
+            sums, features = image_sums(task, images, part, labels)
+            others, _ = image_sums(task, quantize(restored), part, labels)
+            codes = torch.bincount(tokens.flatten(), minlength=task.tokenizer.config.codebook_size).double()
+            yield sums | {f"restored {name}": value for name, value in others.items()} | {"psnr": psnr, "codes": codes} | \
+                token_sums(task, tokens, labels, devices.step_seed(task.seed, b)), {"features": features}
+    return source
+
+
+def training_images(task, chosen, split):
+    """source of Ledger.total: real images of the training set."""
+    @torch.no_grad()
+    def source(numbers):
+        for b, (images, labels) in zip(numbers, chosen.read(numbers)):
+            sums, features = image_sums(task, images, split[b * task.batch:][:len(images)], labels)
+            yield sums, {"features": features}
+    return source
+
+
+def samples(task, count, options, seed):
+    """source of Ledger.total: images drawn by the transformer, classes in turn. options: of the decoding function."""
+    split, config = metrics.split_of(count, SPLITS), task.transformer.config
+    sampler = decode_sequential if config.causal else decode
+
+    @torch.no_grad()
+    def source(numbers):
+        for b in numbers:
+            index = torch.arange(b * task.batch, min((b + 1) * task.batch, count))
+            labels = (index % config.num_classes).to(task.machine.device)
+            # A generator for each batch: the samples are the same on any number of ranks, and after an interruption.
+            generator = task.machine.generator(devices.step_seed(seed, b) % (1 << 32))
+            with task.machine.autocast():
+                tokens = sampler(task.transformer, labels, generator=generator, **options)
+                images = quantize(restore(task.tokenizer, tokens))
+            sums, features = image_sums(task, images, split[index], labels)
+            yield sums, {"features": features, "tokens": tokens.int()}
+    return source
+
+
+def repainted(task, region, split, options):
+    """source of Ledger.total: validation images with a region (h, w) of their tokens, boolean, drawn anew for their class."""
+    tokens_apart = region.flatten().to(task.machine.device)
+    pixels_apart = region.repeat_interleave(task.tokenizer.config.stride, 0).repeat_interleave(task.tokenizer.config.stride, 1)
+
+    @torch.no_grad()
+    def source(numbers):
+        for b, (images, labels) in zip(numbers, task.real.read(numbers)):
+            images, labels = images.to(task.machine.device), labels.to(task.machine.device)
+            generator = task.machine.generator(devices.step_seed(task.seed, b) % (1 << 32))
+            with task.machine.autocast():
+                known = task.tokenizer.encode(to_floats(images, task.machine)).flatten(1)
+                known = torch.where(tokens_apart, task.transformer.mask_id, known)
+                painted = quantize(restore(task.tokenizer, decode(task.transformer, labels, known=known, generator=generator, **options)))
+            images = torch.where(pixels_apart.to(images.device), painted, images)
+            yield image_sums(task, images, split[b * task.batch:][:len(images)], labels)[0], {}
+    return source
+
+
+# --------------------------------------------------------------------------------------------- from sums to figures
+
+def measures(task, sums, real):
+    """The columns of Table 1: FID (or FCD) from the real images, IS, and precision and recall where features were kept."""
+    distance = metrics.frechet_distance(*metrics.mean_and_covariance(sums, task.shift.cpu()),
+                                        *metrics.mean_and_covariance(real, task.shift.cpu()))
+    score, spread = metrics.inception_score(sums)
+    result = {task.distance: distance, task.score: score, "± over splits": spread}
+    if "features" in sums and "features" in real:
+        where = task.machine.device if task.machine.device.type == "cuda" else "cpu"
+        pair = metrics.precision_recall(sums["features"].to(where), real["features"].to(where), NEIGHBOURS)
+        result |= dict(zip(("precision", "recall"), pair))
+    return result
+
+
+def looks(sums, real, classes):
+    """How often the classifier names the class that was asked for; sharpness and spread relative to the real images'."""
+    def spread(sums):                       # root mean square distance of two images of a class, at 16 x 16 pixels
+        some = sums["class_count"] > 1
+        n = sums["class_count"][some]
+        variance = sums["class_squares"][some] / n - (sums["class_sum"][some] / n[:, None]).square().sum(1)
+        return (2 * variance.clamp(min=0) * n / (n - 1)).sqrt().mean()
+    sharpness = lambda sums: sums["sharpness"] / sums["class_count"].sum()
+    result = {"sharpness / real": (sharpness(sums) / sharpness(real)).item(), "spread within classes / real": (spread(sums) / spread(real)).item()}
+    if "class_right" in sums:
+        result["names the class"] = (sums["class_right"].sum() / sums["class_count"].sum()).item()
+        shares = (sums["class_right"] / sums["class_count"]).tolist()
+        result["names the class, by class"] = {name: share for name, share in zip(classes, shares) if not math.isnan(share)}
+    return result
+
+
+def stage_figures(task, sums, classes):
+    """Of both stages on validation images: reconstruction, codebook, likelihood of tokens."""
+    n, codes = sums["count"], sums["codes"] / sums["codes"].sum()
+    restored = {name.removeprefix("restored "): value for name, value in sums.items() if name.startswith("restored ")}
+    nll, names = (sums["nll"] / n).tolist(), ["next token"] if task.transformer.config.causal else SCHEDULES
+    right, count, images = sums["by_ratio"][sums["by_ratio"][:, 2] > 0].T
+    ratio = count / images / task.transformer.config.num_tokens
+    return {"reconstructions": measures(task, restored, sums) | looks(restored, sums, classes),
+            "PSNR, dB": (sums["psnr"] / n).item(), "codebook usage": (codes > 0).double().mean().item(),
+            "codebook perplexity": torch.exp(-torch.xlogy(codes, codes).sum()).item(), "NLL": dict(zip(names, nll)),
+            "accuracy by mask ratio": [[round(r, 4), a] for r, a in zip(ratio.tolist(), (right / count).tolist())]}
+
+
+# ------------------------------------------------------------------------------------------------- what is asked for
+
+def name_of(what, options, seed):
+    """How a condition is called in eval.json."""
+    return " ".join([what, *(f"{name}={value}" for name, value in options.items()), f"seed={seed}"])
+
+
+def table1(task, ledger, args, options, train, real):
+    """The run's row of Table 1, beside that of as many real training images. Returns {name of the row: result}."""
+    def cas(data, what):                                 # Ravuri & Vinyals 2019: trained on these images, tested on real ones
+        if not args.classifier_steps:
+            return {}
+        model = train_classifier(data, args.classifier_steps, task.seed, task.machine, f"classifier of {what}")
+        return dict(zip(("CAS top-1", "CAS top-5"), accuracy(model, task.real, task.machine)))
+
+    def to_images(tokens):
+        with task.machine.autocast():
+            return quantize(restore(task.tokenizer, tokens.long().to(task.machine.device))).cpu()
+
+    def of_samples(sums):
+        drawn = Drawn(sums["tokens"], torch.arange(args.num) % len(train.classes), train.classes, to_images)
+        return measures(task, sums, real) | looks(sums, real, train.classes) | cas(drawn, "samples")
+
+    chosen = Chosen(train, shuffled(len(train))[:args.num], task.batch)
+    room = {"features": min(args.num, FEATURES_KEPT), "tokens": args.num}
+    drawn = ledger.result(name_of("samples, row", options, task.seed), args.num, task.batch,
+                          samples(task, args.num, options, task.seed), of_samples, room)
+    trained = ledger.result(name_of("training images, row", {}, task.seed), len(chosen), task.batch,
+                            training_images(task, chosen, metrics.split_of(len(chosen), SPLITS)),
+                            lambda sums: measures(task, sums, real) | cas(chosen, "real training images"),
+                            {"features": min(len(chosen), FEATURES_KEPT)})
+    return {"samples": drawn, "real training images": trained}
+
+
+def repeated(task, ledger, args, options, real):
+    """Distance and score of samples over --seeds seeds -> {"mean", "deviation" (of the distance), "score"}."""
+    found = [ledger.result(name_of("samples", options, seed), args.num, task.batch, samples(task, args.num, options, seed),
+                           lambda sums: measures(task, sums, real)) for seed in range(args.seed, args.seed + args.seeds)]
+    if not ledger.leads:
+        return {}
+    distances = np.array([result[task.distance] for result in found])
+    return {"mean": distances.mean(), "deviation": distances.std(ddof=1) if len(found) > 1 else 0.0,
+            "score": np.mean([result[task.score] for result in found])}
+
+
+def ablate(task, ledger, args, options, real, nll, path):
+    """Table 3 and Figure 8: every schedule at several T. nll: by schedule. Writes the plot, returns the rows of Table 3."""
+    steps = sorted({T for T in args.ablate_steps if 1 <= T <= task.transformer.config.num_tokens})
+    if not steps:
+        raise ValueError(f"--ablate-steps must be from 1 to the number of tokens, {task.transformer.config.num_tokens}")
+    found = {schedule: {T: repeated(task, ledger, args, options | {"steps": T, "schedule": schedule}, real) for T in steps}
+             for schedule in SCHEDULES}
+    if not ledger.leads:
+        return {}
+    print_table(f"{task.distance} ± deviation over {args.seeds} seeds, by T", {
+        schedule: {f"T={T}": f"{at['mean']:.4g} ± {at['deviation']:.2g}" for T, at in found[schedule].items()} for schedule in found})
+    best = {schedule: min(steps, key=lambda T: found[schedule][T]["mean"]) for schedule in SCHEDULES}
+    draw_curves(path, found, best, "T, decoding steps", task.distance)
+    rows = {schedule: {"T": best[schedule], task.distance: found[schedule][best[schedule]]["mean"],
+                       "± over seeds": found[schedule][best[schedule]]["deviation"],
+                       task.score: found[schedule][best[schedule]]["score"], "NLL": nll[schedule]} for schedule in SCHEDULES}
+    return dict(sorted(rows.items(), key=lambda row: row[1][task.distance]))
+
+
+def sweep(task, ledger, args, options, real, path):
+    """One setting of the sampler, at each of its values. Writes the plot, returns the rows."""
+    values = sweep_values(args)
+    found = {value: repeated(task, ledger, args, options | {args.sweep: value}, real) for value in values}
+    if not ledger.leads:
+        return {}
+    best = min(values, key=lambda value: found[value]["mean"])
+    draw_curves(path, {args.sweep: found}, {args.sweep: best}, args.sweep, task.distance)
+    return {str(value): {task.distance: at["mean"], "± over seeds": at["deviation"], task.score: at["score"]}
+            for value, at in found.items()}
+
+
+def sweep_values(args):
+    """The values of --sweep: those of --values, else sensible ones. Raises ValueError where one is no number."""
+    if not args.values or args.sweep == "order":
+        return args.values or SWEEPS[args.sweep]
+    try:
+        return [runtime.positive(value) for value in args.values]
+    except ValueError:
+        raise ValueError(f"--values of {args.sweep} must be numbers, 0 or more, not: {' '.join(args.values)}") from None
+
+
+def manipulate(task, ledger, options, real):
+    """Outpainting and inpainting of validation images (§4.3), their true class given. Returns {name: result}."""
+    side, rows = math.isqrt(task.transformer.config.num_tokens), {}
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    inside = lambda z: (z >= side // 4) & (z < side - side // 4)
+    for name, region in {"outpainting, right 50%": x >= side // 2, "inpainting, centre 50% x 50%": inside(x) & inside(y)}.items():
+        rows[name] = ledger.result(name_of(name, options, task.seed), len(task.real), task.batch,
+                                   repainted(task, region, metrics.split_of(len(task.real), SPLITS), options),
+                                   lambda sums: measures(task, sums, real))
+    return rows
+
+
+def shuffled(count):
+    """A fixed random order: the first images in it are a fair choice, also where the data set is sorted by class."""
+    return np.random.Generator(np.random.Philox(key=[2020, 0])).permutation(count)
+
+
+def open_run(args, machine):
+    """-> the run's folder, both models, the transformer's checkpoint, training and validation data, the classifier or None.
+
+    Raises ValueError where the data are not those that the run was trained on."""
+    folder, tokenizer, transformer, checkpoint = load_run(args.run, machine.device, args.vqgan, args.decoder)
+    train, val = open_data(checkpoint["data"], checkpoint["image_size"], args.data_dir)
+    if list(train.classes) != list(checkpoint["classes"]):
+        raise ValueError(f"{checkpoint['data']} has {len(train.classes)} classes that are not those the run {folder} was trained on")
+    if not args.classifier_steps and args.features == "classifier":
+        raise ValueError("--classifier-steps 0 leaves nothing to measure with: add --features inception")
+    classifier = load_classifier(folder / "classifier.pt", train, args.classifier_steps, machine) if args.classifier_steps else None
+    return folder, tokenizer, transformer, checkpoint, train, val, classifier
 
 
 def evaluate(args, machine):
-    if args.num < 1:
-        raise ValueError("--num must be at least 1")
-    device = machine.device
-    folder, tokenizer, transformer, checkpoint = load_run(args.run, device)
-    train, val = open_data(checkpoint["data"], checkpoint["image_size"])
-    classifier, accuracy = train_classifier(folder / "classifier.pt", train, val, args.classifier_steps, 0, device)
+    if args.batch < 1 or args.seeds < 1:
+        raise ValueError("--batch and --seeds must be at least 1")
+    if args.folders:
+        return compare_folders(args, machine)
+    if args.num <= NEIGHBOURS:
+        raise ValueError(f"precision and recall, with {NEIGHBOURS} neighbours, need at least {NEIGHBOURS + 1} images: --num {args.num} is too few")
+    special = args.ablate or args.sweep or args.manipulate
+    folder, tokenizer, transformer, checkpoint, train, val, classifier = open_run(args, machine)
+    count = min(args.num, len(val))
+    if count <= NEIGHBOURS:
+        raise ValueError(f"precision and recall need at least {NEIGHBOURS + 1} validation images, and {checkpoint['data']} has {count}")
+    options = {"temperature": args.temperature, "top_k": args.top_k}
+    if transformer.config.causal and special:
+        raise ValueError("--ablate, --sweep and --manipulate are about parallel decoding: add --decoder parallel, or name another run")
+    if not transformer.config.causal:
+        steps = (12 if transformer.config.num_tokens > 256 else 8) if args.steps is None else args.steps
+        options |= {"steps": steps, "schedule": args.schedule, "choice_temperature": args.choice_temperature, "cfg": args.cfg,
+                    "order": args.order}
+        # One image with each setting: a bad one ends here, before anything takes long.
+        for value in sweep_values(args) if args.sweep else [None]:
+            decode(transformer, torch.zeros(1, dtype=torch.long, device=machine.device), **options | ({args.sweep: value} if args.sweep else {}))
 
-    labels = torch.arange(args.num, device=device) % len(train.classes)
-    started = time.time()
-    images, _ = draw(tokenizer, transformer, labels, batch=100, steps=args.steps, schedule=args.schedule, top_k=args.top_k,
-                     choice_temperature=args.choice_temperature, temperature=args.temperature,
-                     generator=machine.generator(args.seed))
-    seconds = time.time() - started
-    right = (classify(classifier, images) == labels).float()
-    real, real_labels = val.batch(torch.arange(min(1000, len(val))).numpy())
-    real, real_labels = real.to(device).float() / 255, real_labels.to(device)
-    restored = torch.cat([tokenizer.decode(tokenizer.encode(part)) for part in real.split(100)])
-    psnr = -10 * (restored - real).square().mean((1, 2, 3)).log10().mean()
-    # How far apart two images of a class are: near 0 where samples all look alike.
-    spread = lambda x, y: torch.stack([torch.pdist(x[y == c].flatten(1)).mean() for c in y.unique() if (y == c).sum() > 1]).mean()
-    result = {"run": str(folder), "images": args.num, "steps": args.steps, "schedule": args.schedule, "seed": args.seed,
-              "classifier on real validation images": accuracy, "on samples": right.mean().item(),
-              "on samples, by class": {name: round(right[labels == i].mean().item(), 3) for i, name in enumerate(train.classes) if (labels == i).any()},
-              "on reconstructions": (classify(classifier, restored) == real_labels).float().mean().item(),
-              "reconstruction PSNR, dB": psnr.item(), "reconstruction sharpness / real": (runtime.sharpness(restored) / runtime.sharpness(real)).item(),
-              "sample sharpness / real": (runtime.sharpness(images) / runtime.sharpness(real)).item(),
-              "spread of samples / real": (spread(images, labels) / spread(real, real_labels)).item(), "sampling, images/s": args.num / seconds}
-    for name, value in result.items():
-        print(f"{name:40} {value:.4g}" if isinstance(value, float) else f"{name:40} {value}")
-    runtime.write_atomically(folder / "eval.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+    extract, distance, score, features = features_of(args, machine, classifier)
+    order = shuffled(len(val))[:count]
+    task = Task(machine, extract, distance, score, args.batch, args.seed, None, tokenizer, transformer, classifier, Chosen(val, order, args.batch))
+    with torch.no_grad():
+        first = extract(task.real[0][0].to(machine.device))[0].double()
+    task.shift = machine.mean(first.mean(0))                                            # the same on all ranks
+    setup = {"tokenizer": runtime.fingerprint(tokenizer), "transformer": runtime.fingerprint(transformer), "features": features,
+             "generated images": args.num, "real images": count, "batch": args.batch, "classifier steps": args.classifier_steps,
+             "device": machine.device.type, "bf16": machine.bf16, "torch": torch.__version__, "python": platform.python_version()}
+    ledger = Ledger(folder, setup, machine, args.again)
+    say = print if ledger.leads else lambda *text: None
+    say(f"{folder}: {args.num} generated and {count} real validation images, features: {features}, seed {args.seed}, on {machine.device} x {machine.world}")
+    if min(args.num, count) <= len(task.shift):
+        say(f"note: {min(args.num, count)} images are few for {len(task.shift)} features: the {distance} is far above that of more images")
+
+    split, name = metrics.split_of(count, SPLITS), name_of("real images", {}, args.seed)
+    sums = ledger.total(name, count, args.batch, real_images(task, split), {"features": min(count, FEATURES_KEPT)})
+    stages = stage_figures(task, sums, train.classes) if ledger.leads else {"NLL": {}}
+    found = {"run": str(folder), "data": checkpoint["data"], "seed": args.seed, "sampler": options}
+    title = f"{folder}, features: {args.features}, {args.num} generated, {count} real validation images, seed {args.seed}"
+    if not special:
+        rows = table1(task, ledger, args, options, train, sums)
+        if ledger.leads:
+            rows["reconstructions"] = stages.pop("reconstructions")
+            print_table(title + ", " + name_of("sampler", options, args.seed), rows)
+            print_figures(stages | {name: value for name, value in rows["samples"].items() if "class" in name or "sharp" in name})
+            if not transformer.config.causal:
+                draw_accuracy(folder / "eval.accuracy.png", stages["accuracy by mask ratio"])
+            found |= {"rows": rows, "stages": stages}
+    if args.ablate:
+        found["ablation"] = ablate(task, ledger, args, options, sums, stages["NLL"], folder / "eval.ablation.png")
+        say_table(ledger, f"{title}: each schedule at its best T", found["ablation"])
+    if args.sweep:
+        found["sweep"] = sweep(task, ledger, args, options, sums, folder / f"eval.{args.sweep}.png")
+        say_table(ledger, f"{title}: {args.sweep}", found["sweep"])
+    if args.manipulate:
+        found["manipulation"] = manipulate(task, ledger, options, sums)
+        say_table(ledger, title, found["manipulation"])
+    ledger.write(**found)
+    say(f"wrote {folder}/eval.json")
+
+
+# ------------------------------------------------------------------------------------------------------ two folders
+
+def image_files(folder):
+    """The images of a folder and those in it, sorted. Raises ValueError where they are too few, or of several sizes."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+    if len(paths) <= NEIGHBOURS:
+        raise ValueError(f"{folder} holds {len(paths)} images; precision and recall need at least {NEIGHBOURS + 1}")
+    sizes = {}
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                sizes.setdefault(image.size, path)
+        except OSError as error:
+            raise ValueError(f"{path} is not a readable image ({error})") from error
+    if len(sizes) > 1:
+        (a, first), (b, second), *_ = sizes.items()
+        raise ValueError(f"{folder} holds images of several sizes: {first} is {a[0]} x {a[1]} and {second} is {b[0]} x {b[1]}; resize them first")
+    return paths, sizes.popitem()[0]
+
+
+def compare_folders(args, machine):
+    """FID (or FCD) between two folders of images; IS, precision and recall of the first."""
+    listed, classifier = [image_files(folder) for folder in args.folders], None
+    if args.features == "classifier":
+        if not args.run:
+            raise ValueError("classifier features need a run whose classifier to use: add --run, or --features inception")
+        _, _, _, checkpoint, _, _, classifier = open_run(args, machine)
+        size = checkpoint["image_size"]
+        for folder, (_, found) in zip(args.folders, listed):
+            if found != (size, size):
+                raise ValueError(f"the images in {folder} are {found[0]} x {found[1]}, those of the run {size} x {size}")
+    extract, distance, score, features = features_of(args, machine, classifier)
+    task, ledger, totals, pool = Task(machine, extract, distance, score, args.batch), Ledger(None, None, machine), [], ThreadPoolExecutor()
+
+    def read(paths):                                     # uint8 (n, 3, H, W)
+        return torch.from_numpy(np.stack([np.asarray(image) for image in pool.map(read_image, paths)])).permute(0, 3, 1, 2)
+
+    with torch.no_grad():
+        first = extract(read(listed[1][0][:args.batch]).to(machine.device))[0].double()
+    task.shift = machine.mean(first.mean(0))
+    for folder, (paths, _) in zip(args.folders, listed):
+        split = metrics.split_of(len(paths), SPLITS)
+
+        @torch.no_grad()
+        def source(numbers):
+            for b in numbers:
+                part = slice(b * args.batch, (b + 1) * args.batch)
+                sums, features = image_sums(task, read(paths[part]), split[part])
+                yield sums, {"features": features}
+        totals.append(ledger.total(str(folder), len(paths), args.batch, source, {"features": min(len(paths), FEATURES_KEPT)}))
+    if ledger.leads:
+        print_table(f"{len(listed[0][0])} images in {args.folders[0]}, {len(listed[1][0])} in {args.folders[1]}, features: {features}",
+                    {str(args.folders[0]): measures(task, *totals)})
+
+
+# ------------------------------------------------------------------------------------------------- tables and plots
+
+def print_table(title, rows):
+    """Prints {name of the row: {column: value}}, of single values only."""
+    plain = lambda value: value if isinstance(value, str) else f"{value:.4g}"
+    columns = list(dict.fromkeys(column for row in rows.values() for column, value in row.items() if not isinstance(value, dict)))
+    cells = [["", *columns]] + [[name, *(plain(row[c]) if c in row else "-" for c in columns)] for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    print(f"\n{title}")
+    for first, *others in cells:
+        print("  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]), flush=True)
+
+
+def say_table(ledger, title, rows):
+    if ledger.leads:
+        print_table(title, rows)
+
+
+def print_figures(figures):
+    """Prints a line for each {name: value}; values may be dicts of numbers."""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            print(f"{name}: " + ", ".join(f"{key} {number:.4g}" for key, number in value.items()))
+        elif not isinstance(value, list):
+            print(f"{name}: {value:.4g}")
+
+
+def draw_curves(path, curves, best, xlabel, ylabel):
+    """Distance against a setting, a curve each, error bars over the seeds, the best value of each marked.
+
+    curves: {name: {x: {"mean", "deviation"}}}; best: {name: x}."""
+    figure, axis, plt = new_figure()
+    for name, points in curves.items():
+        xs = [x if isinstance(x, (int, float)) else str(x) for x in points]
+        line = axis.errorbar(xs, [at["mean"] for at in points.values()], [at["deviation"] for at in points.values()], capsize=2, lw=1.2, label=name)
+        axis.plot(best[name], points[best[name]]["mean"], "*", ms=11, color=line[0].get_color())
+    axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
+    if xlabel.startswith("T,"):
+        axis.set_xscale("log", base=2)
+    axis.legend(fontsize=8)
+    runtime.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    plt.close(figure)
+
+
+def draw_accuracy(path, points):
+    """Token accuracy against the share of masked tokens. points: [(ratio, accuracy), ...]."""
+    figure, axis, plt = new_figure()
+    axis.plot(*zip(*points), "o-", lw=1.2, ms=3)
+    axis.set(xlabel="masked tokens, share", ylabel="masked tokens predicted right, share", xlim=(0, 1), ylim=(0, None))
+    runtime.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    plt.close(figure)
+
+
+def new_figure():
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    axis.grid(alpha=0.3)
+    return figure, axis, plt
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", help="the run's folder (default: the newest in runs/ that holds a transformer)")
-    parser.add_argument("--num", type=runtime.whole, default=1000, help="images to sample (default: %(default)s)")
-    parser.add_argument("--steps", type=runtime.whole, default=8, help="decoding steps (default: %(default)s)")
+    parser.add_argument("--vqgan", help="tokenizer file (default: vqgan.pt in the run's folder)")
+    parser.add_argument("--decoder", choices=STAGES, help="which transformer of the run (default: what it holds, parallel first)")
+    parser.add_argument("--features", default="classifier", choices=("classifier", "inception"), help="of images (default: %(default)s)")
+    parser.add_argument("--inception", metavar="FILE", help="Inception's weights (default: torch-fidelity fetches them)")
+    parser.add_argument("--num", type=runtime.whole, default=2000, help="images to sample; the paper: 50000 (default: %(default)s)")
+    parser.add_argument("--batch", type=runtime.whole, default=100, help="images at a time (default: %(default)s)")
+    parser.add_argument("--steps", type=runtime.whole, help="T, decoding steps (default: 8, and 12 for 32 x 32 tokens, as in the paper)")
     parser.add_argument("--schedule", default="cosine", help=f"mask schedule: {', '.join(SCHEDULES)} (default: %(default)s)")
-    parser.add_argument("--choice-temperature", type=runtime.positive, default=4.5, help="(default: %(default)s)")
-    parser.add_argument("--temperature", type=runtime.positive, default=1.0, help="(default: %(default)s)")
-    parser.add_argument("--top-k", type=runtime.whole, help="(default: all)")
+    parser.add_argument("--choice-temperature", type=runtime.positive, default=4.5, help="noise in the choice of what to keep (default: %(default)s)")
+    parser.add_argument("--temperature", type=runtime.positive, default=1.0, help="of the token samples (default: %(default)s)")
+    parser.add_argument("--top-k", type=runtime.whole, help="sample among the K likeliest tokens (default: all)")
+    parser.add_argument("--cfg", type=runtime.positive, default=0.0, help="weight of classifier-free guidance (default: %(default)s)")
+    parser.add_argument("--order", default="confidence", help=f"what is revealed first: {', '.join(ORDERS)} (default: %(default)s)")
     parser.add_argument("--seed", type=runtime.whole, default=0, help="(default: %(default)s)")
-    parser.add_argument("--classifier-steps", type=runtime.whole, default=1000, help="training steps of the classifier (default: %(default)s)")
+    parser.add_argument("--classifier-steps", type=runtime.whole, default=600,
+                        help="training steps of each classifier; 0, with Inception: no classifier and no CAS (default: %(default)s)")
+    parser.add_argument("--ablate", action="store_true", help="every mask schedule at several T")
+    parser.add_argument("--ablate-steps", type=runtime.whole, nargs="+", default=[4, 8, 12, 16, 32, 64], metavar="T", help="(default: 4 8 12 16 32 64)")
+    parser.add_argument("--sweep", choices=SWEEPS, help="one setting of the sampler at several values")
+    parser.add_argument("--values", nargs="+", help="of --sweep (default: " + "; ".join(f"{name}: {' '.join(map(str, values))}" for name, values in SWEEPS.items()) + ")")
+    parser.add_argument("--seeds", type=runtime.whole, default=3, help="of --ablate and --sweep, from --seed upwards (default: %(default)s)")
+    parser.add_argument("--manipulate", action="store_true", help="outpainting and inpainting of validation images")
+    parser.add_argument("--folders", nargs=2, metavar=("GENERATED", "REAL"), help="compare two folders of images")
+    parser.add_argument("--again", action="store_true", help="do anew what eval.json holds already")
+    parser.add_argument("--data-dir", default="data", help="where cifar10, imagenet and places2 are (default: %(default)s)")
     devices.add_machine_flags(parser)
     devices.launch(evaluate, parser.parse_args())
 
