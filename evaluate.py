@@ -12,266 +12,30 @@ Distances between classifier features are called FCD, never FID. Results go to e
 already is not done again, and an interrupted evaluation goes on where it was.
 """
 import argparse
-import json
 import math
-import os
 import platform
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import devices
 import metrics
 import runtime
-from classifier import Chosen, Drawn, accuracy, features_of, load_classifier, to_floats, train_classifier
+from classifier import Chosen, Drawn, accuracy, features_of, load_classifier, train_classifier
 from data import open_data, read_image
-from maskgit import ORDERS, SCHEDULES, decode, decode_sequential, mask_tokens, mvtm_loss
+from maskgit import ORDERS, SCHEDULES, decode
 from sample import STAGES, load_run, restore
+from streaming import (FEATURES_KEPT, SPLITS, Ledger, Task, image_sums, quantize, real_images, repainted, samples,
+                       training_images)
 
-NEIGHBOURS, FEATURES_KEPT, SPLITS, BINS = 3, 10_000, 10, 20    # k of precision and recall; of how many images; of IS; of mask ratios
+NEIGHBOURS = 3            # k of precision and recall
+NAMED = "classifier names the class"
+LOOKS = ["sharpness / real", "spread within a class / real", NAMED]
 SWEEPS = {"choice_temperature": [0, 1, 2, 4.5, 8, 12], "cfg": [0, 0.5, 1, 2, 4], "order": ORDERS}
-
-
-class Ledger:
-    """What an evaluation has found: results in eval.json, sums of what is under way in eval.resume.pt.
-
-    folder: the run's (None: keep nothing on disk). setup: the plain values that every result depends on; results under another
-    setup stay in the file. again: forget those under this one. Ranks share the batches; only rank 0 writes and prints."""
-    SAVE_SECONDS = 30
-
-    def __init__(self, folder, setup, machine, again=False):
-        self.folder, self.setup, self.machine, self.leads = folder, setup, machine, machine.rank == 0
-        self.others, self.results, self.partial = [], {}, {}
-        if folder and (folder / "eval.json").exists():
-            try:
-                records = json.loads((folder / "eval.json").read_text())["records"]
-            except (ValueError, KeyError):                                      # not of this script: it is replaced
-                records = []
-            self.others = [record for record in records if record["setup"] != setup]
-            self.results = {} if again else {record["condition"]: record["result"] for record in records if record["setup"] == setup}
-        if folder and (folder / "eval.resume.pt").exists() and not again:
-            kept = runtime.load_checkpoint(folder / "eval.resume.pt", "evaluation")
-            self.partial = kept["partial"] if kept["setup"] == setup else {}
-
-    def total(self, condition, count, batch, source, room=()):
-        """Adds up what source() yields for the batches of `count` images -> the sums, on the CPU, on rank 0 (others: None).
-
-        source: numbers of batches -> an iterator over (sums, rows) of each. rows: {name: (n, ...)}, a row an image, of which
-        the first room[name] are kept; a name without room is passed over."""
-        first, sums = self.partial.get(condition, (0, {}))
-        batches, world, device = math.ceil(count / batch), self.machine.world, self.machine.device
-        if first >= batches:
-            return sums if self.leads else None
-        sums = {name: value if name in room else value.to(device) for name, value in sums.items()} if self.leads else {}
-        rounds = range(first, batches, world)
-        # In the last round a rank may have no batch left: it repeats the last one and adds nothing of it.
-        stream = source([min(start + self.machine.rank, batches - 1) for start in rounds])
-        started = saved = shown = time.time()
-        for start in rounds:
-            more, rows = next(stream)
-            b, counts = start + self.machine.rank, start + self.machine.rank < batches
-            metrics.add(sums, {name: value.to(device) * counts for name, value in more.items()})
-            for name, part in rows.items():
-                if name in room:
-                    sums.setdefault(name, torch.zeros(room[name], *part.shape[1:], dtype=part.dtype))
-                    part = part[:max(0, room[name] - b * batch)].cpu() * counts
-                    sums[name][b * batch:b * batch + len(part)] += part
-            self.machine.sync()
-            now, done = time.time(), min((start + world) * batch, count)
-            if done == count or self.agree(now - saved > self.SAVE_SECONDS):
-                sums, saved = self.over_ranks(sums), now
-                self.save(condition, min(start + world, batches), sums)
-            if self.leads and (done == count or now - shown > (0.2 if sys.stdout.isatty() else 10)):
-                shown = now
-                show_progress(condition, done, count, (now - started) / (done - first * batch) * (count - done))
-        return runtime.to_cpu(sums) if self.leads else None
-
-    def agree(self, due):
-        """Whether rank 0 finds it due to save: the ranks must do so together."""
-        if self.machine.world == 1:
-            return due
-        return self.machine.fetch(self.machine.mean(torch.tensor(float(due and self.leads)).to(self.machine.device))) > 0
-
-    def over_ranks(self, sums):
-        """The sums of all ranks, on rank 0; zeros on the others, which go on from there."""
-        if self.machine.world == 1:
-            return sums
-        total = {}
-        for name, value in sorted(sums.items()):
-            whole = self.machine.mean(value.to(self.machine.device).double()) * self.machine.world
-            whole = whole if value.is_floating_point() else whole.round()
-            total[name] = (whole * self.leads).to(value.device, value.dtype)
-        return total
-
-    def save(self, condition=None, done=0, sums=None):
-        if condition:
-            self.partial[condition] = (done, sums)
-        if self.leads and self.folder:
-            partial = {name: [done, sums] for name, (done, sums) in self.partial.items()}
-            runtime.save_checkpoint(self.folder / "eval.resume.pt", {"kind": "evaluation", "setup": self.setup, "partial": partial})
-
-    def result(self, condition, count, batch, source, finish, room=()):
-        """The result of a condition: the one found before, or finish(its sums), which is then kept. {} on other ranks."""
-        if condition not in self.results:
-            sums = self.total(condition, count, batch, source, room)
-            self.results[condition] = finish(sums) if self.leads else {}
-            self.write()
-            self.partial.pop(condition, None)
-            self.save()
-        return self.results[condition]
-
-    def write(self, **latest):
-        """eval.json: what was asked for last (a dict), then every result with the setup it was found under."""
-        if self.leads and self.folder:
-            records = self.others + [{"setup": self.setup, "condition": condition, "result": result}
-                                     for condition, result in self.results.items()]
-            text = json.dumps({**latest, "setup": self.setup, "records": records}, indent=1)
-            runtime.write_atomically(self.folder / "eval.json", lambda file: file.write(text.encode()))
-
-
-def show_progress(condition, done, count, seconds):
-    seconds = round(seconds)
-    text = f"{condition}: {done}/{count} images  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
-    if sys.stdout.isatty():
-        width = os.get_terminal_size().columns - 1
-        print("\r" + text[:width].ljust(width), end="\n" if done == count else "", flush=True)
-    else:
-        print(text, flush=True)
-
-
-@dataclass
-class Task:
-    """What is measured and how. extract: images uint8 (n, 3, S, S) on the device -> features (n, D), logits (n, classes)."""
-    machine: Any
-    extract: Any
-    distance: str                 # what a distance between such features is called: FCD or FID
-    score: str                    # and the Inception Score from such logits
-    batch: int
-    seed: int = 0
-    shift: Any = None             # (D,), see metrics.moments
-    tokenizer: Any = None
-    transformer: Any = None
-    classifier: Any = None
-    real: Any = None              # validation images, in a fixed random order
-
-
-# ------------------------------------------------------------------------------------- what is summed over a batch
-
-def quantize(images):
-    """(n, 3, H, W) in [0, 1] -> uint8, as they would be in a file."""
-    return (images.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)
-
-
-def image_sums(task, images, split, labels=None):
-    """Sums over a batch of images uint8 (n, 3, H, W), for `measures` and (with labels) `looks`; and their features (n, D).
-
-    split: (n,), see metrics.split_of. labels: (n,), the class that each was asked to be, or is."""
-    images = images.to(task.machine.device)
-    features, logits = task.extract(images)
-    sums = metrics.moments(features, task.shift) | metrics.score_sums(logits, split.to(images.device), SPLITS)
-    if labels is not None:
-        floats = to_floats(images, task.machine)
-        member = F.one_hot(labels.to(images.device), task.transformer.config.num_classes).double().T        # (classes, n)
-        small = F.adaptive_avg_pool2d(floats, 16).flatten(1).double()
-        sums |= {"class_count": member.sum(1), "class_sum": member @ small, "class_squares": member @ small.square().sum(1),
-                 "sharpness": runtime.sharpness(floats).double() * len(images)}
-        if task.classifier:
-            named = (logits if task.distance == "FCD" else task.classifier(floats)).argmax(1)
-            sums["class_right"] = member @ (named == labels.to(images.device)).double()
-    return sums, features
-
-
-def token_sums(task, tokens, labels, seed):
-    """The negative log-likelihood of masked tokens under each schedule (Table 3), and how many are predicted right at each ratio.
-
-    tokens (n, N), labels (n,): real ones. seed: of the masks. Causal: of each token after those before it."""
-    model, N, generator = task.transformer, tokens.shape[1], torch.Generator().manual_seed(seed)
-    nll, by_ratio = [], torch.zeros(BINS, 3, dtype=torch.float64, device=tokens.device)
-    for schedule in ["none"] if model.config.causal else SCHEDULES:
-        masked, mask = (tokens, torch.ones_like(tokens, dtype=torch.bool)) if model.config.causal else \
-            mask_tokens(tokens, schedule, model.mask_id, generator)
-        with task.machine.autocast():
-            logits = model(masked, labels)
-        nll.append(mvtm_loss(logits, tokens, mask, label_smoothing=0).double() * len(tokens))
-        right, count = ((logits.argmax(-1) == tokens) & mask).sum(1), mask.sum(1)
-        bins = F.one_hot((count * BINS + N - 1) // N - 1, BINS).double()                # ratios up to 1/20, 2/20, ...
-        by_ratio += bins.T @ torch.stack([right, count, torch.ones_like(count)], 1).double()
-    return {"nll": torch.stack(nll), "by_ratio": by_ratio}
-
-
-def real_images(task, split):
-    """source of Ledger.total: validation images, the tokenizer's reconstructions of them, the transformer on their tokens."""
-    @torch.no_grad()
-    def source(numbers):
-        for b, (images, labels) in zip(numbers, task.real.read(numbers)):
-            part, labels, floats = split[b * task.batch:][:len(images)], labels.to(task.machine.device), to_floats(images, task.machine)
-            with task.machine.autocast():
-                tokens = task.tokenizer.encode(floats).flatten(1)
-                restored = restore(task.tokenizer, tokens).float()
-            psnr = -10 * (restored - floats).square().mean((1, 2, 3)).clamp(min=1e-10).log10().double().sum()
-            sums, features = image_sums(task, images, part, labels)
-            others, _ = image_sums(task, quantize(restored), part, labels)
-            codes = torch.bincount(tokens.flatten(), minlength=task.tokenizer.config.codebook_size).double()
-            yield sums | {f"restored {name}": value for name, value in others.items()} | {"psnr": psnr, "codes": codes} | \
-                token_sums(task, tokens, labels, devices.step_seed(task.seed, b)), {"features": features}
-    return source
-
-
-def training_images(task, chosen, split):
-    """source of Ledger.total: real images of the training set."""
-    @torch.no_grad()
-    def source(numbers):
-        for b, (images, labels) in zip(numbers, chosen.read(numbers)):
-            sums, features = image_sums(task, images, split[b * task.batch:][:len(images)], labels)
-            yield sums, {"features": features}
-    return source
-
-
-def samples(task, count, options, seed):
-    """source of Ledger.total: images drawn by the transformer, classes in turn. options: of the decoding function."""
-    split, config = metrics.split_of(count, SPLITS), task.transformer.config
-    sampler = decode_sequential if config.causal else decode
-
-    @torch.no_grad()
-    def source(numbers):
-        for b in numbers:
-            index = torch.arange(b * task.batch, min((b + 1) * task.batch, count))
-            labels = (index % config.num_classes).to(task.machine.device)
-            # A generator for each batch: the samples are the same on any number of ranks, and after an interruption.
-            generator = task.machine.generator(devices.step_seed(seed, b) % (1 << 32))
-            with task.machine.autocast():
-                tokens = sampler(task.transformer, labels, generator=generator, **options)
-                images = quantize(restore(task.tokenizer, tokens))
-            sums, features = image_sums(task, images, split[index], labels)
-            yield sums, {"features": features, "tokens": tokens.int()}
-    return source
-
-
-def repainted(task, region, split, options):
-    """source of Ledger.total: validation images with a region (h, w) of their tokens, boolean, drawn anew for their class."""
-    tokens_apart = region.flatten().to(task.machine.device)
-    pixels_apart = region.repeat_interleave(task.tokenizer.config.stride, 0).repeat_interleave(task.tokenizer.config.stride, 1)
-
-    @torch.no_grad()
-    def source(numbers):
-        for b, (images, labels) in zip(numbers, task.real.read(numbers)):
-            images, labels = images.to(task.machine.device), labels.to(task.machine.device)
-            generator = task.machine.generator(devices.step_seed(task.seed, b) % (1 << 32))
-            with task.machine.autocast():
-                known = task.tokenizer.encode(to_floats(images, task.machine)).flatten(1)
-                known = torch.where(tokens_apart, task.transformer.mask_id, known)
-                painted = quantize(restore(task.tokenizer, decode(task.transformer, labels, known=known, generator=generator, **options)))
-            images = torch.where(pixels_apart.to(images.device), painted, images)
-            yield image_sums(task, images, split[b * task.batch:][:len(images)], labels)[0], {}
-    return source
 
 
 # --------------------------------------------------------------------------------------------- from sums to figures
@@ -297,11 +61,11 @@ def looks(sums, real, classes):
         variance = sums["class_squares"][some] / n - (sums["class_sum"][some] / n[:, None]).square().sum(1)
         return (2 * variance.clamp(min=0) * n / (n - 1)).sqrt().mean()
     sharpness = lambda sums: sums["sharpness"] / sums["class_count"].sum()
-    result = {"sharpness / real": (sharpness(sums) / sharpness(real)).item(), "spread within classes / real": (spread(sums) / spread(real)).item()}
+    result = dict(zip(LOOKS, ((sharpness(sums) / sharpness(real)).item(), (spread(sums) / spread(real)).item())))
     if "class_right" in sums:
-        result["names the class"] = (sums["class_right"].sum() / sums["class_count"].sum()).item()
+        result[NAMED] = (sums["class_right"].sum() / sums["class_count"].sum()).item()
         shares = (sums["class_right"] / sums["class_count"]).tolist()
-        result["names the class, by class"] = {name: share for name, share in zip(classes, shares) if not math.isnan(share)}
+        result[NAMED + ", by class"] = {name: share for name, share in zip(classes, shares) if not math.isnan(share)}
     return result
 
 
@@ -341,20 +105,18 @@ def table1(task, ledger, args, options, train, real):
         drawn = Drawn(sums["tokens"], torch.arange(args.num) % len(train.classes), train.classes, to_images)
         return measures(task, sums, real) | looks(sums, real, train.classes) | cas(drawn, "samples")
 
+    room = lambda count: {"features": min(count, FEATURES_KEPT)}
     chosen = Chosen(train, shuffled(len(train))[:args.num], task.batch)
-    room = {"features": min(args.num, FEATURES_KEPT), "tokens": args.num}
-    drawn = ledger.result(name_of("samples, row", options, task.seed), args.num, task.batch,
-                          samples(task, args.num, options, task.seed), of_samples, room)
-    trained = ledger.result(name_of("training images, row", {}, task.seed), len(chosen), task.batch,
-                            training_images(task, chosen, metrics.split_of(len(chosen), SPLITS)),
-                            lambda sums: measures(task, sums, real) | cas(chosen, "real training images"),
-                            {"features": min(len(chosen), FEATURES_KEPT)})
+    drawn = ledger.result(name_of("samples, row", options, task.seed), args.num, samples(task, args.num, options, task.seed),
+                          of_samples, room(args.num) | {"tokens": args.num})
+    trained = ledger.result(name_of("training images, row", {}, task.seed), len(chosen), training_images(task, chosen),
+                            lambda sums: measures(task, sums, real) | cas(chosen, "real training images"), room(len(chosen)))
     return {"samples": drawn, "real training images": trained}
 
 
 def repeated(task, ledger, args, options, real):
     """Distance and score of samples over --seeds seeds -> {"mean", "deviation" (of the distance), "score"}."""
-    found = [ledger.result(name_of("samples", options, seed), args.num, task.batch, samples(task, args.num, options, seed),
+    found = [ledger.result(name_of("samples", options, seed), args.num, samples(task, args.num, options, seed),
                            lambda sums: measures(task, sums, real)) for seed in range(args.seed, args.seed + args.seeds)]
     if not ledger.leads:
         return {}
@@ -410,8 +172,7 @@ def manipulate(task, ledger, options, real):
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     inside = lambda z: (z >= side // 4) & (z < side - side // 4)
     for name, region in {"outpainting, right 50%": x >= side // 2, "inpainting, centre 50% x 50%": inside(x) & inside(y)}.items():
-        rows[name] = ledger.result(name_of(name, options, task.seed), len(task.real), task.batch,
-                                   repainted(task, region, metrics.split_of(len(task.real), SPLITS), options),
+        rows[name] = ledger.result(name_of(name, options, task.seed), len(task.real), repainted(task, region, options),
                                    lambda sums: measures(task, sums, real))
     return rows
 
@@ -466,33 +227,30 @@ def evaluate(args, machine):
     task.shift = machine.mean(first.mean(0))                                            # the same on all ranks
     setup = {"tokenizer": runtime.fingerprint(tokenizer), "transformer": runtime.fingerprint(transformer), "features": features,
              "generated images": args.num, "real images": count, "batch": args.batch, "classifier steps": args.classifier_steps,
-             "device": machine.device.type, "bf16": machine.bf16, "torch": torch.__version__, "python": platform.python_version()}
-    ledger = Ledger(folder, setup, machine, args.again)
+             "device": machine.device.type, "bf16": machine.bf16, "torch": str(torch.__version__), "python": platform.python_version()}
+    ledger = Ledger(folder, setup, machine, args.batch, args.again)
     say = print if ledger.leads else lambda *text: None
     say(f"{folder}: {args.num} generated and {count} real validation images, features: {features}, seed {args.seed}, on {machine.device} x {machine.world}")
     if min(args.num, count) <= len(task.shift):
         say(f"note: {min(args.num, count)} images are few for {len(task.shift)} features: the {distance} is far above that of more images")
 
-    split, name = metrics.split_of(count, SPLITS), name_of("real images", {}, args.seed)
-    sums = ledger.total(name, count, args.batch, real_images(task, split), {"features": min(count, FEATURES_KEPT)})
+    sums = ledger.total(name_of("real images", {}, args.seed), count, real_images(task), {"features": min(count, FEATURES_KEPT)})
     stages = stage_figures(task, sums, train.classes) if ledger.leads else {"NLL": {}}
     found = {"run": str(folder), "data": checkpoint["data"], "seed": args.seed, "sampler": options}
-    title = f"{folder}, features: {args.features}, {args.num} generated, {count} real validation images, seed {args.seed}"
+    title = f"{folder}: {args.features} features, {args.num} generated and {count} real validation images, seed {args.seed}"
     if not special:
         rows = table1(task, ledger, args, options, train, sums)
         if ledger.leads:
-            rows["reconstructions"] = stages.pop("reconstructions")
-            print_table(title + ", " + name_of("sampler", options, args.seed), rows)
-            print_figures(stages | {name: value for name, value in rows["samples"].items() if "class" in name or "sharp" in name})
+            found |= {"rows": rows | {"reconstructions": stages.pop("reconstructions")}, "stages": stages}
+            print_row(title + "; " + name_of("sampler", options, args.seed), found["rows"], stages)
             if not transformer.config.causal:
                 draw_accuracy(folder / "eval.accuracy.png", stages["accuracy by mask ratio"])
-            found |= {"rows": rows, "stages": stages}
     if args.ablate:
         found["ablation"] = ablate(task, ledger, args, options, sums, stages["NLL"], folder / "eval.ablation.png")
-        say_table(ledger, f"{title}: each schedule at its best T", found["ablation"])
+        say_table(ledger, f"{title}; each schedule at its best T", found["ablation"])
     if args.sweep:
         found["sweep"] = sweep(task, ledger, args, options, sums, folder / f"eval.{args.sweep}.png")
-        say_table(ledger, f"{title}: {args.sweep}", found["sweep"])
+        say_table(ledger, f"{title}; {args.sweep}", found["sweep"])
     if args.manipulate:
         found["manipulation"] = manipulate(task, ledger, options, sums)
         say_table(ledger, title, found["manipulation"])
@@ -532,7 +290,7 @@ def compare_folders(args, machine):
             if found != (size, size):
                 raise ValueError(f"the images in {folder} are {found[0]} x {found[1]}, those of the run {size} x {size}")
     extract, distance, score, features = features_of(args, machine, classifier)
-    task, ledger, totals, pool = Task(machine, extract, distance, score, args.batch), Ledger(None, None, machine), [], ThreadPoolExecutor()
+    task, ledger, totals, pool = Task(machine, extract, distance, score, args.batch), Ledger(None, None, machine, args.batch), [], ThreadPoolExecutor()
 
     def read(paths):                                     # uint8 (n, 3, H, W)
         return torch.from_numpy(np.stack([np.asarray(image) for image in pool.map(read_image, paths)])).permute(0, 3, 1, 2)
@@ -549,18 +307,21 @@ def compare_folders(args, machine):
                 part = slice(b * args.batch, (b + 1) * args.batch)
                 sums, features = image_sums(task, read(paths[part]), split[part])
                 yield sums, {"features": features}
-        totals.append(ledger.total(str(folder), len(paths), args.batch, source, {"features": min(len(paths), FEATURES_KEPT)}))
-    if ledger.leads:
-        print_table(f"{len(listed[0][0])} images in {args.folders[0]}, {len(listed[1][0])} in {args.folders[1]}, features: {features}",
-                    {str(args.folders[0]): measures(task, *totals)})
+        totals.append(ledger.total(str(folder), len(paths), source, {"features": min(len(paths), FEATURES_KEPT)}))
+    if not ledger.leads:
+        return {}
+    result = measures(task, *totals)
+    print_table(f"{len(listed[0][0])} images in {args.folders[0]}, {len(listed[1][0])} in {args.folders[1]}, features: {features}",
+                {str(args.folders[0]): result})
+    return result
 
 
 # ------------------------------------------------------------------------------------------------- tables and plots
 
-def print_table(title, rows):
-    """Prints {name of the row: {column: value}}, of single values only."""
+def print_table(title, rows, columns=None):
+    """Prints {name of the row: {column: value}}; columns: those to show (None: all)."""
     plain = lambda value: value if isinstance(value, str) else f"{value:.4g}"
-    columns = list(dict.fromkeys(column for row in rows.values() for column, value in row.items() if not isinstance(value, dict)))
+    columns = columns or list(dict.fromkeys(column for row in rows.values() for column in row))
     cells = [["", *columns]] + [[name, *(plain(row[c]) if c in row else "-" for c in columns)] for name, row in rows.items()]
     widths = [max(map(len, column)) for column in zip(*cells)]
     print(f"\n{title}")
@@ -573,11 +334,16 @@ def say_table(ledger, title, rows):
         print_table(title, rows)
 
 
-def print_figures(figures):
-    """Prints a line for each {name: value}; values may be dicts of numbers."""
-    for name, value in figures.items():
+def print_row(title, rows, stages):
+    """The row of Table 1 beside those it compares with; then what else is known of the samples and of both stages."""
+    first = [column for column in rows["samples"] if column not in LOOKS and not isinstance(rows["samples"][column], dict)]
+    print_table(title, rows, first)
+    print_table("beside the real images", {name: row for name, row in rows.items() if LOOKS[0] in row},
+                [column for column in LOOKS if column in rows["samples"]])
+    print()
+    for name, value in {**stages, NAMED + ", by class": rows["samples"].get(NAMED + ", by class", [])}.items():
         if isinstance(value, dict):
-            print(f"{name}: " + ", ".join(f"{key} {number:.4g}" for key, number in value.items()))
+            print(f"{name}: " + ", ".join(f"{key} {number:.4g}" for key, number in list(value.items())[:20]))
         elif not isinstance(value, list):
             print(f"{name}: {value:.4g}")
 
@@ -586,7 +352,7 @@ def draw_curves(path, curves, best, xlabel, ylabel):
     """Distance against a setting, a curve each, error bars over the seeds, the best value of each marked.
 
     curves: {name: {x: {"mean", "deviation"}}}; best: {name: x}."""
-    figure, axis, plt = new_figure()
+    figure, axis = new_figure()
     for name, points in curves.items():
         xs = [x if isinstance(x, (int, float)) else str(x) for x in points]
         line = axis.errorbar(xs, [at["mean"] for at in points.values()], [at["deviation"] for at in points.values()], capsize=2, lw=1.2, label=name)
@@ -596,28 +362,25 @@ def draw_curves(path, curves, best, xlabel, ylabel):
         axis.set_xscale("log", base=2)
     axis.legend(fontsize=8)
     runtime.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
-    plt.close(figure)
 
 
 def draw_accuracy(path, points):
     """Token accuracy against the share of masked tokens. points: [(ratio, accuracy), ...]."""
-    figure, axis, plt = new_figure()
+    figure, axis = new_figure()
     axis.plot(*zip(*points), "o-", lw=1.2, ms=3)
     axis.set(xlabel="masked tokens, share", ylabel="masked tokens predicted right, share", xlim=(0, 1), ylim=(0, None))
     runtime.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
-    plt.close(figure)
 
 
 def new_figure():
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.add_subplot()
     axis.grid(alpha=0.3)
-    return figure, axis, plt
+    return figure, axis
 
 
-def main():
+def parse_flags(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", help="the run's folder (default: the newest in runs/ that holds a transformer)")
     parser.add_argument("--vqgan", help="tokenizer file (default: vqgan.pt in the run's folder)")
@@ -646,7 +409,15 @@ def main():
     parser.add_argument("--again", action="store_true", help="do anew what eval.json holds already")
     parser.add_argument("--data-dir", default="data", help="where cifar10, imagenet and places2 are (default: %(default)s)")
     devices.add_machine_flags(parser)
-    devices.launch(evaluate, parser.parse_args())
+    return parser.parse_args(arguments)
+
+
+def main():
+    try:
+        devices.launch(evaluate, parse_flags())
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
