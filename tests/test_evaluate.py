@@ -250,17 +250,19 @@ def test_an_autoregressive_run(folder):
 def test_two_folders_as_torch_fidelity_measures_them(tmp_path):
     fidelity = pytest.importorskip("torch_fidelity")
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Inception
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        original, torch.load = torch.load, lambda *a, **k: None
-        load, Inception.load_state_dict = Inception.load_state_dict, lambda self, state: None
-        try:
-            network = Inception("inception-v3-compat", ["2048"], feature_extractor_weights_path="random")
-        finally:
-            torch.load, Inception.load_state_dict = original, load
-        torch.save(network.state_dict(), tmp_path / "inception.pth")
+
+    class Untrained(Inception):
+        def load_state_dict(self, state):
+            pass
+    torch.save({}, tmp_path / "inception.pth")
+    weights = Untrained("inception-v3-compat", ["2048"], feature_extractor_weights_path=tmp_path / "inception.pth").state_dict()
+    for name, weight in weights.items():                                            # so that signals neither vanish nor explode
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, 0, (2 / weight[0].numel()) ** 0.5, generator=torch.Generator().manual_seed(0))
+    weights["fc.weight"] *= 300                                                     # classes that differ
+    torch.save(weights, tmp_path / "inception.pth")
     g = np.random.default_rng(0)
-    for name, shade in (("a", 90), ("b", 120)):
+    for name, shade in (("a", 100), ("b", 110)):
         (tmp_path / name).mkdir()
         for i in range(12):
             blocks = g.integers(0, 2 * shade, (4, 4, 3)).repeat(10, 0).repeat(10, 1)
@@ -274,7 +276,7 @@ def test_two_folders_as_torch_fidelity_measures_them(tmp_path):
     assert ours["IS"] == pytest.approx(theirs["inception_score_mean"], rel=1e-3)
     assert ours["± over splits"] == pytest.approx(theirs["inception_score_std"], rel=1e-3, abs=1e-5)
     assert (ours["precision"], ours["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-3)
-    print(ours, theirs)
+    assert theirs['inception_score_mean'] > 1.01 and 0 < min(theirs['precision'], theirs['recall']) < 1
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth does not hold the weights"):
         evaluate.evaluate(evaluate.parse_flags([*flags, "--inception", str(tmp_path / "other.pth")]), devices.Machine("cpu"))
