@@ -4,6 +4,7 @@ Trained on a run's real images, the classifier names what samples show, and its 
 weights are not always at hand, and say little about drawn shapes. Trained on samples alone, it is the classification accuracy
 score (CAS). Last, the two kinds of data sets that it is trained and tested on.
 """
+import math
 from pathlib import Path
 
 import numpy as np
@@ -64,10 +65,9 @@ def train_classifier(data, steps, seed, machine, name):
 
 @torch.no_grad()
 def accuracy(model, data, machine):
-    """Of a classifier on a data set of the same classes -> (top-1, top-5), floats in [0, 1]."""
+    """Of a classifier on images of its classes, a Chosen -> (top-1, top-5), floats in [0, 1]."""
     right = torch.zeros(5, dtype=torch.float64, device=machine.device)
-    for start in range(0, len(data), 250):
-        images, labels = data.batch(np.arange(start, min(start + 250, len(data))))
+    for images, labels in data.read(range(math.ceil(len(data) / data.size))):
         with machine.autocast():
             logits = model(to_floats(images, machine))
         best = logits.topk(min(5, logits.shape[1]), 1).indices                                          # (n, 5)
@@ -81,51 +81,44 @@ def load_classifier(path, train, steps, machine):
     """The run's own classifier, kept at `path`: trained on its real images by rank 0 where it is not there yet."""
     model = Classifier(len(train.classes))
     expected = {"kind": "classifier", "classes": list(train.classes), "steps": steps}
-    if machine.rank == 0 and not (path.exists() and
-                                  expected.items() <= runtime.load_checkpoint(path, "classifier").items()):
+    kept = runtime.load_checkpoint(path, "classifier") if path.exists() else {}
+    if machine.rank == 0 and not expected.items() <= kept.items():
         trained = train_classifier(train, steps, 0, machine, "classifier of real images")
         runtime.save_checkpoint(path, expected | {"model": trained.state_dict()})
-    machine.fetch(machine.mean(torch.zeros(1).to(machine.device)))                                      # the others wait
+    wait_for_ranks(machine)
     weights = runtime.load_checkpoint(path, "classifier")["model"]
     return runtime.load_weights(model, weights, path).eval().requires_grad_(False).to(machine.device, memory_format=machine.layout)
 
 
 def load_inception(path, machine):
-    """Inception-v3 as FID and IS were defined with (torch-fidelity's). path: of its weights; None: torch-fidelity fetches them.
+    """Inception-v3 as FID and IS were defined with, torch-fidelity's: images uint8 -> features (n, 2048), logits (n, 1008).
 
-    Raises ValueError without the package or for a file that is none, OSError where the weights cannot be had."""
+    path: of its weights; None: torch-fidelity fetches them, on rank 0. Raises ValueError without the package or for a file
+    that is none, OSError where the weights cannot be had."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
         raise ValueError("--features inception needs torch-fidelity: pip install torch-fidelity") from None
     if path and not Path(path).is_file():
-        raise FileNotFoundError(f"--inception {path} does not exist: name the file of Inception's weights, pt_inception or "
-                                f"weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases")
+        raise FileNotFoundError(f"--inception {path} does not exist: name the file weights-inception-2015-12-05-6726825d.pth of "
+                                f"torch-fidelity's releases")
     if path:
-        runtime.load_tensors(path)                        # refuses what is no plain state dict: the package would run its code
+        runtime.load_tensors(path)                   # refuses all but a plain state dict: the package would run code in it
+    if machine.rank > 0:
+        wait_for_ranks(machine)
     try:
         model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=path)
     except RuntimeError:
-        raise ValueError(f"{path} does not hold the weights of torch-fidelity's Inception") from None
+        raise ValueError(f"{path or 'what was fetched'} does not hold the weights of torch-fidelity's Inception") from None
     except OSError as error:
         raise OSError(f"torch-fidelity could not fetch Inception's weights ({error}): name their file with --inception") from error
+    if machine.rank == 0:
+        wait_for_ranks(machine)
     return model.to(machine.device)
 
 
-def features_of(args, machine, classifier):
-    """-> extract, distance, score, as in Task; and a line that says which features they are."""
-    if args.features == "inception":
-        if machine.rank == 0:
-            inception = load_inception(args.inception, machine)
-        machine.fetch(machine.mean(torch.zeros(1).to(machine.device)))                  # one rank fetches the weights
-        if machine.rank > 0:
-            inception = load_inception(args.inception, machine)
-        return inception, "FID", "IS", f"inception ({runtime.fingerprint(inception)})"
-
-    def extract(images):
-        features = classifier.features(to_floats(images, machine))
-        return features, classifier.out(features)
-    return extract, "FCD", "IS(classifier)", f"classifier ({runtime.fingerprint(classifier)})"
+def wait_for_ranks(machine):
+    machine.fetch(machine.mean(torch.zeros(1).to(machine.device)))
 
 
 class Chosen(torch.utils.data.Dataset):

@@ -25,61 +25,14 @@ from PIL import Image
 import devices
 import metrics
 import runtime
-from classifier import Chosen, Drawn, accuracy, features_of, load_classifier, train_classifier
+from classifier import Chosen, Drawn, accuracy, load_classifier, load_inception, to_floats, train_classifier
 from data import open_data, read_image
 from maskgit import ORDERS, SCHEDULES, decode
 from sample import STAGES, load_run, restore
-from streaming import (FEATURES_KEPT, SPLITS, Ledger, Task, image_sums, quantize, real_images, repainted, samples,
-                       training_images)
+from streaming import (FEATURES_KEPT, LOOKS, NAMED, NEIGHBOURS, SPLITS, Ledger, Task, image_sums, looks, measures, quantize,
+                       real_images, repainted, samples, stage_figures, training_images)
 
-NEIGHBOURS = 3            # k of precision and recall
-NAMED = "classifier names the class"
-LOOKS = ["sharpness / real", "spread within a class / real", NAMED]
 SWEEPS = {"choice_temperature": [0, 1, 2, 4.5, 8, 12], "cfg": [0, 0.5, 1, 2, 4], "order": ORDERS}
-
-
-# --------------------------------------------------------------------------------------------- from sums to figures
-
-def measures(task, sums, real):
-    """The columns of Table 1: FID (or FCD) from the real images, IS, and precision and recall where features were kept."""
-    distance = metrics.frechet_distance(*metrics.mean_and_covariance(sums, task.shift.cpu()),
-                                        *metrics.mean_and_covariance(real, task.shift.cpu()))
-    score, spread = metrics.inception_score(sums)
-    result = {task.distance: distance, task.score: score, "± over splits": spread}
-    if "features" in sums and "features" in real:
-        where = task.machine.device if task.machine.device.type == "cuda" else "cpu"
-        pair = metrics.precision_recall(sums["features"].to(where), real["features"].to(where), NEIGHBOURS)
-        result |= dict(zip(("precision", "recall"), pair))
-    return result
-
-
-def looks(sums, real, classes):
-    """How often the classifier names the class that was asked for; sharpness and spread relative to the real images'."""
-    def spread(sums):                       # root mean square distance of two images of a class, at 16 x 16 pixels
-        some = sums["class_count"] > 1
-        n = sums["class_count"][some]
-        variance = sums["class_squares"][some] / n - (sums["class_sum"][some] / n[:, None]).square().sum(1)
-        return (2 * variance.clamp(min=0) * n / (n - 1)).sqrt().mean()
-    sharpness = lambda sums: sums["sharpness"] / sums["class_count"].sum()
-    result = dict(zip(LOOKS, ((sharpness(sums) / sharpness(real)).item(), (spread(sums) / spread(real)).item())))
-    if "class_right" in sums:
-        result[NAMED] = (sums["class_right"].sum() / sums["class_count"].sum()).item()
-        shares = (sums["class_right"] / sums["class_count"]).tolist()
-        result[NAMED + ", by class"] = {name: share for name, share in zip(classes, shares) if not math.isnan(share)}
-    return result
-
-
-def stage_figures(task, sums, classes):
-    """Of both stages on validation images: reconstruction, codebook, likelihood of tokens."""
-    n, codes = sums["count"], sums["codes"] / sums["codes"].sum()
-    restored = {name.removeprefix("restored "): value for name, value in sums.items() if name.startswith("restored ")}
-    nll, names = (sums["nll"] / n).tolist(), ["next token"] if task.transformer.config.causal else SCHEDULES
-    right, count, images = sums["by_ratio"][sums["by_ratio"][:, 2] > 0].T
-    ratio = count / images / task.transformer.config.num_tokens
-    return {"reconstructions": measures(task, restored, sums) | looks(restored, sums, classes),
-            "PSNR, dB": (sums["psnr"] / n).item(), "codebook usage": (codes > 0).double().mean().item(),
-            "codebook perplexity": torch.exp(-torch.xlogy(codes, codes).sum()).item(), "NLL": dict(zip(names, nll)),
-            "accuracy by mask ratio": [[round(r, 4), a] for r, a in zip(ratio.tolist(), (right / count).tolist())]}
 
 
 # ------------------------------------------------------------------------------------------------- what is asked for
@@ -125,23 +78,26 @@ def repeated(task, ledger, args, options, real):
             "score": np.mean([result[task.score] for result in found])}
 
 
+def as_columns(task, at):
+    """What repeated() returns, as columns of a table."""
+    return {task.distance: at["mean"], "± over seeds": at["deviation"], task.score: at["score"]}
+
+
 def ablate(task, ledger, args, options, real, nll, path):
     """Table 3 and Figure 8: every schedule at several T. nll: by schedule. Writes the plot, returns the rows of Table 3."""
     steps = sorted({T for T in args.ablate_steps if 1 <= T <= task.transformer.config.num_tokens})
-    if not steps:
-        raise ValueError(f"--ablate-steps must be from 1 to the number of tokens, {task.transformer.config.num_tokens}")
     found = {schedule: {T: repeated(task, ledger, args, options | {"steps": T, "schedule": schedule}, real) for T in steps}
              for schedule in SCHEDULES}
     if not ledger.leads:
         return {}
     print_table(f"{task.distance} ± deviation over {args.seeds} seeds, by T", {
-        schedule: {f"T={T}": f"{at['mean']:.4g} ± {at['deviation']:.2g}" for T, at in found[schedule].items()} for schedule in found})
+        schedule: {f"T={T}": f"{at['mean']:.4g} ± {at['deviation']:.2g}" for T, at in found[schedule].items()}
+        for schedule in found})
     best = {schedule: min(steps, key=lambda T: found[schedule][T]["mean"]) for schedule in SCHEDULES}
     draw_curves(path, found, best, "T, decoding steps", task.distance)
-    rows = {schedule: {"T": best[schedule], task.distance: found[schedule][best[schedule]]["mean"],
-                       "± over seeds": found[schedule][best[schedule]]["deviation"],
-                       task.score: found[schedule][best[schedule]]["score"], "NLL": nll[schedule]} for schedule in SCHEDULES}
-    return dict(sorted(rows.items(), key=lambda row: row[1][task.distance]))
+    order = sorted(SCHEDULES, key=lambda schedule: found[schedule][best[schedule]]["mean"])
+    return {schedule: {"T": best[schedule], **as_columns(task, found[schedule][best[schedule]]), "NLL": nll[schedule]}
+            for schedule in order}
 
 
 def sweep(task, ledger, args, options, real, path):
@@ -152,8 +108,7 @@ def sweep(task, ledger, args, options, real, path):
         return {}
     best = min(values, key=lambda value: found[value]["mean"])
     draw_curves(path, {args.sweep: found}, {args.sweep: best}, args.sweep, task.distance)
-    return {str(value): {task.distance: at["mean"], "± over seeds": at["deviation"], task.score: at["score"]}
-            for value, at in found.items()}
+    return {str(value): as_columns(task, at) for value, at in found.items()}
 
 
 def sweep_values(args):
@@ -183,62 +138,87 @@ def shuffled(count):
 
 
 def open_run(args, machine):
-    """-> the run's folder, both models, the transformer's checkpoint, training and validation data, the classifier or None.
+    """-> the run's folder, both models, the transformer's checkpoint, training and validation data.
 
-    Raises ValueError where the data are not those that the run was trained on."""
+    Raises ValueError where the data are not those that the run was trained on, as load_run and open_data do."""
     folder, tokenizer, transformer, checkpoint = load_run(args.run, machine.device, args.vqgan, args.decoder)
     train, val = open_data(checkpoint["data"], checkpoint["image_size"], args.data_dir)
     if list(train.classes) != list(checkpoint["classes"]):
-        raise ValueError(f"{checkpoint['data']} has {len(train.classes)} classes that are not those the run {folder} was trained on")
-    if not args.classifier_steps and args.features == "classifier":
-        raise ValueError("--classifier-steps 0 leaves nothing to measure with: add --features inception")
-    classifier = load_classifier(folder / "classifier.pt", train, args.classifier_steps, machine) if args.classifier_steps else None
-    return folder, tokenizer, transformer, checkpoint, train, val, classifier
+        raise ValueError(f"the {len(train.classes)} classes of {checkpoint['data']} are not those the run {folder} was trained on")
+    return folder, tokenizer, transformer, checkpoint, train, val
+
+
+def open_features(args, machine, folder, train):
+    """-> {"extract", "distance", "score", "classifier"}, as in Task, and a line that says which features they are.
+
+    Raises as load_inception does."""
+    inception = load_inception(args.inception, machine) if args.features == "inception" else None
+    classifier = None
+    if train and args.classifier_steps:
+        classifier = load_classifier(folder / "classifier.pt", train, args.classifier_steps, machine)
+    if inception:
+        return {"extract": inception, "distance": "FID", "score": "IS", "classifier": classifier}, \
+            f"Inception's ({runtime.fingerprint(inception)})"
+
+    def extract(images):
+        features = classifier.features(to_floats(images, machine))
+        return features, classifier.out(features)
+    return {"extract": extract, "distance": "FCD", "score": "IS(classifier)", "classifier": classifier}, \
+        f"the classifier's ({runtime.fingerprint(classifier)})"
+
+
+def common_shift(task, images):
+    """The mean of a batch's features, the same on all ranks: what metrics.moments takes off. images: uint8."""
+    with torch.no_grad():
+        return task.machine.mean(task.extract(images.to(task.machine.device))[0].double().mean(0))
+
+
+def sampler_options(args, transformer, device):
+    """What the decoding function is given. Raises ValueError where it cannot be, by --ablate and --sweep too: before anything
+    takes long."""
+    config, options = transformer.config, {"temperature": args.temperature, "top_k": args.top_k}
+    if config.causal:
+        if args.ablate or args.sweep or args.manipulate:
+            raise ValueError("--ablate, --sweep and --manipulate are about parallel decoding: add --decoder parallel, or name "
+                             "another run")
+        return options
+    options |= {"steps": (12 if config.num_tokens > 256 else 8) if args.steps is None else args.steps, "schedule": args.schedule,
+                "choice_temperature": args.choice_temperature, "cfg": args.cfg, "order": args.order}
+    if args.ablate and not any(1 <= T <= config.num_tokens for T in args.ablate_steps):
+        raise ValueError(f"--ablate-steps must be from 1 to the number of tokens, {config.num_tokens}")
+    for changed in [{args.sweep: value} for value in sweep_values(args)] if args.sweep else [{}]:
+        decode(transformer, torch.zeros(1, dtype=torch.long, device=device), **options | changed)        # says what is wrong
+    return options
 
 
 def evaluate(args, machine):
     if args.batch < 1 or args.seeds < 1:
         raise ValueError("--batch and --seeds must be at least 1")
+    if not args.classifier_steps and args.features == "classifier":
+        raise ValueError("--classifier-steps 0 leaves nothing to measure with: add --features inception")
     if args.folders:
         return compare_folders(args, machine)
-    if args.num <= NEIGHBOURS:
-        raise ValueError(f"precision and recall, with {NEIGHBOURS} neighbours, need at least {NEIGHBOURS + 1} images: --num {args.num} is too few")
-    special = args.ablate or args.sweep or args.manipulate
-    folder, tokenizer, transformer, checkpoint, train, val, classifier = open_run(args, machine)
+    enough(args.num, f"--num {args.num}")
+    folder, tokenizer, transformer, checkpoint, train, val = open_run(args, machine)
     count = min(args.num, len(val))
-    if count <= NEIGHBOURS:
-        raise ValueError(f"precision and recall need at least {NEIGHBOURS + 1} validation images, and {checkpoint['data']} has {count}")
-    options = {"temperature": args.temperature, "top_k": args.top_k}
-    if transformer.config.causal and special:
-        raise ValueError("--ablate, --sweep and --manipulate are about parallel decoding: add --decoder parallel, or name another run")
-    if not transformer.config.causal:
-        steps = (12 if transformer.config.num_tokens > 256 else 8) if args.steps is None else args.steps
-        options |= {"steps": steps, "schedule": args.schedule, "choice_temperature": args.choice_temperature, "cfg": args.cfg,
-                    "order": args.order}
-        # One image with each setting: a bad one ends here, before anything takes long.
-        for value in sweep_values(args) if args.sweep else [None]:
-            decode(transformer, torch.zeros(1, dtype=torch.long, device=machine.device), **options | ({args.sweep: value} if args.sweep else {}))
-
-    extract, distance, score, features = features_of(args, machine, classifier)
-    order = shuffled(len(val))[:count]
-    task = Task(machine, extract, distance, score, args.batch, args.seed, None, tokenizer, transformer, classifier, Chosen(val, order, args.batch))
-    with torch.no_grad():
-        first = extract(task.real[0][0].to(machine.device))[0].double()
-    task.shift = machine.mean(first.mean(0))                                            # the same on all ranks
+    enough(count, f"the validation set of {checkpoint['data']} ({count})")
+    options = sampler_options(args, transformer, machine.device)
+    networks, features = open_features(args, machine, folder, train)
+    task = Task(machine, batch=args.batch, seed=args.seed, tokenizer=tokenizer, transformer=transformer,
+                real=Chosen(val, shuffled(len(val))[:count], args.batch), **networks)
+    task.shift = common_shift(task, task.real[0][0])
     setup = {"tokenizer": runtime.fingerprint(tokenizer), "transformer": runtime.fingerprint(transformer), "features": features,
              "generated images": args.num, "real images": count, "batch": args.batch, "classifier steps": args.classifier_steps,
-             "device": machine.device.type, "bf16": machine.bf16, "torch": str(torch.__version__), "python": platform.python_version()}
+             "device": machine.device.type, "bf16": machine.bf16, "torch": str(torch.__version__),
+             "python": platform.python_version()}
     ledger = Ledger(folder, setup, machine, args.batch, args.again)
-    say = print if ledger.leads else lambda *text: None
-    say(f"{folder}: {args.num} generated and {count} real validation images, features: {features}, seed {args.seed}, on {machine.device} x {machine.world}")
-    if min(args.num, count) <= len(task.shift):
-        say(f"note: {min(args.num, count)} images are few for {len(task.shift)} features: the {distance} is far above that of more images")
+    title = f"{folder}: {args.num} generated and {count} real validation images, {args.features} features, seed {args.seed}"
+    announce(task, ledger, f"{title}, on {machine.device} x {machine.world}", min(args.num, count), args.num)
 
     sums = ledger.total(name_of("real images", {}, args.seed), count, real_images(task), {"features": min(count, FEATURES_KEPT)})
     stages = stage_figures(task, sums, train.classes) if ledger.leads else {"NLL": {}}
     found = {"run": str(folder), "data": checkpoint["data"], "seed": args.seed, "sampler": options}
-    title = f"{folder}: {args.features} features, {args.num} generated and {count} real validation images, seed {args.seed}"
-    if not special:
+    if not (args.ablate or args.sweep or args.manipulate):
         rows = table1(task, ledger, args, options, train, sums)
         if ledger.leads:
             found |= {"rows": rows | {"reconstructions": stages.pop("reconstructions")}, "stages": stages}
@@ -255,7 +235,25 @@ def evaluate(args, machine):
         found["manipulation"] = manipulate(task, ledger, options, sums)
         say_table(ledger, title, found["manipulation"])
     ledger.write(**found)
-    say(f"wrote {folder}/eval.json")
+    if ledger.leads:
+        print(f"wrote {folder}/eval.json")
+
+
+def enough(count, what):
+    """Raises ValueError where there are too few images for precision and recall."""
+    if count <= NEIGHBOURS:
+        raise ValueError(f"{what}: precision and recall, with {NEIGHBOURS} neighbours, need at least {NEIGHBOURS + 1} images")
+
+
+def announce(task, ledger, title, fewest, most):
+    """What is about to be measured, and what to know about such numbers of images."""
+    if not ledger.leads:
+        return
+    print(title, flush=True)
+    if fewest <= len(task.shift):
+        print(f"note: {fewest} images are few for {len(task.shift)} features: {task.distance} is far above that of more", flush=True)
+    if most > FEATURES_KEPT:
+        print(f"note: precision and recall are of the first {FEATURES_KEPT} images of each set", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------ two folders
@@ -263,8 +261,7 @@ def evaluate(args, machine):
 def image_files(folder):
     """The images of a folder and those in it, sorted. Raises ValueError where they are too few, or of several sizes."""
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
-    if len(paths) <= NEIGHBOURS:
-        raise ValueError(f"{folder} holds {len(paths)} images; precision and recall need at least {NEIGHBOURS + 1}")
+    enough(len(paths), f"{folder} holds {len(paths)} images")
     sizes = {}
     for path in paths:
         try:
@@ -274,30 +271,33 @@ def image_files(folder):
             raise ValueError(f"{path} is not a readable image ({error})") from error
     if len(sizes) > 1:
         (a, first), (b, second), *_ = sizes.items()
-        raise ValueError(f"{folder} holds images of several sizes: {first} is {a[0]} x {a[1]} and {second} is {b[0]} x {b[1]}; resize them first")
+        raise ValueError(f"{folder} holds images of several sizes: {first} is {a[0]} x {a[1]} and {second} is {b[0]} x {b[1]}; "
+                         f"resize them first")
     return paths, sizes.popitem()[0]
 
 
 def compare_folders(args, machine):
     """FID (or FCD) between two folders of images; IS, precision and recall of the first."""
-    listed, classifier = [image_files(folder) for folder in args.folders], None
+    listed, run, train = [image_files(folder) for folder in args.folders], None, None
     if args.features == "classifier":
         if not args.run:
             raise ValueError("classifier features need a run whose classifier to use: add --run, or --features inception")
-        _, _, _, checkpoint, _, _, classifier = open_run(args, machine)
+        run, _, _, checkpoint, train, _ = open_run(args, machine)
         size = checkpoint["image_size"]
         for folder, (_, found) in zip(args.folders, listed):
             if found != (size, size):
                 raise ValueError(f"the images in {folder} are {found[0]} x {found[1]}, those of the run {size} x {size}")
-    extract, distance, score, features = features_of(args, machine, classifier)
-    task, ledger, totals, pool = Task(machine, extract, distance, score, args.batch), Ledger(None, None, machine, args.batch), [], ThreadPoolExecutor()
+    pool, totals = ThreadPoolExecutor(), []
 
     def read(paths):                                     # uint8 (n, 3, H, W)
         return torch.from_numpy(np.stack([np.asarray(image) for image in pool.map(read_image, paths)])).permute(0, 3, 1, 2)
 
-    with torch.no_grad():
-        first = extract(read(listed[1][0][:args.batch]).to(machine.device))[0].double()
-    task.shift = machine.mean(first.mean(0))
+    networks, features = open_features(args, machine, run, train)
+    task, ledger = Task(machine, batch=args.batch, **networks), Ledger(None, None, machine, args.batch)
+    task.shift = common_shift(task, read(listed[1][0][:args.batch]))
+    counts = [len(paths) for paths, _ in listed]
+    title = f"{counts[0]} images in {args.folders[0]}, {counts[1]} in {args.folders[1]}, features: {features}"
+    announce(task, ledger, title, min(counts), max(counts))
     for folder, (paths, _) in zip(args.folders, listed):
         split = metrics.split_of(len(paths), SPLITS)
 
@@ -311,8 +311,7 @@ def compare_folders(args, machine):
     if not ledger.leads:
         return {}
     result = measures(task, *totals)
-    print_table(f"{len(listed[0][0])} images in {args.folders[0]}, {len(listed[1][0])} in {args.folders[1]}, features: {features}",
-                {str(args.folders[0]): result})
+    print_table(title, {"generated": result})
     return result
 
 
@@ -355,12 +354,17 @@ def draw_curves(path, curves, best, xlabel, ylabel):
     figure, axis = new_figure()
     for name, points in curves.items():
         xs = [x if isinstance(x, (int, float)) else str(x) for x in points]
-        line = axis.errorbar(xs, [at["mean"] for at in points.values()], [at["deviation"] for at in points.values()], capsize=2, lw=1.2, label=name)
+        mean, deviation = zip(*((at["mean"], at["deviation"]) for at in points.values()))
+        line = axis.errorbar(xs, mean, deviation, capsize=2, lw=1.2, label=name)
         axis.plot(best[name], points[best[name]]["mean"], "*", ms=11, color=line[0].get_color())
     axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
-    if xlabel.startswith("T,"):
-        axis.set_xscale("log", base=2)
-    axis.legend(fontsize=8)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    if len(curves) > 1:
+        axis.set_xscale("log")
+        axis.set_xticks(xs, map(str, xs), minor=False)
+        axis.set_xticks([], minor=True)
+        axis.legend(fontsize=8)
     runtime.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
@@ -389,9 +393,11 @@ def parse_flags(arguments=None):
     parser.add_argument("--inception", metavar="FILE", help="Inception's weights (default: torch-fidelity fetches them)")
     parser.add_argument("--num", type=runtime.whole, default=2000, help="images to sample; the paper: 50000 (default: %(default)s)")
     parser.add_argument("--batch", type=runtime.whole, default=100, help="images at a time (default: %(default)s)")
-    parser.add_argument("--steps", type=runtime.whole, help="T, decoding steps (default: 8, and 12 for 32 x 32 tokens, as in the paper)")
+    parser.add_argument("--steps", type=runtime.whole,
+                        help="T, decoding steps (default: 8, and 12 for 32 x 32 tokens, as in the paper)")
     parser.add_argument("--schedule", default="cosine", help=f"mask schedule: {', '.join(SCHEDULES)} (default: %(default)s)")
-    parser.add_argument("--choice-temperature", type=runtime.positive, default=4.5, help="noise in the choice of what to keep (default: %(default)s)")
+    parser.add_argument("--choice-temperature", type=runtime.positive, default=4.5,
+                        help="noise in the choice of what to keep (default: %(default)s)")
     parser.add_argument("--temperature", type=runtime.positive, default=1.0, help="of the token samples (default: %(default)s)")
     parser.add_argument("--top-k", type=runtime.whole, help="sample among the K likeliest tokens (default: all)")
     parser.add_argument("--cfg", type=runtime.positive, default=0.0, help="weight of classifier-free guidance (default: %(default)s)")
@@ -400,9 +406,11 @@ def parse_flags(arguments=None):
     parser.add_argument("--classifier-steps", type=runtime.whole, default=600,
                         help="training steps of each classifier; 0, with Inception: no classifier and no CAS (default: %(default)s)")
     parser.add_argument("--ablate", action="store_true", help="every mask schedule at several T")
-    parser.add_argument("--ablate-steps", type=runtime.whole, nargs="+", default=[4, 8, 12, 16, 32, 64], metavar="T", help="(default: 4 8 12 16 32 64)")
+    parser.add_argument("--ablate-steps", type=runtime.whole, nargs="+", default=[4, 8, 12, 16, 32, 64], metavar="T",
+                        help="decoding steps of --ablate, those up to the number of tokens (default: 4 8 12 16 32 64)")
     parser.add_argument("--sweep", choices=SWEEPS, help="one setting of the sampler at several values")
-    parser.add_argument("--values", nargs="+", help="of --sweep (default: " + "; ".join(f"{name}: {' '.join(map(str, values))}" for name, values in SWEEPS.items()) + ")")
+    shown = "; ".join(f"{name}: {' '.join(map(str, values))}" for name, values in SWEEPS.items())
+    parser.add_argument("--values", nargs="+", help=f"of --sweep (default: {shown})")
     parser.add_argument("--seeds", type=runtime.whole, default=3, help="of --ablate and --sweep, from --seed upwards (default: %(default)s)")
     parser.add_argument("--manipulate", action="store_true", help="outpainting and inpainting of validation images")
     parser.add_argument("--folders", nargs=2, metavar=("GENERATED", "REAL"), help="compare two folders of images")

@@ -1,8 +1,9 @@
-"""Sums over many images in one pass: what a batch adds, and the Ledger that adds it up, over ranks and interruptions.
+"""Measuring many images in one pass: what a batch adds, the figures that follow from sums, and the Ledger that adds up.
 
     image_sums, token_sums                               what is summed over a batch
     real_images, training_images, samples, repainted     where the batches come from, each a source for Ledger.total
-    Ledger                                               adds up, saves, resumes; keeps the results
+    measures, looks, stage_figures                       from sums to figures
+    Ledger                                               adds up over batches and ranks, saves, resumes; keeps the results
 """
 import json
 import math
@@ -25,6 +26,9 @@ from sample import restore
 FEATURES_KEPT = 10_000    # precision and recall need the features themselves: of so many images of a set
 SPLITS = 10               # of the Inception Score
 BINS = 20                 # of mask ratios
+NEIGHBOURS = 3            # k of precision and recall
+NAMED = "classifier names the class"
+LOOKS = ["sharpness / real", "spread within a class / real", NAMED]
 
 
 @dataclass
@@ -94,7 +98,8 @@ def real_images(task):
     @torch.no_grad()
     def source(numbers):
         for b, (images, labels) in zip(numbers, task.real.read(numbers)):
-            part, labels, floats = split[b * task.batch:][:len(images)], labels.to(task.machine.device), to_floats(images, task.machine)
+            part, labels = split[b * task.batch:][:len(images)], labels.to(task.machine.device)
+            floats = to_floats(images, task.machine)
             with task.machine.autocast():
                 tokens = task.tokenizer.encode(floats).flatten(1)
                 restored = restore(task.tokenizer, tokens).float()
@@ -160,6 +165,51 @@ def repainted(task, region, options):
     return source
 
 
+# --------------------------------------------------------------------------------------------- from sums to figures
+
+def measures(task, sums, real):
+    """The columns of Table 1: FID (or FCD) from the real images, IS, and precision and recall where features were kept."""
+    distance = metrics.frechet_distance(*metrics.mean_and_covariance(sums, task.shift.cpu()),
+                                        *metrics.mean_and_covariance(real, task.shift.cpu()))
+    score, spread = metrics.inception_score(sums)
+    result = {task.distance: distance, task.score: score, "± over splits": spread}
+    if "features" in sums and "features" in real:
+        where = task.machine.device if task.machine.device.type == "cuda" else "cpu"
+        pair = metrics.precision_recall(sums["features"].to(where), real["features"].to(where), NEIGHBOURS)
+        result |= dict(zip(("precision", "recall"), pair))
+    return result
+
+
+def looks(sums, real, classes):
+    """How often the classifier names the class that was asked for; sharpness and spread relative to the real images'."""
+    def spread(sums):                       # root mean square distance of two images of a class, at 16 x 16 pixels
+        some = sums["class_count"] > 1
+        n = sums["class_count"][some]
+        variance = sums["class_squares"][some] / n - (sums["class_sum"][some] / n[:, None]).square().sum(1)
+        return (2 * variance.clamp(min=0) * n / (n - 1)).sqrt().mean()
+
+    sharpness = lambda sums: sums["sharpness"] / sums["class_count"].sum()
+    result = dict(zip(LOOKS, ((sharpness(sums) / sharpness(real)).item(), (spread(sums) / spread(real)).item())))
+    if "class_right" in sums:
+        result[NAMED] = (sums["class_right"].sum() / sums["class_count"].sum()).item()
+        shares = (sums["class_right"] / sums["class_count"]).tolist()
+        result[NAMED + ", by class"] = {name: share for name, share in zip(classes, shares) if not math.isnan(share)}
+    return result
+
+
+def stage_figures(task, sums, classes):
+    """Of both stages on validation images: reconstruction, codebook, likelihood of tokens."""
+    n, codes = sums["count"], sums["codes"] / sums["codes"].sum()
+    restored = {name.removeprefix("restored "): value for name, value in sums.items() if name.startswith("restored ")}
+    nll, names = (sums["nll"] / n).tolist(), ["next token"] if task.transformer.config.causal else SCHEDULES
+    right, count, images = sums["by_ratio"][sums["by_ratio"][:, 2] > 0].T
+    ratio = count / images / task.transformer.config.num_tokens
+    return {"reconstructions": measures(task, restored, sums) | looks(restored, sums, classes),
+            "PSNR, dB": (sums["psnr"] / n).item(), "codebook usage": (codes > 0).double().mean().item(),
+            "codebook perplexity": torch.exp(-torch.xlogy(codes, codes).sum()).item(), "NLL": dict(zip(names, nll)),
+            "accuracy by mask ratio": [[round(r, 4), a] for r, a in zip(ratio.tolist(), (right / count).tolist())]}
+
+
 # --------------------------------------------------------------------------------------------------- adding up
 
 class Ledger:
@@ -178,10 +228,14 @@ class Ledger:
             except (ValueError, KeyError):                                      # not of this script: it is replaced
                 records = []
             self.others = [record for record in records if again or record["setup"] != setup]
-            self.results = {} if again else {record["condition"]: record["result"] for record in records if record["setup"] == setup}
+            if not again:
+                self.results = {record["condition"]: record["result"] for record in records if record["setup"] == setup}
         if folder and (folder / "eval.resume.pt").exists() and not again:
-            kept = runtime.load_checkpoint(folder / "eval.resume.pt", "evaluation")
-            self.partial = kept["partial"] if kept["setup"] == setup else {}
+            try:
+                kept = runtime.load_checkpoint(folder / "eval.resume.pt", "evaluation")
+                self.partial = kept["partial"] if kept["setup"] == setup else {}
+            except ValueError:                                                  # cannot be read: what it held is done again
+                pass
 
     def total(self, condition, count, source, room=()):
         """Adds up what source() yields for the batches of `count` images -> the sums, on the CPU, on rank 0 (others: None).
@@ -238,7 +292,8 @@ class Ledger:
             self.partial[condition] = (done, sums)
         if self.leads and self.folder:
             partial = {name: [done, sums] for name, (done, sums) in self.partial.items()}
-            runtime.save_checkpoint(self.folder / "eval.resume.pt", {"kind": "evaluation", "setup": self.setup, "partial": partial})
+            runtime.save_checkpoint(self.folder / "eval.resume.pt",
+                                    {"kind": "evaluation", "setup": self.setup, "partial": partial})
 
     def result(self, condition, count, source, finish, room=()):
         """The result of a condition: the one found before, or finish(its sums), which is then kept. {} on other ranks."""
@@ -253,9 +308,10 @@ class Ledger:
     def write(self, **latest):
         """eval.json: what was asked for last (a dict), then every result with the setup it was found under."""
         if self.leads and self.folder:
-            others = [record for record in self.others if record["setup"] != self.setup or record["condition"] not in self.results]
-            records = others + [{"setup": self.setup, "condition": condition, "result": result}
-                                     for condition, result in self.results.items()]
+            records = [record for record in self.others
+                       if record["setup"] != self.setup or record["condition"] not in self.results]
+            records += [{"setup": self.setup, "condition": condition, "result": result}
+                        for condition, result in self.results.items()]
             text = json.dumps({**latest, "setup": self.setup, "records": records}, indent=1)
             runtime.write_atomically(self.folder / "eval.json", lambda file: file.write(text.encode()))
 
