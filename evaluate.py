@@ -6,7 +6,7 @@
     python evaluate.py --sweep choice_temperature                 # one setting of the sampler
     python evaluate.py --manipulate                               # outpainting and inpainting
     python evaluate.py --folders GENERATED REAL --features inception
-    torchrun --nproc_per_node 8 evaluate.py --run runs/imagenet --num 50000 --features inception
+    torchrun --nproc_per_node 8 -- evaluate.py --run runs/imagenet --num 50000 --features inception
 
 Distances between classifier features are called FCD, never FID. Results go to eval.json in the run's folder; what is there
 already is not done again, and an interrupted evaluation goes on where it was.

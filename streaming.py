@@ -245,7 +245,7 @@ class Ledger:
         first, sums = self.partial.get(condition, (0, {}))
         batches, world, device = math.ceil(count / self.batch), self.machine.world, self.machine.device
         if first >= batches:
-            return sums if self.leads else None
+            return runtime.to_cpu(sums) if self.leads else None
         sums = {name: value if name in room else value.to(device) for name, value in sums.items()} if self.leads else {}
         rounds = range(first, batches, world)
         # In the last round a rank may have no batch left: it repeats the last one and adds nothing of it.
