@@ -154,7 +154,7 @@ def open_features(args, machine, folder, train):
     Raises as load_inception does."""
     inception = load_inception(args.inception, machine) if args.features == "inception" else None
     classifier = None
-    if train and args.classifier_steps:
+    if train is not None and args.classifier_steps:
         classifier = load_classifier(folder / "classifier.pt", train, args.classifier_steps, machine)
     if inception:
         return {"extract": inception, "distance": "FID", "score": "IS", "classifier": classifier}, \
@@ -192,6 +192,7 @@ def sampler_options(args, transformer, device):
 
 
 def evaluate(args, machine):
+    """Measures what the flags ask for, prints it, writes eval.json. Raises ValueError or OSError for bad input."""
     if args.batch < 1 or args.seeds < 1:
         raise ValueError("--batch and --seeds must be at least 1")
     if not args.classifier_steps and args.features == "classifier":
@@ -364,7 +365,7 @@ def draw_curves(path, curves, best, xlabel, ylabel):
         axis.set_xscale("log")
         axis.set_xticks(xs, map(str, xs), minor=False)
         axis.set_xticks([], minor=True)
-        axis.legend(fontsize=8)
+        figure.legend(loc="outside right upper", fontsize=8)
     runtime.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
