@@ -1,0 +1,105 @@
+"""Measures of a set of images by features of them: Fréchet distance, Inception Score, precision and recall.
+
+    moments, mean_and_covariance, frechet_distance    FID (Heusel et al. 2017)
+    split_of, score_sums, inception_score             IS (Salimans et al. 2016)
+    precision_recall                                  precision and recall (Kynkäänniemi et al. 2019)
+
+The first two need only sums, dicts of float64 tensors that add up: over batches, over processes, over an interruption. So
+50,000 images take no more memory than 500. Nothing here knows where features come from.
+"""
+import numpy as np
+import torch
+
+
+def add(sums, more):
+    """Adds the tensors of `more` to those of `sums`, in place, name by name -> sums."""
+    for name, value in more.items():
+        sums[name] = sums[name] + value if name in sums else value
+    return sums
+
+
+# --------------------------------------------------------------------------------- Fréchet distance (FID)
+
+def moments(features, shift):
+    """Sums from which mean and covariance follow. features: (n, D). shift: (D,), the same for all that is to be added up.
+
+    Squares of numbers far from zero would swallow their differences, so a point amid the features is taken off first."""
+    x = features.double() - shift
+    return {"count": torch.tensor(float(len(x)), dtype=torch.float64, device=x.device), "sum": x.sum(0), "outer": x.T @ x}
+
+
+def mean_and_covariance(sums, shift):
+    """Of what moments() summed -> (D,), (D, D); the covariance with n - 1 below. Needs n >= 2."""
+    n, mean = sums["count"], sums["sum"] / sums["count"]
+    return shift + mean, (sums["outer"] - n * torch.outer(mean, mean)) / (n - 1)
+
+
+def frechet_distance(mean1, covariance1, mean2, covariance2):
+    """|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½), between two Gaussians, a float >= 0. Means (D,), covariances (D, D), float64.
+
+    tr (C1 C2)^½ is the sum of the singular values of C1^½ C2^½: no square root of a product's rounding errors is taken, so
+    covariances may be singular, as they are with fewer images than features. Source: Heusel et al. 2017, Eq. 6; Dowson
+    and Landau 1982."""
+    half1, half2 = square_root(covariance1), square_root(covariance2)
+    overlap = torch.linalg.svdvals(half1.T @ half2).sum()
+    return ((mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * overlap).clamp(min=0).item()
+
+
+def square_root(covariance):
+    """(D, D) of rank r -> a factor F (D, r) with F Fᵀ = covariance."""
+    values, vectors = torch.linalg.eigh(covariance)
+    # What lies below the rounding error of the largest eigenvalue is zero, or its root would be far from small.
+    some = values > len(values) * torch.finfo(values.dtype).eps * values[-1].clamp(min=0)
+    return vectors[:, some] * values[some].sqrt()
+
+
+# ------------------------------------------------------------------------------------- Inception Score (IS)
+
+def split_of(count, splits=10):
+    """Which of the splits each of `count` images belongs to -> (count,) int64. Fewer splits where there are fewer images.
+
+    Images are dealt out in a fixed random order, that of torch-fidelity, so that no split lacks a class."""
+    splits, place = min(splits, count), np.empty(count, np.int64)
+    place[np.random.RandomState(2020).permutation(count)] = np.arange(count)
+    edges = [i * count // splits for i in range(1, splits)]
+    return torch.from_numpy(np.searchsorted(edges, place, side="right"))
+
+
+def score_sums(logits, split, splits=10):
+    """Sums for inception_score. logits: (n, classes). split: (n,), of each image."""
+    log_p = logits.double().log_softmax(1)
+    p, member = log_p.exp(), torch.nn.functional.one_hot(split, splits).double().T                      # (splits, n)
+    return {"split_count": member.sum(1), "split_p": member @ p, "split_p_log_p": member @ (p * log_p).sum(1)}
+
+
+def inception_score(sums):
+    """exp of the mean divergence KL(p(y|x) || p(y)) within each split -> mean and standard deviation over the splits.
+
+    From 1, all alike, to the number of classes. Source: Salimans et al. 2016, §4."""
+    some = sums["split_count"] > 0
+    n = sums["split_count"][some]
+    marginal = sums["split_p"][some] / n[:, None]
+    scores = (sums["split_p_log_p"][some] / n - torch.xlogy(marginal, marginal).sum(1)).exp()
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+# ------------------------------------------------------------------------------------- precision and recall
+
+def precision_recall(generated, real, k=3, rows=1000):
+    """Precision: the share of generated images near a real one; recall: of real images near a generated one.
+
+    Near: no farther than that image's own k-th nearest neighbour in its set. generated (n, D), real (m, D), features.
+    rows: how many are compared at once; memory for rows · max(n, m) distances. Returns two floats in [0, 1]. Raises
+    ValueError where a set has not k + 1 images. Source: Kynkäänniemi et al. 2019, Eq. 1 and 2."""
+    if min(len(generated), len(real)) <= k:
+        raise ValueError(f"precision and recall need at least {k + 1} images in each set, not {min(len(generated), len(real))}")
+    generated, real = generated.double(), real.double()
+
+    def distances(some, others):          # differences, not the faster product: equal features must be at distance 0
+        return torch.cdist(some, others, compute_mode="donot_use_mm_for_euclid_dist")
+
+    def share_near(images, others):
+        radius = torch.cat([distances(part, others).kthvalue(k + 1, 1).values for part in others.split(rows)])   # itself is first
+        return torch.cat([(distances(part, others) <= radius).any(1) for part in images.split(rows)]).double().mean().item()
+
+    return share_near(generated, real), share_near(real, generated)
