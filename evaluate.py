@@ -128,7 +128,8 @@ def manipulate(task, ledger, options, real):
     inside = lambda z: (z >= side // 4) & (z < side - side // 4)
     for name, region in {"outpainting, right 50%": x >= side // 2, "inpainting, centre 50% x 50%": inside(x) & inside(y)}.items():
         rows[name] = ledger.result(name_of(name, options, task.seed), len(task.real), repainted(task, region, options),
-                                   lambda sums: measures(task, sums, real))
+                                   lambda sums: measures(task, sums, real) | {
+                                       name: value for name, value in looks(sums, real, ()).items() if name in LOOKS})
     return rows
 
 

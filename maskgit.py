@@ -33,14 +33,28 @@ class MaskGITConfig:
 
 # ------------------------------------------------------------------------------------------------ the transformer
 
+class Linear(nn.Linear):
+    """nn.Linear, and as fast as memory allows for the few rows, on the CPU, of sequential decoding with a cache."""
+
+    def forward(self, x):
+        rows = x.numel() // self.in_features
+        if rows > 4 or x.device.type != "cpu":
+            return super().forward(x)
+        # The time is that of reading the weights. MKL's x Wᵀ reads 13 GB/s where memory gives 34; W xᵀ reads 28 to 32, but not
+        # for one column, so a single row is doubled.
+        x2 = x.reshape(rows, -1)
+        x2 = torch.cat([x2, x2]) if rows == 1 else x2
+        return F.linear(self.weight, x2).T[:rows].add(self.bias).view(*x.shape[:-1], -1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: over all positions, or those up to each where config.causal. (B, L, dim) -> (B, L, dim)."""
 
     def __init__(self, config):
         super().__init__()
         self.heads, self.dropout, self.causal = config.heads, config.dropout, config.causal
-        self.qkv = nn.Linear(config.dim, 3 * config.dim)  # queries, keys and values in one product
-        self.out = nn.Linear(config.dim, config.dim)
+        self.qkv = Linear(config.dim, 3 * config.dim)  # queries, keys and values in one product
+        self.out = Linear(config.dim, config.dim)
 
     def forward(self, x, cache=None, position=None):
         B, L, D = x.shape
@@ -63,8 +77,8 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(config)
         self.norm1 = nn.LayerNorm(config.dim, eps=1e-12)
-        self.mlp = nn.Sequential(nn.Linear(config.dim, config.mlp_dim), nn.GELU("tanh"),
-                                 nn.Linear(config.mlp_dim, config.dim))
+        self.mlp = nn.Sequential(Linear(config.dim, config.mlp_dim), nn.GELU("tanh"),
+                                 Linear(config.mlp_dim, config.dim))
         self.norm2 = nn.LayerNorm(config.dim, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -91,7 +105,7 @@ class MaskGIT(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
-        self.head = nn.Sequential(nn.Linear(config.dim, config.dim), nn.GELU("tanh"),
+        self.head = nn.Sequential(Linear(config.dim, config.dim), nn.GELU("tanh"),
                                   nn.LayerNorm(config.dim, eps=1e-12))
         self.head_bias = nn.Parameter(torch.zeros(rows))
         self.apply(self._init)

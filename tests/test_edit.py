@@ -1,5 +1,6 @@
 """sample.py --image: what is kept stays, to the pixel; and the autoregressive baseline beside the parallel decoder."""
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,10 +8,13 @@ import torch
 from PIL import Image
 
 import devices
+import runtime
 import sample
-from conftest import TINY_TRANSFORMER, refused, run
+from classifier import Classifier
+from conftest import ROOT, TINY_TRANSFORMER, refused, run
+from data import Shapes, hashed_uniform
 from maskgit import MaskGIT, MaskGITConfig, decode, decode_sequential, mask_counts
-from sample import composite, extrapolate, likeliest_class, load_run, repaint_region
+from sample import composite, draw, extrapolate, likeliest_class, load_run, repaint_region
 
 
 @pytest.fixture
@@ -176,6 +180,36 @@ def test_without_a_class(trained, photo, edit):
     shutil.copy(trained / "vqgan.pt", folder)
     run("train_transformer.py", "--run", folder, *TINY_TRANSFORMER, "--class-dropout", 0.5)
     assert "class: none" in edit("--run", folder, "--inpaint", "centre")
+
+
+def test_what_is_repainted_shows_its_class():
+    """On 200 validation images, with the models in example/: a classifier finds the object's class after its centre was painted
+    anew, and another class after the object, to the borders of its box, was edited into it; both in at least 80%."""
+    example, n = ROOT / "example", 200
+    _, tokenizer, transformer, checkpoint = load_run(example, "cpu")
+    classifier = Classifier(10)
+    runtime.load_weights(classifier, runtime.load_checkpoint(example / "classifier.pt", "classifier")["model"], "classifier.pt").eval()
+    images, labels = Shapes("val").batch(np.arange(n))
+    images = images.float() / 255
+    u = hashed_uniform(1, np.arange(n), 13)                               # as Shapes draws: size and centre of each object
+    size = 0.7 + 0.2 * u[:, 0]
+    top, left = (1 - (2 * u[:, 4] - 1) * (1 - size) - size) * 16, (1 + (2 * u[:, 3] - 1) * (1 - size) - size) * 16
+
+    def region(**flags):
+        given = SimpleNamespace(**{"box": None, "mask": None, "inpaint": None, "fit": "crop", "image": "it"} | flags)
+        return repaint_region(given, Image.new("RGB", (32, 32)), (0, 0, 32), 32, 4)
+
+    boxes = [region(box=f"{int(y)},{int(x)},{int(32 * s)},{int(32 * s)}") for y, x, s in zip(top, left, size)]
+    with torch.no_grad():
+        tokens, right = tokenizer.encode(images), {}
+        for name, where, asked in (("inpainting", region(inpaint="centre"), labels), ("editing", torch.stack(boxes), (labels + 1) % 10)):
+            known = torch.where(where, transformer.mask_id, tokens).flatten(1)
+            painted, _ = draw(tokenizer, transformer, asked, known=known, generator=torch.Generator().manual_seed(0))
+            mask = where.expand(n, 8, 8).repeat_interleave(4, 1).repeat_interleave(4, 2)
+            painted = torch.cat([composite(a, b[None], m, 3) for a, b, m in zip(images, painted, mask)])
+            right[name] = (classifier(painted).argmax(1) == asked).float().mean().item()
+    assert min(right.values()) >= 0.8, right
+    print({name: round(share, 3) for name, share in right.items()}, "tokens in a box:", torch.stack(boxes).float().sum((1, 2)).mean().item())
 
 
 # ----------------------------------------------------------------------------------------- the autoregressive baseline
