@@ -256,17 +256,21 @@ def compare(machine, args):
 
 
 def plot(path, results, x, y):
-    """results[y] against results[x], a line for each row, preset and, where x is another quantity, batch."""
+    """results[y] against results[x]: a colour for each preset (and, where x is another quantity, batch), a marker for each row."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    line = lambda r: ", ".join([r["row"], r["preset"]] + [f"batch {r['batch']}"] * (x != "batch"))
-    for name in dict.fromkeys(map(line, results)):
-        axis.plot(*zip(*[(r[x], r[y]) for r in results if line(r) == name]), "o-", label=name)
+    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    group = lambda r: ", ".join([r["preset"]] + [f"batch {r['batch']}"] * (x != "batch"))
+    groups, rows = list(dict.fromkeys(map(group, results))), list(dict.fromkeys(r["row"] for r in results))
+    for i, row in enumerate(rows):
+        for j, name in enumerate(groups):
+            points = [(r[x], r[y]) for r in results if r["row"] == row and group(r) == name]
+            if points:
+                axis.plot(*zip(*points), "osxDv"[i % 5] + "-", color=f"C{j}", ms=5, lw=1, label=f"{name}: {row}")
     axis.set(xscale="log", yscale="log", xlabel=x, ylabel=y.replace("_per_", "/"))
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside right", fontsize=8)
     runtime.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 

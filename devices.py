@@ -35,7 +35,8 @@ def command_line(main):
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):     # CUDA's, the CPU's
             raise
-        print("error: out of memory: lower --micro-batch (the result stays that of --batch) or the model's sizes",
+        print("error: out of memory: in training lower --micro-batch (the result stays that of --batch) or the model's sizes, else the "
+              "number of images at once (--num, --batch)",
               file=sys.stderr)
         sys.exit(2)
 

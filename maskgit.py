@@ -261,8 +261,12 @@ def gumbel_noise(like, generator=None):
 
 
 def sample_tokens(logits, temperature, top_k, generator=None):
-    """(..., codebook_size) -> tokens (...): a sample at each position, the likeliest at temperature 0."""
+    """(..., codebook_size) -> tokens (...): a sample at each position, the likeliest at temperature 0.
+
+    Raises ValueError for a top_k above codebook_size."""
     if top_k:
+        if top_k > logits.shape[-1]:
+            raise ValueError(f"top-k must be at most the size of the codebook, {logits.shape[-1]}, not {top_k}")
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
     if temperature > 0:
         logits = logits / temperature + gumbel_noise(logits, generator)

@@ -50,6 +50,7 @@ def test_guidance_needs_a_null_class(trained, tmp_path):
     (["--steps", 0], ["steps", "1"]),
     (["--steps", 65], ["steps", "64"]),
     (["--num", 0], ["--num"]),
+    (["--top-k", 33], ["codebook, 32", "33"]),
     (["--run", "nowhere"], ["nowhere", "does not exist"]),
     (["--out", "picture.xyz"], ["picture.xyz", ".png"]),
 ])
