@@ -96,8 +96,8 @@ def draw(tokenizer, transformer, labels, batch=64, known=None, **options):
         part = labels[start:start + batch]
         if transformer.config.causal:
             tokens = decode_sequential(transformer, part, **options)
-            places, quarter = torch.arange(tokens.shape[1], device=tokens.device), tokens.shape[1] / 8
-            steps = [(tokens, (places >= round(i * quarter)).expand_as(tokens)) for i in range(1, 9)]     # its film has 8 frames
+            places, eighth = torch.arange(tokens.shape[1], device=tokens.device), tokens.shape[1] / 8
+            steps = [(tokens, (places >= round(i * eighth)).expand_as(tokens)) for i in range(1, 9)]     # its film has 8 frames
         else:
             given = None if known is None else known[start:start + batch]
             tokens, steps = decode(transformer, part, known=given, return_steps=True, **options)
