@@ -21,7 +21,7 @@ import torch.nn as nn
 import devices
 import runtime
 from downloads import download
-from maskgit import MaskGIT, MaskGITConfig
+from maskgit import Linear, MaskGIT, MaskGITConfig
 from vqgan import VQGAN, ResBlock, VQGANConfig
 
 # ------------------------------------------------------------------------------------- the released models' names
@@ -86,7 +86,7 @@ def released_arrays(model):
     for ours, theirs in layers:
         layer = model.get_submodule(ours)
         theirs = [theirs] if isinstance(theirs, str) else theirs
-        weight = {nn.Conv2d: "kernel", nn.Linear: "kernel", nn.Embedding: "embedding"}.get(type(layer), "scale")
+        weight = {nn.Conv2d: "kernel", Linear: "kernel", nn.Embedding: "embedding"}.get(type(layer), "scale")
         for name, parameter in layer.named_parameters():
             shape = tuple(parameter.shape)
             if ours.endswith("attention.qkv"):              # theirs are split by part and by head
