@@ -31,6 +31,7 @@ import train_transformer
 import train_vq
 from maskgit import MaskGIT, MaskGITConfig, decode, sample_tokens
 from perceptual import LPIPS
+from sample import default_steps
 from vqgan import VQGAN, Discriminator, VQGANConfig
 
 ROWS = "train-transformer decode train-vq encode restore".split()
@@ -200,7 +201,7 @@ def tokenizer_row(machine, args, config, batch, restore):
 def rows_of(machine, preset, wanted, batches):
     """(label, a function that prepares the row) of every row; batches: sizes to measure, None for those that suit the device."""
     one, two, vq, config = configurations(preset)
-    cuda, small, steps = machine.device.type == "cuda", preset == "shapes", 12 if config.num_tokens > 256 else 8
+    cuda, small, steps = machine.device.type == "cuda", preset == "shapes", default_steps(config.num_tokens)
     sizes = lambda cpu, shapes, gpu: batches or (gpu if cuda else shapes if small else cpu)
     for row in wanted:
         if row == "train-transformer":
@@ -247,7 +248,6 @@ def compare(machine, args):
                 one_step = seconds(machine, lambda: decode(forward, labels, 2), args.repeats) / 2
                 times = [("parallel", steps, steps * one_step) for steps in (1, 2, 4, 8, 12, 16, 32, 64, 128, 256) if steps <= N]
                 for label, function in (("sequential, cached", cached), ("sequential, uncached", uncached)):
-                    function(eight[0])                                                       # warm up, compile
                     times.append((label, N, N * statistics.mean(seconds(machine, lambda: function(i), 1) for i in eight)))
             for label, passes, took in times:
                 results.append({"preset": preset, "batch": batch, "row": label, "passes": passes, "seconds": took})

@@ -127,7 +127,10 @@ class Machine:
             self.xla.sync()
 
     def generator(self, seed):
-        """A random generator for tensors of the device, or None where the device has but one (torch-xla)."""
+        """A random generator for tensors of the device, or None where the device has but one (torch-xla).
+
+        seed: its lower 32 bits count, which is all that torch-xla takes."""
+        seed %= 1 << 32
         if self.device.type == "xla":
             self.xla.manual_seed(seed)
             return None

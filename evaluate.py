@@ -28,8 +28,8 @@ import runtime
 from classifier import Chosen, Drawn, accuracy, load_classifier, load_inception, to_floats, train_classifier
 from data import open_data, read_image
 from maskgit import ORDERS, SCHEDULES, decode
-from sample import STAGES, load_run, restore
-from streaming import (FEATURES_KEPT, LOOKS, NAMED, NEIGHBOURS, SPLITS, Ledger, Task, image_sums, looks, measures, quantize,
+from sample import add_sampler_flags, load_run, restore, sampler_options
+from streaming import (FEATURES_KEPT, LOOKS, NAMED, NEIGHBOURS, SPLITS, Ledger, Task, image_sums, looks, measures,
                        real_images, repainted, samples, stage_figures, training_images)
 
 SWEEPS = {"choice_temperature": [0, 1, 2, 4.5, 8, 12], "cfg": [0, 0.5, 1, 2, 4], "order": ORDERS}
@@ -52,7 +52,7 @@ def table1(task, ledger, args, options, train, real):
 
     def to_images(tokens):
         with task.machine.autocast():
-            return quantize(restore(task.tokenizer, tokens.long().to(task.machine.device))).cpu()
+            return runtime.quantize(restore(task.tokenizer, tokens.long().to(task.machine.device))).cpu()
 
     def of_samples(sums):
         drawn = Drawn(sums["tokens"], torch.arange(args.num) % len(train.classes), train.classes, to_images)
@@ -174,17 +174,15 @@ def common_shift(task, images):
         return task.machine.mean(task.extract(images.to(task.machine.device))[0].double().mean(0))
 
 
-def sampler_options(args, transformer, device):
+def checked_options(args, transformer, device):
     """What the decoding function is given. Raises ValueError where it cannot be, by --ablate and --sweep too: before anything
     takes long."""
-    config, options = transformer.config, {"temperature": args.temperature, "top_k": args.top_k}
+    config, options = transformer.config, sampler_options(args, transformer)
     if config.causal:
         if args.ablate or args.sweep or args.manipulate:
             raise ValueError("--ablate, --sweep and --manipulate are about parallel decoding: add --decoder parallel, or name "
                              "another run")
         return options
-    options |= {"steps": (12 if config.num_tokens > 256 else 8) if args.steps is None else args.steps, "schedule": args.schedule,
-                "choice_temperature": args.choice_temperature, "cfg": args.cfg, "order": args.order}
     if args.ablate and not any(1 <= T <= config.num_tokens for T in args.ablate_steps):
         raise ValueError(f"--ablate-steps must be from 1 to the number of tokens, {config.num_tokens}")
     for changed in [{args.sweep: value} for value in sweep_values(args)] if args.sweep else [{}]:
@@ -204,7 +202,7 @@ def evaluate(args, machine):
     folder, tokenizer, transformer, checkpoint, train, val = open_run(args, machine)
     count = min(args.num, len(val))
     enough(count, f"the validation set of {checkpoint['data']} ({count})")
-    options = sampler_options(args, transformer, machine.device)
+    options = checked_options(args, transformer, machine.device)
     networks, features = open_features(args, machine, folder, train)
     task = Task(machine, batch=args.batch, seed=args.seed, tokenizer=tokenizer, transformer=transformer,
                 real=Chosen(val, shuffled(len(val))[:count], args.batch), **networks)
@@ -388,23 +386,11 @@ def new_figure():
 
 def parse_flags(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", help="the run's folder (default: the newest in runs/ that holds a transformer)")
-    parser.add_argument("--vqgan", help="tokenizer file (default: vqgan.pt in the run's folder)")
-    parser.add_argument("--decoder", choices=STAGES, help="which transformer of the run (default: what it holds, parallel first)")
+    add_sampler_flags(parser)
     parser.add_argument("--features", default="classifier", choices=("classifier", "inception"), help="of images (default: %(default)s)")
     parser.add_argument("--inception", metavar="FILE", help="Inception's weights (default: torch-fidelity fetches them)")
     parser.add_argument("--num", type=runtime.whole, default=2000, help="images to sample; the paper: 50000 (default: %(default)s)")
     parser.add_argument("--batch", type=runtime.whole, default=100, help="images at a time (default: %(default)s)")
-    parser.add_argument("--steps", type=runtime.whole,
-                        help="T, decoding steps (default: 8, and 12 for 32 x 32 tokens, as in the paper)")
-    parser.add_argument("--schedule", default="cosine", help=f"mask schedule: {', '.join(SCHEDULES)} (default: %(default)s)")
-    parser.add_argument("--choice-temperature", type=runtime.positive, default=4.5,
-                        help="noise in the choice of what to keep (default: %(default)s)")
-    parser.add_argument("--temperature", type=runtime.positive, default=1.0, help="of the token samples (default: %(default)s)")
-    parser.add_argument("--top-k", type=runtime.whole, help="sample among the K likeliest tokens (default: all)")
-    parser.add_argument("--cfg", type=runtime.positive, default=0.0, help="weight of classifier-free guidance (default: %(default)s)")
-    parser.add_argument("--order", default="confidence", help=f"what is revealed first: {', '.join(ORDERS)} (default: %(default)s)")
-    parser.add_argument("--seed", type=runtime.whole, default=0, help="(default: %(default)s)")
     parser.add_argument("--classifier-steps", type=runtime.whole, default=600,
                         help="training steps of each classifier; 0, with Inception: no classifier and no CAS (default: %(default)s)")
     parser.add_argument("--ablate", action="store_true", help="every mask schedule at several T")

@@ -368,9 +368,14 @@ class Run:
 
 # ------------------------------------------------------------------------------------------------------- pictures
 
+def quantize(images):
+    """Floats in [0, 1] -> uint8 of the same shape, as they would be in a file."""
+    return (images.detach().float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)
+
+
 def to_uint8(images):
     """(..., 3, H, W) floats in [0, 1] -> uint8 array (..., H, W, 3)."""
-    return (images.detach().float().clamp(0, 1) * 255 + 0.5).to(torch.uint8).movedim(-3, -1).cpu().numpy()
+    return quantize(images).movedim(-3, -1).cpu().numpy()
 
 
 def sharpness(images):

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 import devices
@@ -84,6 +83,36 @@ def find_class(text, classes):
                      f"unknown class '{text}'; this run has {shown}{', ...' if len(classes) > 12 else ''}")
 
 
+def default_steps(num_tokens):
+    """T of the paper: 8, and 12 for 32 x 32 tokens (§4.2)."""
+    return 12 if num_tokens > 256 else 8
+
+
+def add_sampler_flags(parser):
+    """The flags that say which run draws, and how: for this script and evaluate.py."""
+    parser.add_argument("--run", help="the run's folder (default: the newest in runs/ that holds a transformer)")
+    parser.add_argument("--vqgan", help="tokenizer file (default: vqgan.pt in the run's folder)")
+    parser.add_argument("--decoder", choices=STAGES, help="which transformer of the run (default: parallel, where it is there)")
+    parser.add_argument("--steps", type=runtime.whole, help="T, decoding steps (default: 8, and 12 for 32 x 32 tokens, as in the paper)")
+    parser.add_argument("--schedule", default="cosine", help=f"mask schedule: {', '.join(SCHEDULES)} (default: %(default)s)")
+    parser.add_argument("--seed", type=runtime.whole, default=0, help="(default: %(default)s)")
+    parser.add_argument("--choice-temperature", type=runtime.positive, default=4.5, help="noise in the choice of what to keep (default: %(default)s)")
+    parser.add_argument("--temperature", type=runtime.positive, default=1.0, help="of the token samples; 0 takes the likeliest (default: %(default)s)")
+    parser.add_argument("--top-k", type=runtime.whole, help="sample among the K likeliest tokens (default: all)")
+    parser.add_argument("--cfg", type=runtime.positive, default=0.0, help="weight of classifier-free guidance, for runs trained with --class-dropout (default: %(default)s)")
+    parser.add_argument("--order", default="confidence", help=f"what is revealed first: {', '.join(ORDERS)} (default: %(default)s)")
+
+
+def sampler_options(args, transformer):
+    """What those flags give to decode(), or to decode_sequential() for a causal transformer."""
+    options = {"temperature": args.temperature, "top_k": args.top_k}
+    if transformer.config.causal:
+        return options
+    steps = default_steps(transformer.config.num_tokens) if args.steps is None else args.steps
+    return options | {"steps": steps, "schedule": args.schedule, "choice_temperature": args.choice_temperature, "cfg": args.cfg,
+                      "order": args.order}
+
+
 def draw(tokenizer, transformer, labels, batch=64, known=None, **options):
     """decode() (or decode_sequential(), for a causal transformer) and the tokenizer's decoder, in batches.
 
@@ -108,9 +137,15 @@ def draw(tokenizer, transformer, labels, batch=64, known=None, **options):
 
 def show_masked(tokenizer, tokens, mask, grey=0.85):
     """Tokens (B, N) as images (B, 3, H, W), those in mask (B, N) greyed."""
-    side, stride = math.isqrt(tokens.shape[1]), tokenizer.config.stride
-    mask = F.interpolate(mask.reshape(-1, 1, side, side).float(), scale_factor=stride) * grey
+    side = math.isqrt(tokens.shape[1])
+    mask = to_pixels(mask.reshape(-1, 1, side, side).float(), tokenizer) * grey
     return restore(tokenizer, tokens) * (1 - mask) + 0.5 * mask
+
+
+def to_pixels(mask, tokenizer):
+    """A mask of tokens (..., h, w) -> of the pixels that they stand for (..., h * stride, w * stride)."""
+    stride = tokenizer.config.stride
+    return mask.repeat_interleave(stride, -2).repeat_interleave(stride, -1)
 
 
 @torch.no_grad()
@@ -163,8 +198,7 @@ def repaint_region(args, photo, square, size, stride):
     region = torch.zeros(side, side, dtype=torch.bool)
     if args.box is not None:
         try:
-            box = [int(part) for part in args.box.split(",")]
-            y, x, height, width = box
+            y, x, height, width = [int(part) for part in args.box.split(",")]
         except ValueError:
             raise ValueError(f"--box {args.box} should be TOP,LEFT,HEIGHT,WIDTH in pixels, such as 40,60,100,80") from None
         if height < 1 or width < 1 or y < 0 or x < 0 or y + height > photo.height or x + width > photo.width:
@@ -258,8 +292,8 @@ def composite(photo, painted, mask, feather):
 
 
 def manipulate(args, tokenizer, transformer, names, size, options, device):
-    """-> the photo (3, H, W) in [0, 1], the mask of repainted pixels (H, W), and the frames of the film, each
-    (num, 3, H, W), the last of which are the results."""
+    """-> the photo (3, H, W) in [0, 1], the mask of repainted pixels (H, W), and a list of images (num, 3, H, W), of which the
+    last are the results; those before them, with --film, are the film's."""
     photo = read_image(args.image)
     fitted, square = fit_square(photo, size, args.fit)
     picture = torch.from_numpy(np.array(fitted)).to(device).movedim(-1, 0).float() / 255
@@ -284,9 +318,9 @@ def manipulate(args, tokenizer, transformer, names, size, options, device):
 
     feather = stride - 1 if args.feather is None else args.feather                          # 15 pixels in the released demo
     if args.extrapolate is None:
-        images, frames = draw(tokenizer, transformer, labels, known=known.flatten().expand(args.num, -1), return_steps=True, **options)
-        mask = region.repeat_interleave(stride, 0).repeat_interleave(stride, 1)
-        return picture, mask, [composite(picture, frame, mask, feather) for frame in frames[:-1] + [images]]
+        images, frames = draw(tokenizer, transformer, labels, known=known.flatten().expand(args.num, -1), return_steps=args.film, **options)
+        mask = to_pixels(region, tokenizer)
+        return picture, mask, [composite(picture, frame, mask, feather) for frame in frames or [images]]      # the last has no grey
 
     before = (args.extrapolate - size) // 2                                                 # pixels to the left of the photo
     left, right = math.ceil(before / stride), math.ceil((args.extrapolate - size - before) / stride)
@@ -296,11 +330,11 @@ def manipulate(args, tokenizer, transformer, names, size, options, device):
     mask[:, before:before + size] = False
     wide = torch.ones(3, size, args.extrapolate, device=device)
     wide[:, :, before:before + size] = picture
-    frames = []
-    for canvas in map(torch.cat, zip(*parts)):
+    canvases, frames = [torch.cat(step) for step in zip(*parts)], []
+    for canvas in canvases if args.film else canvases[-1:]:
         with torch.no_grad():        # the decoder is convolutional: it restores the whole width at once, so there are no seams
             painted = torch.cat([tokenizer.decode(one[None].clamp(max=tokenizer.config.codebook_size - 1)) for one in canvas])
-        unknown = (canvas == transformer.mask_id).repeat_interleave(stride, 1).repeat_interleave(stride, 2)[:, None]
+        unknown = to_pixels(canvas == transformer.mask_id, tokenizer)[:, None]
         painted = torch.where(unknown, 0.5, painted)[..., first:first + args.extrapolate]
         frames.append(composite(wide, painted, mask, feather))
     return wide, mask, frames
@@ -357,13 +391,11 @@ def sample(args, machine):
     out = Path(args.out or folder / name)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--out {out} must end in .png, .jpg or .webp")
-    steps = 12 if args.steps is None and transformer.config.num_tokens > 256 else 8 if args.steps is None else args.steps
-    options = {"temperature": args.temperature, "top_k": args.top_k, "generator": machine.generator(args.seed)}
+    options = sampler_options(args, transformer) | {"generator": machine.generator(args.seed)}
     if not causal:
-        options |= {"steps": steps, "schedule": args.schedule, "choice_temperature": args.choice_temperature, "cfg": args.cfg,
-                    "order": args.order, "start_step": args.start_step}
+        options["start_step"] = args.start_step
     names = checkpoint["classes"]
-    how = "token by token" if causal else f"{steps} steps, {args.schedule} schedule"
+    how = "token by token" if causal else f"{options['steps']} steps, {args.schedule} schedule"
     print(f"{folder}: {args.image or 'compare' if args.image or args.compare else 'samples'}, {how}, seed {args.seed}, on {device}")
     if args.compare:
         return compare(args, out, folder, machine, tokenizer, transformer, names, options)
@@ -395,19 +427,9 @@ def sample(args, machine):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", help="the run's folder (default: the newest in runs/ that holds a transformer)")
-    parser.add_argument("--vqgan", help="tokenizer file (default: vqgan.pt in the run's folder)")
-    parser.add_argument("--decoder", choices=STAGES, help="which transformer of the run (default: parallel, where it is there)")
-    parser.add_argument("--steps", type=runtime.whole, help="T, decoding steps (default: 8, and 12 for 32 x 32 tokens, as in the paper)")
-    parser.add_argument("--schedule", default="cosine", help=f"mask schedule: {', '.join(SCHEDULES)} (default: %(default)s)")
+    add_sampler_flags(parser)
     parser.add_argument("--class", dest="classes", nargs="+", metavar="NAME_OR_ID", help="classes to draw, a row each (default: the first ten)")
     parser.add_argument("--num", type=runtime.whole, default=8, help="images of each class, or of the photo (default: %(default)s)")
-    parser.add_argument("--seed", type=runtime.whole, default=0, help="(default: %(default)s)")
-    parser.add_argument("--choice-temperature", type=runtime.positive, default=4.5, help="noise in the choice of what to keep (default: %(default)s)")
-    parser.add_argument("--temperature", type=runtime.positive, default=1.0, help="of the token samples; 0 takes the likeliest (default: %(default)s)")
-    parser.add_argument("--top-k", type=runtime.whole, help="sample among the K likeliest tokens (default: all)")
-    parser.add_argument("--cfg", type=runtime.positive, default=0.0, help="weight of classifier-free guidance, for runs trained with --class-dropout (default: %(default)s)")
-    parser.add_argument("--order", default="confidence", help=f"what is revealed first: {', '.join(ORDERS)} (default: %(default)s)")
     parser.add_argument("--film", action="store_true", help="also write the decoding steps as a film strip and a GIF")
     parser.add_argument("--compare", action="store_true", help="parallel beside sequential decoding, as a film strip, for one class")
     parser.add_argument("--out", help="the picture to write (default: samples.png in the run's folder; with --image, the photo's name and what was done)")

@@ -21,7 +21,7 @@ import metrics
 import runtime
 from classifier import to_floats
 from maskgit import SCHEDULES, decode, decode_sequential, mask_tokens, mvtm_loss
-from sample import restore
+from sample import restore, to_pixels
 
 FEATURES_KEPT = 10_000    # precision and recall need the features themselves: of so many images of a set
 SPLITS = 10               # of the Inception Score
@@ -48,11 +48,6 @@ class Task:
 
 
 # ------------------------------------------------------------------------------------- what is summed over a batch
-
-def quantize(images):
-    """(n, 3, H, W) in [0, 1] -> uint8, as they would be in a file."""
-    return (images.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)
-
 
 def image_sums(task, images, split, labels=None):
     """Sums over a batch of images uint8 (n, 3, H, W), for `measures` and (with labels) `looks`; and their features (n, D).
@@ -105,7 +100,7 @@ def real_images(task):
                 restored = restore(task.tokenizer, tokens).float()
             psnr = -10 * (restored - floats).square().mean((1, 2, 3)).clamp(min=1e-10).log10().double().sum()
             sums, features = image_sums(task, images, part, labels)
-            others, _ = image_sums(task, quantize(restored), part, labels)
+            others, _ = image_sums(task, runtime.quantize(restored), part, labels)
             codes = torch.bincount(tokens.flatten(), minlength=task.tokenizer.config.codebook_size).double()
             yield sums | {f"restored {name}": value for name, value in others.items()} | {"psnr": psnr, "codes": codes} | \
                 token_sums(task, tokens, labels, devices.step_seed(task.seed, b)), {"features": features}
@@ -135,10 +130,10 @@ def samples(task, count, options, seed):
             index = torch.arange(b * task.batch, min((b + 1) * task.batch, count))
             labels = (index % config.num_classes).to(task.machine.device)
             # A generator for each batch: the samples are the same on any number of ranks, and after an interruption.
-            generator = task.machine.generator(devices.step_seed(seed, b) % (1 << 32))
+            generator = task.machine.generator(devices.step_seed(seed, b))
             with task.machine.autocast():
                 tokens = sampler(task.transformer, labels, generator=generator, **options)
-                images = quantize(restore(task.tokenizer, tokens))
+                images = runtime.quantize(restore(task.tokenizer, tokens))
             sums, features = image_sums(task, images, split[index], labels)
             yield sums, {"features": features, "tokens": tokens.int()}
     return source
@@ -146,20 +141,19 @@ def samples(task, count, options, seed):
 
 def repainted(task, region, options):
     """Validation images with a region (h, w) of their tokens, boolean, drawn anew for their class."""
-    split, stride = metrics.split_of(len(task.real), SPLITS), task.tokenizer.config.stride
-    region = region.to(task.machine.device)
-    pixels = region.repeat_interleave(stride, 0).repeat_interleave(stride, 1)                           # (H, W)
+    split, region = metrics.split_of(len(task.real), SPLITS), region.to(task.machine.device)
+    pixels = to_pixels(region, task.tokenizer)                                                          # (H, W)
 
     @torch.no_grad()
     def source(numbers):
         for b, (images, labels) in zip(numbers, task.real.read(numbers)):
             images, labels = images.to(task.machine.device), labels.to(task.machine.device)
-            generator = task.machine.generator(devices.step_seed(task.seed, b) % (1 << 32))
+            generator = task.machine.generator(devices.step_seed(task.seed, b))
             with task.machine.autocast():
                 known = task.tokenizer.encode(to_floats(images, task.machine)).flatten(1)
                 known = torch.where(region.flatten(), task.transformer.mask_id, known)
                 tokens = decode(task.transformer, labels, known=known, generator=generator, **options)
-                painted = quantize(restore(task.tokenizer, tokens))
+                painted = runtime.quantize(restore(task.tokenizer, tokens))
             images = torch.where(pixels, painted, images)
             yield image_sums(task, images, split[b * task.batch:][:len(images)], labels)[0], {}
     return source

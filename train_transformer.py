@@ -22,7 +22,7 @@ import devices
 import runtime
 from data import batches, open_data
 from maskgit import SCHEDULES, MaskGIT, MaskGITConfig, mask_tokens, mvtm_loss
-from sample import draw, load_tokenizer
+from sample import STAGES, draw, load_tokenizer
 from tokens import CachedTokens
 
 FLAGS = {
@@ -96,13 +96,13 @@ def train(args, machine):
         raise ValueError(f"--image-size {size} is not divisible by the tokenizer's stride {tokenizer.config.stride}")
     settings = {name: getattr(args, name) for name in (*FLAGS, "data", "seed", "cache_tokens")}
     settings |= {"init": args.init, "image_size": size, "tokenizer": runtime.fingerprint(tokenizer)}
-    stage = "transformer" if args.decoder == "parallel" else "autoregressive"
+    stage = STAGES[args.decoder]
     run = runtime.Run(folder, stage, settings, ["loss", "accuracy", "gradient", "val_loss"], args, machine)
     if args.vqgan and run.leads and not (folder / "vqgan.pt").exists():     # a run holds all that sampling needs
         runtime.write_atomically(folder / "vqgan.pt", lambda file: file.write(Path(args.vqgan).read_bytes()))
     data, val = open_data(args.data, size, args.data_dir)
     config = MaskGITConfig(tokenizer.config.codebook_size, len(data.classes), (size // tokenizer.config.stride) ** 2,
-                           args.dim, args.depth, args.heads, args.mlp_dim, args.dropout, causal=stage == "autoregressive",
+                           args.dim, args.depth, args.heads, args.mlp_dim, args.dropout, causal=args.decoder == "autoregressive",
                            null_class=args.class_dropout > 0)
     if args.init:
         start, of_start = runtime.rebuild(Path(args.init, f"{stage}.pt"), stage, MaskGITConfig, MaskGIT)
@@ -195,7 +195,7 @@ def train(args, machine):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--decoder", default="parallel", choices=("parallel", "autoregressive"),
+    parser.add_argument("--decoder", default="parallel", choices=STAGES,
                         help="autoregressive: next-token prediction in raster order with a causal mask (default: %(default)s)")
     parser.add_argument("--init", metavar="RUN",
                         help="start from the transformer of a run, sizes included, such as runs/imagenet256")

@@ -12,6 +12,7 @@ from PIL import Image
 import devices
 import evaluate
 import metrics
+import runtime
 import streaming
 from classifier import Chosen, load_classifier, to_floats
 from conftest import TINY_TRANSFORMER, refused, run
@@ -139,7 +140,7 @@ def test_the_row_of_a_run(folder, capsys):
     labels, images = torch.arange(30) % 10, []
     for b in range(3):
         g = machine.generator(devices.step_seed(0, b) % (1 << 32))
-        images.append(streaming.quantize(restore(tokenizer, decode(transformer, labels[:10], steps=8, top_k=5, generator=g))))
+        images.append(runtime.quantize(restore(tokenizer, decode(transformer, labels[:10], steps=8, top_k=5, generator=g))))
     real, real_labels = val.batch(evaluate.shuffled(5000)[:30])
     x, y = (classifier.features(to_floats(z, machine)).double() for z in (torch.cat(images), real))
     rows = rows["samples"]
