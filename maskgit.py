@@ -47,20 +47,43 @@ class Linear(nn.Linear):
         return F.linear(self.weight, x2).T[:rows].add(self.bias).view(*x.shape[:-1], -1)
 
 
+class Dropout(nn.Module):
+    """nn.Dropout; on the CPU, where drawing the random numbers took a ninth of a training step, seven times as fast."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if x.device.type != "cpu" or not self.training or not self.p:
+            return F.dropout(x, self.p, self.training)
+        # Each 64-bit random number decides on four elements: 16 bits are below n with a probability of n / 65,536.
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)[:x.numel()]
+        n = round(self.p * 65536)
+        keep = bits.view(x.shape) >= n - 32768
+        return x * keep.to(x.dtype).mul_(65536 / (65536 - n))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: over all positions, or those up to each where config.causal. (B, L, dim) -> (B, L, dim)."""
 
     def __init__(self, config):
         super().__init__()
-        self.heads, self.dropout, self.causal = config.heads, config.dropout, config.causal
+        self.heads, self.dropout, self.causal = config.heads, Dropout(config.dropout), config.causal
         self.qkv = Linear(config.dim, 3 * config.dim)  # queries, keys and values in one product
         self.out = Linear(config.dim, config.dim)
 
     def forward(self, x, cache=None, position=None):
         B, L, D = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, L, D/H)
-        if cache is None:
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=self.causal)
+        if cache is None and x.device.type == "cpu":
+            # softmax(q kᵀ / √d) v, written out: torch's kernel for the CPU is slower, and with dropout there is none.
+            scores = (q * (D // self.heads) ** -0.5) @ k.transpose(-1, -2)
+            if self.causal:
+                scores = scores.masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -math.inf)
+            x = self.dropout(scores.softmax(-1)) @ v
+        elif cache is None:
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout.p if self.training else 0.0, is_causal=self.causal)
         else:
             # One position (L = 1) sees what those before it left in the cache (2, B, H, N, D/H). All N rows are read and the
             # later ones masked: the shapes are the same at every position, so one compiled graph serves them all.
@@ -80,7 +103,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(Linear(config.dim, config.mlp_dim), nn.GELU("tanh"),
                                  Linear(config.mlp_dim, config.dim))
         self.norm2 = nn.LayerNorm(config.dim, eps=1e-12)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x, cache=None, position=None):
         x = self.norm1(x + self.dropout(self.attention(x, cache, position)))
@@ -103,7 +126,7 @@ class MaskGIT(nn.Module):
         self.token_embedding = nn.Embedding(rows, config.dim)
         self.position_embedding = nn.Embedding(config.num_tokens + 1, config.dim)
         self.norm = nn.LayerNorm(config.dim, eps=1e-12)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.head = nn.Sequential(Linear(config.dim, config.dim), nn.GELU("tanh"),
                                   nn.LayerNorm(config.dim, eps=1e-12))

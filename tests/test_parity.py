@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit import MaskGIT, MaskGITConfig, mask_counts, mask_tokens, mvtm_loss
+from maskgit import Dropout, MaskGIT, MaskGITConfig, mask_counts, mask_tokens, mvtm_loss
 from vqgan import (VQGAN, Discriminator, ResBlock, VQGANConfig, discriminator_loss, entropy_loss, generator_loss,
                    r1_penalty)
 
@@ -145,6 +145,23 @@ def test_losses():
     ref, _ = load("masked_loss")
     close(mvtm_loss(ref["logits"], ref["labels"].long(), ref["mask"]), ref["loss"])
     close(mvtm_loss(ref["logits"], ref["labels"].long(), ref["mask"], 0.0), ref["loss_no_smoothing"])
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout(p):
+    """Drops the share p of all elements, keeps the mean, passes the gradient where it kept, draws again from the same seed."""
+    drop = Dropout(p)
+    x = torch.ones(1001, 999, requires_grad=True)                    # no multiple of the four elements of a random number
+    torch.manual_seed(3)
+    y = drop(x)
+    y.sum().backward()
+    assert abs((y == 0).float().mean() - p) < 4e-3 and torch.equal(x.grad, y.detach())
+    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / (1 - p)), atol=0, rtol=2e-5)
+    # Neighbours share a random number but no bits.
+    assert abs(((y[:, 1:] == 0) & (y[:, :-1] == 0)).float().mean() - p * p) < 4e-3
+    torch.manual_seed(3)
+    assert torch.equal(drop(x), y) and not torch.equal(drop(x), y)
+    assert torch.equal(drop.eval()(x), x)
 
 
 def test_mask_counts():
