@@ -12,6 +12,8 @@ import datetime
 import hashlib
 import os
 import sys
+import threading
+import time
 
 import torch
 import torch.distributed as dist
@@ -71,6 +73,8 @@ class Machine:
     name: auto, cpu, cuda or xla. bf16: autocast to bfloat16; compiled: torch.compile; None: what suits the device.
     Attributes: device, rank, world (the number of ranks). Raises ValueError where the device is absent."""
 
+    barrier, rank0_synced = threading.Barrier(int(os.environ.get("CPU_NUM_DEVICES", 1))), False    # of torch-xla's CPU replicas
+
     def __init__(self, name="auto", bf16=None, compiled=None):
         self.rank, self.world = 0, 1
         if name == "xla":
@@ -79,6 +83,9 @@ class Machine:
             self.xla = torch_xla
             self.device, self.rank = torch_xla.device(), torch_xla.runtime.global_ordinal()
             self.world = torch_xla.runtime.world_size()
+            self.threads = self.world > 1 and torch_xla.runtime.device_type() == "CPU"
+            import torch_xla.debug.metrics
+            self.metrics = torch_xla.debug.metrics
         else:
             if name == "cuda" and not torch.cuda.is_available():
                 raise ValueError("no CUDA device is available: use --device cpu, or install a CUDA build of torch")
@@ -106,7 +113,8 @@ class Machine:
     def trainable(self, model):
         """What to call in place of `model` in training: averages gradients over the ranks in backward, compiled."""
         if self.world > 1 and self.device.type == "xla":
-            self.xla.core.xla_model.broadcast_master_param(model)           # ranks may be threads, whose draws mix
+            self.xla.core.xla_model.collective_broadcast(list(model.parameters()))   # ranks may be threads, whose draws mix
+            self.sync()
         elif self.world > 1:
             model = torch.nn.parallel.DistributedDataParallel(model)
         return torch.compile(model) if self.compiled else model
@@ -135,11 +143,30 @@ class Machine:
         self.sync()
         return tensor.tolist()
 
-    def sync(self):
-        """Ends a step. torch-xla only records operations: this is where the step's one graph is handed to the device."""
-        if self.device.type == "xla":
-            self.xla.sync()
+    def sync(self, alone=False):
+        """Ends a step. torch-xla only records operations: this is where the step's one graph is handed to the device.
 
+        alone: the other ranks do not get here."""
+        if self.device.type != "xla":
+            return
+        if self.threads and not alone:
+            self._in_turn()
+        self.xla.sync()
+        Machine.rank0_synced |= self.rank == 0
+
+    def _in_turn(self):
+        """Replicas of torch-xla's CPU device are threads, and a collective meets only its own in the same compiled program. Two
+        threads that compile at the same time get two programs: so the others wait until rank 0 has compiled this step's, or
+        found it in the cache, where they find it too. (It may not return before they have joined it.)"""
+        found = lambda: (self.metrics.metric_data("CompileTime") or [0])[0] + (self.metrics.counter_value("CachedCompile") or 0)
+        self.barrier.wait()
+        before, Machine.rank0_synced = found(), False
+        self.barrier.wait()
+        while self.rank and found() == before and not Machine.rank0_synced:
+            time.sleep(0.001)
+        self.xla._XLAC._xla_step_marker(str(self.device), [], wait=False, reset_scope=True)
+        Machine.rank0_synced |= self.rank == 0
+        self.barrier.wait()
     def generator(self, seed):
         """A random generator for tensors of the device, or None where the device has but one (torch-xla).
 

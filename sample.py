@@ -372,6 +372,8 @@ def compare(args, out, folder, machine, tokenizer, transformer, names, options):
 
 
 def sample(args, machine):
+    if machine.rank:                                # one device draws; the others would draw and write the same
+        return
     tasks = [task for task in TASKS if getattr(args, task) is not None]
     if args.num < 1:
         raise ValueError("--num must be at least 1")

@@ -89,6 +89,15 @@ class Encoder(Tower):
         self.layers = nn.Sequential(*layers)
 
 
+class Upsample(nn.Module):
+    """Every pixel twice along both sides (nearest neighbour): (B, C, H, W) -> (B, C, 2 H, 2 W)."""
+
+    def forward(self, x):
+        if x.device.type == "xla":     # whose interpolate has no backward pass: its gradients would go through the host
+            return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        return F.interpolate(x, scale_factor=2)
+
+
 class Decoder(Tower):
     """(B, codebook_dim, h, w) -> (B, 3, h * stride, w * stride)."""
 
@@ -103,7 +112,7 @@ class Decoder(Tower):
                 layers.append(ResBlock(width, outputs, config.groups))
                 width = outputs
             if level > 0:
-                layers += [nn.Upsample(scale_factor=2, mode="nearest"), conv3x3(width, width)]
+                layers += [Upsample(), conv3x3(width, width)]
         layers += [nn.GroupNorm(config.groups, width, eps=1e-6), nn.SiLU(), conv3x3(width, 3)]
         self.layers = nn.Sequential(*layers)
 

@@ -16,7 +16,7 @@ os.environ["MASKGIT_CACHE"] = tempfile.mkdtemp(prefix="maskgit-tests-")
 atexit.register(shutil.rmtree, os.environ["MASKGIT_CACHE"], ignore_errors=True)
 
 TINY_VQ = "--filters 8 --codebook-size 32 --codebook-dim 4 --steps 6 --batch 4 --disc-width 1 --disc-max-width 8 --save-every 2 --log-every 1 --r1-every 2".split()
-TINY_TRANSFORMER = "--dim 16 --depth 1 --heads 2 --mlp-dim 32 --steps 6 --batch 4 --save-every 2 --log-every 1".split()
+TINY_TRANSFORMER = "--dropout 0.1 --dim 16 --depth 1 --heads 2 --mlp-dim 32 --steps 6 --batch 4 --save-every 2 --log-every 1".split()
 
 
 def run(script, *arguments, code=0, env=None, **options):
