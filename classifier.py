@@ -57,7 +57,7 @@ def train_classifier(data, steps, seed, machine, name):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        machine.sync()
+        machine.sync(alone=True)
         if (step + 1) % 100 == 0 or step + 1 == steps:
             print(f"{name}: step {step + 1}/{steps}  loss {loss.item():.4f}", flush=True)
     return model.eval()
@@ -72,7 +72,7 @@ def accuracy(model, data, machine):
             logits = model(to_floats(images, machine))
         best = logits.topk(min(5, logits.shape[1]), 1).indices                                          # (n, 5)
         right[:best.shape[1]] += (best == labels.to(machine.device)[:, None]).sum(0)
-        machine.sync()
+        machine.sync(alone=True)
     first, *others = (right / len(data)).tolist()
     return first, first + sum(others)
 
@@ -118,7 +118,7 @@ def load_inception(path, machine):
 
 
 def wait_for_ranks(machine):
-    machine.fetch(machine.mean(torch.zeros(1).to(machine.device)))
+    machine.any(False)
 
 
 class Chosen(torch.utils.data.Dataset):

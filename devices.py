@@ -138,6 +138,11 @@ class Machine:
         dist.all_reduce(tensor)
         return tensor / self.world
 
+    def any(self, flag):
+        """Whether `flag` is true on any rank: all learn it, and wait for each other."""
+        # Not a scalar: torch-xla compiles the scalars 0 and 1 into the program, which must be the same on all ranks.
+        return flag if self.world == 1 else self.fetch(self.mean(torch.tensor([float(flag)]).to(self.device)))[0] > 0
+
     def fetch(self, tensor):
         """The value of a tensor, as Python numbers: waits for the device."""
         self.sync()
@@ -158,12 +163,15 @@ class Machine:
         """Replicas of torch-xla's CPU device are threads, and a collective meets only its own in the same compiled program. Two
         threads that compile at the same time get two programs: so the others wait until rank 0 has compiled this step's, or
         found it in the cache, where they find it too. (It may not return before they have joined it.)"""
-        found = lambda: (self.metrics.metric_data("CompileTime") or [0])[0] + (self.metrics.counter_value("CachedCompile") or 0)
+        compiled = lambda: (self.metrics.metric_data("CompileTime") or [0])[0]
+        found = lambda: self.metrics.counter_value("CachedCompile") or 0
         self.barrier.wait()
-        before, Machine.rank0_synced = found(), False
+        before, Machine.rank0_synced = (compiled(), found()), False
         self.barrier.wait()
-        while self.rank and found() == before and not Machine.rank0_synced:
+        while self.rank and (compiled(), found()) == before and not Machine.rank0_synced:
             time.sleep(0.001)
+        if self.rank and compiled() > before[0]:
+            time.sleep(0.5)                           # compiled, but only soon in the cache
         self.xla._XLAC._xla_step_marker(str(self.device), [], wait=False, reset_scope=True)
         Machine.rank0_synced |= self.rank == 0
         self.barrier.wait()
@@ -212,7 +220,11 @@ def launch(function, args):
 
 
 def _on_chip(index, function, args):
-    command_line(lambda: function(args, Machine("xla", args.bf16, False)))
+    try:
+        command_line(lambda: function(args, Machine("xla", args.bf16, False)))
+    except BaseException:
+        Machine.barrier.abort()                                        # or the other replicas would wait for this one
+        raise
 
 
 def step_seed(seed, step, rank=0):

@@ -281,8 +281,7 @@ class Run:
     def saves(self, step):
         """Whether to save after this step: every --save-every, at the end, or because a signal asked to stop."""
         if self.machine.world > 1 and step % 10 == 0:            # ranks must agree: every tenth step one asks the others
-            asked = self.machine.mean(torch.tensor(float(self.signal is not None)).to(self.machine.device))
-            self.stopping = self.machine.fetch(asked) > 0
+            self.stopping = self.machine.any(self.signal is not None)
         elif self.machine.world == 1:
             self.stopping = self.signal is not None
         return step % self.args.save_every == 0 or step == self.steps or self.stopping

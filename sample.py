@@ -409,7 +409,7 @@ def sample(args, machine):
             images = frames[-1]
         else:
             images, rows, frames = generate(args, tokenizer, transformer, names, options, device)
-        machine.sync()
+        machine.sync(alone=True)
     seconds = time.time() - started
     if args.image:
         cells = torch.cat([torch.stack([photo, torch.where(mask, 0.5, photo)]), images])

@@ -139,7 +139,7 @@ def train(args, machine):
     if args.cache_tokens:
         data = CachedTokens(folder / "tokens", data, args.cache_tokens, settings["tokenizer"], config.num_tokens)
         data.encode(tokenize, machine.rank, machine.world)
-        machine.fetch(machine.mean(torch.zeros(1).to(device)))                              # waits for the other ranks
+        machine.any(False)                                                                  # waits for the other ranks
     val_images, val_labels = val.batch(torch.linspace(0, len(val) - 1, min(512, len(val))).long().numpy())
     val_tokens, val_labels = tokenize(val_images), val_labels.to(device)
     shown = min(10, len(data.classes))
@@ -182,6 +182,7 @@ def train(args, machine):
             options = {} if config.causal else {"steps": min(8, config.num_tokens)}
             pictures, _ = draw(tokenizer, ema.model, preview_labels, generator=machine.generator(0), **options)
             runtime.save_image(run.files["png"], runtime.grid(list(pictures.split(8)), data.classes[:shown]))
+            machine.sync(alone=True)                 # or torch-xla adds what is left of this to the next step, on rank 0 alone
         if save or (step + 1) % args.log_every == 0:
             run.log(step + 1)
         if save:

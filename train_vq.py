@@ -76,7 +76,7 @@ def start_codebook(model, images, generator, machine):
     chosen = torch.randperm(len(features), generator=generator).repeat(-(-size // len(features)))[:size].to(features.device)
     noise = torch.randn(size, features.shape[1], generator=generator).to(features.device)
     start = features[chosen] + 0.05 * features.std(0) * noise                                 # no two entries alike
-    only_first = torch.tensor(float(machine.rank == 0)).to(start.device)
+    only_first = torch.tensor([float(machine.rank == 0)]).to(start.device)
     model.quantizer.codebook.copy_(machine.mean(start * only_first) * machine.world)           # rank 0's, on all
 
 
@@ -223,6 +223,7 @@ def train(args, machine):
         save = run.saves(step + 1)
         if save and run.leads:
             run.extra = preview(ema.model, sample, args.micro_batch or 64, run.files["png"])
+            machine.sync(alone=True)                 # or torch-xla adds what is left of this to the next step, on rank 0 alone
         if save or (step + 1) % args.log_every == 0:
             run.log(step + 1)
         if save:

@@ -1,6 +1,7 @@
 """Beyond one process: ranks, accumulation, cached tokens, torch-xla; and the benchmark."""
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -220,7 +221,8 @@ import runtime, torch_xla.debug.metrics as metrics
 done = runtime.Run.end_step
 def counted(self, values):                    # patched in the chip's process as well, which imports this file
     done(self, values)
-    print("compiled", (metrics.metric_data("CompileTime") or [0])[0], flush=True)
+    print("compiled", (metrics.metric_data("CompileTime") or [0])[0],
+          [name for name in metrics.counter_names() if name.startswith("aten::")], flush=True)
 runtime.Run.end_step = counted
 if __name__ == "__main__":
     importlib.import_module(sys.argv.pop(1)).main()
@@ -246,6 +248,23 @@ def test_xla(tmp_path):
             compiled = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("compiled")]
             if device == "xla":
                 assert len(compiled) == 6 and len(set(compiled[2:])) == 1, compiled
+                assert result.stdout.count("[]\n") == 6, result.stdout       # "aten::..." are steps taken on the host
         loss = {"vqgan": "reconstruction", "transformer": "loss"}[stage]
         assert all(abs(float(a[loss]) - float(b[loss])) < 1e-4 for a, b in zip(rows["cpu"], rows["xla"])), rows
     subprocess.run([sys.executable, ROOT / "sample.py", "--run", tmp_path / "xla", "--device", "xla", "--num", "1"], check=True, env=xla)
+
+
+def test_xla_with_two_replicas(trained, tmp_path):
+    """Both stages on two replicas of torch-xla's CPU device, threads of one process."""
+    pytest.importorskip("torch_xla")
+    environment = {**os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2", "OMP_NUM_THREADS": "1"}
+    for script, stage, flags in (("train_vq.py", "vqgan", [*TINY_VQ, "--gan-start", 0]), ("train_transformer.py", "transformer", TINY_TRANSFORMER)):
+        result = subprocess.run([sys.executable, str(ROOT / script), "--run", str(tmp_path), "--device", "xla", "--bf16", "no", "--save-every", "3",
+                                 *map(str, flags)], capture_output=True, text=True, env=environment, timeout=600)
+        if "Termination timeout" in result.stderr:
+            pytest.xfail("collectives of torch-xla's CPU device wait for each other for ever, now and then (NOTES.md)")
+        assert result.returncode == 0 and "x 2" in result.stdout, result.stdout + result.stderr
+        assert len(list(csv.DictReader(open(tmp_path / f"{stage}.log.csv")))) == 6
+    rows = list(csv.DictReader(open(tmp_path / "transformer.log.csv")))
+    assert abs(float(rows[0]["loss"]) - math.log(32)) < 0.1
+    subprocess.run([sys.executable, str(ROOT / "sample.py"), "--run", str(tmp_path), "--device", "xla", "--num", "1"], check=True, env=environment, timeout=300)
