@@ -79,13 +79,12 @@ class Machine:
         self.rank, self.world = 0, 1
         if name == "xla":
             import torch_xla.core.xla_model
+            import torch_xla.debug.metrics
             import torch_xla.runtime
             self.xla = torch_xla
             self.device, self.rank = torch_xla.device(), torch_xla.runtime.global_ordinal()
             self.world = torch_xla.runtime.world_size()
             self.threads = self.world > 1 and torch_xla.runtime.device_type() == "CPU"
-            import torch_xla.debug.metrics
-            self.metrics = torch_xla.debug.metrics
         else:
             if name == "cuda" and not torch.cuda.is_available():
                 raise ValueError("no CUDA device is available: use --device cpu, or install a CUDA build of torch")
@@ -157,14 +156,13 @@ class Machine:
         if self.threads and not alone:
             self._in_turn()
         self.xla.sync()
-        Machine.rank0_synced |= self.rank == 0
 
     def _in_turn(self):
         """Replicas of torch-xla's CPU device are threads, and a collective meets only its own in the same compiled program. Two
         threads that compile at the same time get two programs: so the others wait until rank 0 has compiled this step's, or
         found it in the cache, where they find it too. (It may not return before they have joined it.)"""
-        compiled = lambda: (self.metrics.metric_data("CompileTime") or [0])[0]
-        found = lambda: self.metrics.counter_value("CachedCompile") or 0
+        compiled = lambda: (self.xla.debug.metrics.metric_data("CompileTime") or [0])[0]
+        found = lambda: self.xla.debug.metrics.counter_value("CachedCompile") or 0
         self.barrier.wait()
         before, Machine.rank0_synced = (compiled(), found()), False
         self.barrier.wait()
@@ -175,6 +173,7 @@ class Machine:
         self.xla._XLAC._xla_step_marker(str(self.device), [], wait=False, reset_scope=True)
         Machine.rank0_synced |= self.rank == 0
         self.barrier.wait()
+
     def generator(self, seed):
         """A random generator for tensors of the device, or None where the device has but one (torch-xla).
 

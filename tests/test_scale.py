@@ -28,7 +28,7 @@ SPLITTABLE = [*TINY_VQ, "--codebook-lr", 1, "--entropy", 0, "--gan-start", 0.4]
 
 
 def torchrun(script, *arguments):
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29500 + os.getpid() % 1000),
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",    # on a free port
             "--", str(ROOT / script), *map(str, arguments)]           # "--", or torchrun takes our --run for its own
 
 
@@ -97,7 +97,8 @@ def test_a_run_moves_from_two_processes_to_one_and_back(tmp_path):
         wait_for_step(process, 3)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        subprocess.run(then(*command, "--resume"), check=True, capture_output=True, env=environment, timeout=120)
+        result = subprocess.run(then(*command, "--resume"), capture_output=True, text=True, env=environment, timeout=120)
+        assert result.returncode == 0, result.stderr
         assert_close(weights(tmp_path / "alone"), weights(tmp_path / name))
         rows = list(csv.DictReader(open(tmp_path / name / "vqgan.log.csv")))
         alone = list(csv.DictReader(open(tmp_path / "alone" / "vqgan.log.csv")))
