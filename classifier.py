@@ -85,7 +85,7 @@ def load_classifier(path, train, steps, machine):
     if machine.rank == 0 and not expected.items() <= kept.items():
         trained = train_classifier(train, steps, 0, machine, "classifier of real images")
         runtime.save_checkpoint(path, expected | {"model": trained.state_dict()})
-    wait_for_ranks(machine)
+    machine.wait_for_ranks()
     weights = runtime.load_checkpoint(path, "classifier")["model"]
     return runtime.load_weights(model, weights, path).eval().requires_grad_(False).to(machine.device, memory_format=machine.layout)
 
@@ -105,7 +105,7 @@ def load_inception(path, machine):
     if path:
         runtime.load_tensors(path)                   # refuses all but a plain state dict: the package would run code in it
     if machine.rank > 0:
-        wait_for_ranks(machine)
+        machine.wait_for_ranks()
     try:
         model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=path)
     except RuntimeError:
@@ -113,12 +113,8 @@ def load_inception(path, machine):
     except OSError as error:
         raise OSError(f"torch-fidelity could not fetch Inception's weights ({error}): name their file with --inception") from error
     if machine.rank == 0:
-        wait_for_ranks(machine)
+        machine.wait_for_ranks()
     return model.to(machine.device)
-
-
-def wait_for_ranks(machine):
-    machine.any(False)
 
 
 class Chosen(torch.utils.data.Dataset):

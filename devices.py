@@ -142,6 +142,9 @@ class Machine:
         # Not a scalar: torch-xla compiles the scalars 0 and 1 into the program, which must be the same on all ranks.
         return flag if self.world == 1 else self.fetch(self.mean(torch.tensor([float(flag)]).to(self.device)))[0] > 0
 
+    def wait_for_ranks(self):
+        self.any(False)
+
     def fetch(self, tensor):
         """The value of a tensor, as Python numbers: waits for the device."""
         self.sync()

@@ -256,17 +256,13 @@ class Ledger:
                     sums[name][b * self.batch:b * self.batch + len(part)] += part
             self.machine.sync()
             now, done = time.time(), min((start + world) * self.batch, count)
-            if done == count or self.agree(now - saved > self.SAVE_SECONDS):
+            if done == count or self.machine.any(self.leads and now - saved > self.SAVE_SECONDS):
                 sums, saved = self.over_ranks(sums), now
                 self.save(condition, min(start + world, batches), sums)
             if self.leads and (done == count or now - shown > (0.2 if sys.stdout.isatty() else 10)):
                 shown = now
                 show_progress(condition, done, count, (now - started) / (done - first * self.batch) * (count - done))
         return runtime.to_cpu(sums) if self.leads else None
-
-    def agree(self, due):
-        """Whether rank 0 finds it due to save: the ranks must do so together."""
-        return self.machine.any(due and self.leads)
 
     def over_ranks(self, sums):
         """The sums of all ranks, on rank 0; zeros on the others, which go on from there."""

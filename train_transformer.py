@@ -139,7 +139,7 @@ def train(args, machine):
     if args.cache_tokens:
         data = CachedTokens(folder / "tokens", data, args.cache_tokens, settings["tokenizer"], config.num_tokens)
         data.encode(tokenize, machine.rank, machine.world)
-        machine.any(False)                                                                  # waits for the other ranks
+        machine.wait_for_ranks()
     val_images, val_labels = val.batch(torch.linspace(0, len(val) - 1, min(512, len(val))).long().numpy())
     val_tokens, val_labels = tokenize(val_images), val_labels.to(device)
     shown = min(10, len(data.classes))
