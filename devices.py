@@ -9,6 +9,7 @@ Bad input raises ValueError or OSError with one line for the user; `command_line
 """
 import contextlib
 import datetime
+import gc
 import hashlib
 import os
 import sys
@@ -212,13 +213,24 @@ def launch(function, args):
     if args.device != "xla":
         function(args, Machine(args.device, args.bf16, args.compile))
         if dist.is_initialized():
-            dist.destroy_process_group()
+            leave_together()
         return
     try:
         import torch_xla
     except ImportError:
         raise ValueError("--device xla needs torch-xla: pip install torch==2.9.0 'torch_xla[tpu]==2.9.0'") from None
     torch_xla.launch(_on_chip, (function, args))
+
+
+def leave_together():
+    """Ends the process group when all ranks are done, and with it its threads.
+
+    A thread of gloo may be the last to hold a tensor, and asks for the interpreter to free it. If that is gone by then, the
+    process is aborted ('terminate called without an active exception'). So no rank leaves before the others, and the models, whose
+    DistributedDataParallel keeps the threads alive in reference cycles, are collected first."""
+    dist.barrier()
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def _on_chip(index, function, args):

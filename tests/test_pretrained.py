@@ -215,6 +215,10 @@ def test_what_the_released_format_cannot_hold(msgpack, trained, tmp_path):
 def test_model_names(tmp_path):
     refused("pretrained.py", "imagenet1024", says=["imagenet1024", "imagenet256, imagenet512"])
     refused("pretrained.py", "--transformer", TRANSFORMER, "--run", tmp_path / "run", says="--tokenizer")
+    assert not (tmp_path / "run").exists()
+
+
+def test_offline_without_the_files(msgpack, tmp_path):
     refused("pretrained.py", "imagenet256", "--offline", "--run", tmp_path / "run",
             says=["tokenizer_imagenet256_checkpoint", "not there"])
     assert not (tmp_path / "run").exists()
