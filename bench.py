@@ -1,22 +1,23 @@
-"""Measures speed: training of both stages, decoding, the tokenizer; each as a share of this machine's matrix-product peak.
+"""Measures speed: training of both stages, decoding, the tokenizer; each as a share of the matrix-product peak.
 
     python bench.py                                  # the paper's 256 x 256 configuration
     python bench.py --preset shapes
     python bench.py --rows train-transformer decode --batch 4 --json bench.json
     python bench.py --preset imagenet256 imagenet512 --rows train-transformer --batch 1 2 4 --plot rate.png
-    python bench.py --compare --preset imagenet256 imagenet512 --plot runtime.png   # parallel and sequential decoding (Figure 4)
+    python bench.py --compare --preset imagenet256 imagenet512 --plot runtime.png      # both decoders (Figure 4)
 
-FLOPs are counted on shapes alone (torch's FlopCounterMode over meta tensors): matrix products, attention and convolutions, 2
-for each multiply-add; a training step is counted with its backward pass, recomputation left out. The peak is the fastest of a
-few square matrix products of the same precision, timed before and after each row; the better of the two counts.
---compare times single passes and multiplies: parallel decoding passes over all positions at each step; sequential decoding is
-timed at eight places, evenly spaced, with the key/value cache (one position a pass) and without (all positions so far).
+What is timed are the training scripts' own train_step()s, maskgit's decode() and the tokenizer's encode() and decode().
+FLOPs are counted on meta tensors (torch's FlopCounterMode): matrix products, attention and convolutions, 2 for each
+multiply-add, with the backward pass, without recomputation. The peak is the fastest of a few square matrix products of
+the same precision, timed before and after each row. --compare times single passes and multiplies: parallel decoding
+passes over all positions at each step; sequential decoding is timed at eight places, with its cache and without.
 """
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 import platform
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -25,30 +26,31 @@ from types import SimpleNamespace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import devices
-import runtime
 import train_transformer
 import train_vq
+from lib import devices
+from lib.checkpoints import write_atomically
+from lib.lpips import LPIPS
+from lib.pictures import new_figure, save_figure
 from maskgit import MaskGIT, MaskGITConfig, decode, sample_tokens
-from perceptual import LPIPS
-from sample import default_steps
 from vqgan import VQGAN, Discriminator, VQGANConfig
 
-ROWS = "train-transformer decode train-vq encode restore".split()
 PRESETS = {"imagenet256": ("imagenet", 256), "imagenet512": ("imagenet", 512), "shapes": ("shapes", 32)}
 
 
-def configurations(preset):
-    """-> flags of stage 1, flags of stage 2 (namespaces as the training scripts have them), VQGANConfig, MaskGITConfig."""
+def configuration(preset):
+    """The flags of both stages, as the training scripts have them, and the configurations of both models."""
     name, size = PRESETS[preset]
-    one, two = SimpleNamespace(**train_vq.PRESETS[name]), SimpleNamespace(**train_transformer.PRESETS[name])
-    one.image_size, one.recompute, two.decoder = size, size >= 512, "parallel"
-    vq = VQGANConfig(one.codebook_size, one.codebook_dim, one.filters, one.multipliers, one.res_blocks, one.groups,
-                     entropy=one.entropy)
-    classes = 1000 if name == "imagenet" else 10
-    return one, two, vq, MaskGITConfig(vq.codebook_size, classes, (size // vq.stride) ** 2, two.dim, two.depth, two.heads,
-                                       two.mlp_dim, two.dropout)
+    one, two = (SimpleNamespace(**script.PRESETS[name], seed=0, parts=1) for script in (train_vq, train_transformer))
+    one.image_size = size
+    vqgan = VQGANConfig(one.codebook_size, one.codebook_dim, one.filters, one.multipliers, one.res_blocks, one.groups)
+    classes, side = 1000 if name == "imagenet" else 10, size // vqgan.stride
+    maskgit = MaskGITConfig(vqgan.codebook_size, classes, side ** 2, two.dim, two.depth, two.heads, two.mlp_dim,
+                            two.dropout)
+    return SimpleNamespace(stage1=one, stage2=two, vqgan=vqgan, maskgit=maskgit, image_size=size, side=side)
 
+
+# ---------------------------------------------------------------------------------------------------------- measuring
 
 def flops(function):
     """FLOPs of function() on the meta device, where nothing is computed and no memory is taken."""
@@ -59,25 +61,23 @@ def flops(function):
 
 def seconds(machine, function, repeats):
     """Median time of a call, after two to warm up (and compile)."""
-    def wait():
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        function()
         machine.sync()
         if machine.device.type == "cuda":
             torch.cuda.synchronize()
-    times = []
-    for i in range(repeats + 2):
-        start = time.perf_counter()
-        function()
-        wait()
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])
 
 
 def matrix_peak(machine):
     """FLOP/s of the fastest square matrix product, in the precision that the rows run in."""
-    best = 0
+    best, dtype = 0, torch.bfloat16 if machine.bf16 else torch.float32
     for n in (4096, 8192) if machine.device.type == "cuda" else (1024, 2048):
-        a, b = torch.randn(2, n, n, device=machine.device, dtype=torch.bfloat16 if machine.bf16 else torch.float32)
-        best = max(best, 2 * n ** 3 / seconds(machine, lambda: a @ b, 7))
+        a = torch.randn(n, n, device=machine.device, dtype=dtype)
+        best = max(best, 2 * n ** 3 / seconds(machine, functools.partial(torch.matmul, a, a), 7))
     return best
 
 
@@ -86,239 +86,212 @@ def reset_memory(machine):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")           # Linux: forget the peak so far
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(machine):
-    """Bytes: allocated on the GPU, or resident in this process since reset_memory (elsewhere than Linux: since the start)."""
+    """Bytes since reset_memory: allocated on the GPU, or resident in this process (Linux; elsewhere not known)."""
     if machine.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 if status.exists() else 0
 
 
-def transformer_row(machine, args, config, batch):
-    """One training step of stage 2 on tokens: masking, forward, backward, clipping, AdamW, EMA. -> step, FLOPs, images."""
-    model = MaskGIT(config).to(machine.device)
-    ema, trained = runtime.EMA(model, args.ema), machine.trainable(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=machine.fused)
-    tokens = torch.randint(config.codebook_size, (batch, config.num_tokens), device=machine.device)
-    labels = torch.randint(config.num_classes, (batch,), device=machine.device)
+# ------------------------------------------------------ the rows: each returns seconds, and FLOPs, of a batch of images
+
+def time_train_transformer(machine, sizes, batch, repeats):
+    args, config = sizes.stage2, sizes.maskgit
+    nets = train_transformer.build(args, config, machine)
+    tokens = machine.put(torch.randint(config.codebook_size, (batch, config.num_tokens)))
+    labels = machine.put(torch.randint(config.num_classes, (batch,)))
 
     def step():
-        generator = machine.seed_step(0, 0)
-        optimizer.zero_grad(set_to_none=True)
-        with machine.autocast():
-            loss, _ = train_transformer.training_loss(args, trained, model.mask_id, tokens, labels, generator)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        ema.update(model, 1000)
+        train_transformer.train_step(nets, tokens, labels, args.warmup, args, machine, machine.seed_step(0, 0))
 
-    def count():
+    def passes():
         empty = torch.empty(batch, config.num_tokens, dtype=torch.long)
         MaskGIT(config)(empty, empty[:, 0]).sum().backward()
-    return step, flops(count), batch
+    return seconds(machine, step, repeats), flops(passes)
 
 
-def decode_row(machine, config, batch, steps):
+def time_train_vq(machine, sizes, batch, repeats):
+    """With the discriminator and, from 128 pixels on, LPIPS (on random weights, which take as long).
+
+    The R1 penalty, due at every r1_every-th step, counts in proportion; its FLOPs, hidden from the counter, do not."""
+    args, shape = sizes.stage1, (batch, 3, sizes.image_size, sizes.image_size)
+    lpips = LPIPS() if sizes.image_size >= 128 else None
+    nets = train_vq.build(args, sizes.vqgan, machine, lpips)
+    images = machine.to_floats(torch.randint(256, shape, dtype=torch.uint8))
+    due = args.steps - args.steps % args.r1_every                       # by then, the discriminator has set in
+
+    def step(number):
+        train_vq.train_step(nets, images, number, args, machine)
+
+    def discriminator():
+        return Discriminator(args.image_size, args.disc_width, args.disc_max_width)
+
+    def passes():
+        restored = VQGAN(sizes.vqgan)(torch.empty(shape))[0]
+        perceptual = LPIPS()(restored, torch.empty(shape)).sum() if lpips else 0
+        (discriminator().requires_grad_(False)(restored).sum() + perceptual).backward()
+        discriminator()(torch.empty(2 * batch, *shape[1:])).sum().backward()
+    with_r1, without = (seconds(machine, functools.partial(step, number), repeats) for number in (due, due + 1))
+    return without + (with_r1 - without) / args.r1_every, flops(passes)
+
+
+@torch.no_grad()
+def time_decode(machine, sizes, batch, repeats):
+    config, steps = sizes.maskgit, sizes.maskgit.default_steps
     model = MaskGIT(config).to(machine.device).eval()
     forward = torch.compile(model) if machine.compiled else model
-    labels = torch.arange(batch, device=machine.device) % config.num_classes
+    labels = machine.put(torch.arange(batch) % config.num_classes)
 
     def step():
         with machine.autocast():
             decode(forward, labels, steps, generator=machine.generator(0))
 
-    def count():
+    def one_pass():
         empty = torch.empty(batch, config.num_tokens, dtype=torch.long)
         MaskGIT(config).eval()(empty, empty[:, 0])
-    return step, steps * flops(count), batch
+    return seconds(machine, step, repeats), steps * flops(one_pass)
 
 
-def vq_row(machine, args, config, batch):
-    """One training step of stage 1 with discriminator and, from 128 pixels on, LPIPS (on random weights, which take as long);
-    without the R1 penalty, due every 16th step."""
-    model = VQGAN(config).to(machine.device, memory_format=machine.layout)
-    disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width)
-    disc.to(machine.device, memory_format=machine.layout)
-    model.encoder.recompute = model.decoder.recompute = args.recompute
-    lpips = LPIPS().to(machine.device, memory_format=machine.layout) if args.image_size >= 128 else None
-    ema, trained, trained_disc = runtime.EMA(model, args.ema), machine.trainable(model), machine.trainable(disc)
-    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-4, betas=(0.0, 0.99), fused=machine.fused) for m in (model, disc)]
-    images = torch.rand(batch, 3, args.image_size, args.image_size).to(machine.device, memory_format=machine.layout)
-
-    def step():
-        disc.requires_grad_(False)
-        optimizers[0].zero_grad(set_to_none=True)
-        with machine.autocast():
-            total, _, restored = train_vq.tokenizer_losses(args, trained, images, disc, args.adversarial, lpips)
-        total.backward()
-        optimizers[0].step()
-        ema.update(model, 1000)
-        disc.requires_grad_(True)
-        optimizers[1].zero_grad(set_to_none=True)
-        with machine.autocast():
-            total, _ = train_vq.judge_losses(args, trained_disc, disc, images, restored, False)
-        total.backward()
-        optimizers[1].step()
-
-    def count():
-        empty = torch.empty(batch, 3, args.image_size, args.image_size)
-        model, disc = VQGAN(config), Discriminator(args.image_size, args.disc_width, args.disc_max_width)
-        disc.requires_grad_(False)
-        restored = model(empty)[0]
-        total = disc(restored).sum() + (LPIPS()(restored, empty).sum() if lpips else 0)
-        total.backward()
-        disc.requires_grad_(True)
-        disc(torch.cat([empty, empty])).sum().backward()
-    return step, flops(count), batch
+def time_encode(machine, sizes, batch, repeats):
+    images = torch.randint(256, (batch, 3, sizes.image_size, sizes.image_size), dtype=torch.uint8)
+    return time_tokenizer(machine, sizes, repeats, VQGAN.encode, machine.to_floats(images))
 
 
-def tokenizer_row(machine, args, config, batch, restore):
-    """Images to tokens, or tokens to images (restore)."""
-    model = VQGAN(config).to(machine.device, memory_format=machine.layout).eval()
-    method = model.decode if restore else model.encode
-    method = torch.compile(method) if machine.compiled else method
-    side = args.image_size // config.stride
-    given = torch.rand(batch, 3, args.image_size, args.image_size).to(machine.device, memory_format=machine.layout)
-    if restore:
-        given = torch.randint(config.codebook_size, (batch, side, side), device=machine.device)
-
-    @torch.no_grad()
-    def step():
-        with machine.autocast():
-            method(given)
-
-    def count():
-        model = VQGAN(config)
-        (model.decode if restore else model.encode)(torch.empty(given.shape, dtype=given.dtype))
-    return step, flops(count), batch
-
-
-def rows_of(machine, preset, wanted, batches):
-    """(label, a function that prepares the row) of every row; batches: sizes to measure, None for those that suit the device."""
-    one, two, vq, config = configurations(preset)
-    cuda, small, steps = machine.device.type == "cuda", preset == "shapes", default_steps(config.num_tokens)
-    sizes = lambda cpu, shapes, gpu: batches or (gpu if cuda else shapes if small else cpu)
-    for row in wanted:
-        if row == "train-transformer":
-            for b in sizes([4], [32], [256]):
-                yield row, lambda: transformer_row(machine, two, config, b)
-        elif row == "decode":
-            for b in sizes([1, 4, 16], [1, 16, 64, 256], [1, 16, 64, 256]):
-                yield f"decode, {steps} steps", lambda: decode_row(machine, config, b, steps)
-        elif row == "train-vq":
-            for b in sizes([1], [16], [32]):
-                yield row, lambda: vq_row(machine, one, vq, b)
-        else:
-            for b in sizes([1], [64], [64]):
-                yield row, lambda: tokenizer_row(machine, one, vq, b, restore=row == "restore")
+def time_restore(machine, sizes, batch, repeats):
+    tokens = torch.randint(sizes.vqgan.codebook_size, (batch, sizes.side, sizes.side))
+    return time_tokenizer(machine, sizes, repeats, VQGAN.decode, machine.put(tokens))
 
 
 @torch.no_grad()
-def compare(machine, args):
-    """Wall-clock of one batch against the number of passes, parallel and sequential -> rows for the table and the plot."""
-    print(f"{'preset':12} {'batch':>5} {'decoder':22} {'passes':>6} {'seconds':>9} {'to parallel, 8':>14}")
+def time_tokenizer(machine, sizes, repeats, method, given):
+    model = VQGAN(sizes.vqgan).to(machine.device, memory_format=machine.layout).eval()
+    compiled = torch.compile(method) if machine.compiled else method
+
+    def step():
+        with machine.autocast():
+            compiled(model, given)
+    return seconds(machine, step, repeats), flops(lambda: method(VQGAN(sizes.vqgan), given.to("meta")))
+
+
+# By row: the function; images at once for the presets of the paper's size on a CPU, for `shapes` there, and on a GPU.
+ROWS = {
+    "train-transformer": (time_train_transformer, [4], [32], [256]),
+    "decode": (time_decode, [1, 4, 16], [1, 16, 64, 256], [1, 16, 64, 256]),
+    "train-vq": (time_train_vq, [1], [16], [32]),
+    "encode": (time_encode, [1], [64], [64]),
+    "restore": (time_restore, [1], [64], [64]),
+}
+
+
+def measure(machine, args):
+    """Times every row that is asked for and prints it -> a list of dicts."""
+    print("preset       row                batch   seconds  images/s  TFLOP/s    peak  share   memory")
     results = []
-    for preset in args.preset:
-        config = dataclasses.replace(configurations(preset)[3], dropout=0.0)
-        torch.manual_seed(0)
-        parallel = MaskGIT(config).to(machine.device).eval()
-        causal = MaskGIT(dataclasses.replace(config, causal=True)).to(machine.device).eval()
-        N = config.num_tokens
-        forward = torch.compile(parallel) if machine.compiled else parallel
-        step = torch.compile(causal.predict) if machine.compiled else causal.predict
-        for batch in args.batch or ([1, 16, 64] if machine.device.type == "cuda" else [1, 4]):
-            labels = torch.arange(batch, device=machine.device) % config.num_classes
-            rows = torch.zeros(batch, N + 1, dtype=torch.long, device=machine.device)
-            places = torch.arange(N, device=machine.device)
-            eight = [round((i + 0.5) * N / 8) for i in range(8)]
-
-            def cached(i):
-                sample_tokens(step(rows[:, i:i + 1], cache, places[i:i + 1])[:, -1].float(), 1.0, None)
-
-            def uncached(i):
-                sample_tokens(causal.predict(rows[:, :i + 1])[:, -1].float(), 1.0, None)
-
-            with machine.autocast():
-                cache = causal.empty_cache(batch)
-                one_step = seconds(machine, lambda: decode(forward, labels, 2), args.repeats) / 2
-                times = [("parallel", steps, steps * one_step) for steps in (1, 2, 4, 8, 12, 16, 32, 64, 128, 256) if steps <= N]
-                for label, function in (("sequential, cached", cached), ("sequential, uncached", uncached)):
-                    times.append((label, N, N * statistics.mean(seconds(machine, lambda: function(i), 1) for i in eight)))
-            for label, passes, took in times:
-                results.append({"preset": preset, "batch": batch, "row": label, "passes": passes, "seconds": took})
-                print(f"{preset:12} {batch:5} {label:22} {passes:6} {took:9.4g} {took / one_step / 8:14.3g}", flush=True)
+    for preset, row in itertools.product(args.preset, args.rows):
+        function, large, small, on_gpu = ROWS[row]
+        on_cpu = small if preset == "shapes" else large
+        for batch in args.batch or (on_gpu if machine.device.type == "cuda" else on_cpu):
+            torch.manual_seed(0)
+            reset_memory(machine)
+            before = matrix_peak(machine)
+            took, count = function(machine, configuration(preset), batch, args.repeats)
+            memory, peak = peak_memory(machine), max(before, matrix_peak(machine))
+            results.append({"preset": preset, "row": row, "batch": batch, "seconds": took, "flops": count, "peak": peak,
+                            "images_per_second": batch / took, "share": count / took / peak, "memory": memory})
+            print(f"{preset:12} {row:18} {batch:5} {took:9.4g} {batch / took:9.4g} {count / took / 1e12:8.4g} "
+                  f"{peak / 1e12:7.4g} {count / took / peak:6.1%} {memory / 2 ** 30:5.2f} GB", flush=True)
     return results
 
 
+# -------------------------------------------------------------------------------------- both decoders beside each other
+
+@torch.no_grad()
+def compare(machine, args):
+    """Times a batch against the number of passes, parallel and sequential -> rows for the table and the plot."""
+    results = []
+    print("preset       batch decoder                passes   seconds to parallel, 8")
+    for preset in args.preset:
+        config = dataclasses.replace(configuration(preset).maskgit, dropout=0.0)
+        torch.manual_seed(0)
+        parallel = MaskGIT(config).to(machine.device).eval()
+        causal = MaskGIT(dataclasses.replace(config, causal=True)).to(machine.device).eval()
+        for batch in args.batch or ([1, 16, 64] if machine.device.type == "cuda" else [1, 4]):
+            with machine.autocast():
+                one_step, times = time_decoders(machine, parallel, causal, batch, args.repeats)
+            for label, passes, took in times:
+                results.append({"preset": preset, "batch": batch, "row": label, "passes": passes, "seconds": took})
+                print(f"{preset:12} {batch:5} {label:22} {passes:6} {took:9.4g} {took / one_step / 8:14.3g}")
+    return results
+
+
+def time_decoders(machine, parallel, causal, batch, repeats):
+    """-> seconds of a parallel step; [(decoder, passes, seconds)] of whole decodings."""
+    N = parallel.config.num_tokens
+    forward = torch.compile(parallel) if machine.compiled else parallel
+    one_position = torch.compile(causal.predict) if machine.compiled else causal.predict
+    labels = machine.put(torch.arange(batch) % parallel.config.num_classes)
+    rows = torch.zeros(batch, N + 1, dtype=torch.long, device=machine.device)
+    caches = causal.empty_caches()
+
+    def cached(i):
+        caches[0].position.fill_(i)                                                             # of all layers
+        sample_tokens(one_position(rows[:, i:i + 1], caches)[:, -1].float(), 1.0, None)
+
+    def uncached(i):
+        sample_tokens(causal.predict(rows[:, :i + 1])[:, -1].float(), 1.0, None)
+
+    one_step = seconds(machine, lambda: decode(forward, labels, 2), repeats) / 2
+    times = [("parallel", steps, steps * one_step) for steps in (1, 2, 4, 8, 12, 16, 32, 64, 128, 256) if steps <= N]
+    for label, function in (("sequential, cached", cached), ("sequential, uncached", uncached)):
+        places = [round((i + 0.5) * N / 8) for i in range(8)]
+        each = [seconds(machine, functools.partial(function, i), 1) for i in places]
+        times.append((label, N, N * statistics.mean(each)))
+    return one_step, times
+
+
 def plot(path, results, x, y):
-    """results[y] against results[x]: a colour for each preset (and, where x is another quantity, batch), a marker for each row."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    group = lambda r: ", ".join([r["preset"]] + [f"batch {r['batch']}"] * (x != "batch"))
-    groups, rows = list(dict.fromkeys(map(group, results))), list(dict.fromkeys(r["row"] for r in results))
-    for i, row in enumerate(rows):
-        for j, name in enumerate(groups):
-            points = [(r[x], r[y]) for r in results if r["row"] == row and group(r) == name]
-            if points:
-                axis.plot(*zip(*points), "osxDv"[i % 5] + "-", color=f"C{j}", ms=5, lw=1, label=f"{name}: {row}")
+    """results[y] against results[x]: a curve for each row of each preset (and, if x is not the batch, each batch)."""
+    figure, axis = new_figure(9, 4.5)
+    curves = {}
+    for result in results:
+        batch = "" if x == "batch" else f", batch {result['batch']}"
+        curves.setdefault(f"{result['preset']}{batch}: {result['row']}", []).append((result[x], result[y]))
+    for name, points in curves.items():
+        axis.plot(*zip(*points), "o-", ms=5, lw=1, label=name)
     axis.set(xscale="log", yscale="log", xlabel=x, ylabel=y.replace("_per_", "/"))
-    axis.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right", fontsize=8)
-    runtime.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    save_figure(path, figure)
 
 
 def bench(args, machine):
-    name = torch.cuda.get_device_name() if machine.device.type == "cuda" else \
-        f"{platform.processor() or platform.machine()} {machine.device.type}, {torch.get_num_threads()} threads"
+    name = f"{platform.machine()} {machine.device.type}, {torch.get_num_threads()} threads"
+    if machine.device.type == "cuda":
+        name = torch.cuda.get_device_name()
     precision = "bfloat16" if machine.bf16 else "float32"
-    print(f"{name}, {precision}, torch {torch.__version__}, compiled: {'yes' if machine.compiled else 'no'}")
-    if args.compare:
-        results = compare(machine, args)
-        return report(args, name, precision, results, "passes", "seconds")
-    print(f"{'preset':12} {'row':18} {'batch':>5} {'seconds':>9} {'images/s':>9} {'TFLOP/s':>8} {'peak':>7} {'share':>6} {'memory':>8}")
-    results = []
-    for preset in args.preset:
-        for label, prepare in rows_of(machine, preset, args.rows, args.batch):
-            torch.manual_seed(0)
-            reset_memory(machine)
-            step, count, images = prepare()
-            before = matrix_peak(machine)
-            took = seconds(machine, step, args.repeats)
-            memory, peak = peak_memory(machine), max(before, matrix_peak(machine))
-            results.append({"preset": preset, "row": label, "batch": images, "seconds": took,
-                            "images_per_second": images / took, "flops": count, "flops_per_second": count / took,
-                            "peak": peak, "share": count / took / peak, "memory": memory})
-            print(f"{preset:12} {label:18} {images:5} {took:9.4g} {images / took:9.4g} {count / took / 1e12:8.4g} {peak / 1e12:7.4g} "
-                  f"{count / took / peak:6.1%} {memory / 2 ** 30:5.2f} GB", flush=True)
-            del step
-    report(args, name, precision, results, "batch", "images_per_second")
-
-
-def report(args, device, precision, results, x, y):
-    """Writes what --json and --plot ask for."""
+    print(f"{name}, {precision}, torch {torch.__version__}, compiled: {machine.compiled}")
+    results = compare(machine, args) if args.compare else measure(machine, args)
     if args.json:
-        content = {"device": device, "precision": precision, "torch": torch.__version__, "rows": results}
-        runtime.write_atomically(args.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
+        content = {"device": name, "precision": precision, "torch": torch.__version__, "rows": results}
+        write_atomically(args.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
     if args.plot:
+        x, y = ("passes", "seconds") if args.compare else ("batch", "images_per_second")
         plot(args.plot, results, x, y)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", nargs="+", default=["imagenet256"], choices=PRESETS, help="sizes to measure (default: imagenet256)")
-    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS, help="what to measure (default: all)")
-    parser.add_argument("--compare", action="store_true", help="wall-clock of parallel and sequential decoding against the number of passes, instead of the rows")
-    parser.add_argument("--batch", type=runtime.whole, nargs="+", help="images at once, one size or several (default: what suits the device)")
-    parser.add_argument("--repeats", type=runtime.whole, default=3, help="timed calls of each row, whose median counts (default: %(default)s)")
-    parser.add_argument("--json", help="also write the numbers to this file")
-    parser.add_argument("--plot", help="also plot images/s against the batch (with --compare: seconds against the passes), to this PNG")
+    devices.add_flags(parser, {
+        "preset": ({"nargs": "+", "choices": PRESETS}, ["imagenet256"], "sizes to measure"),
+        "rows": ({"nargs": "+", "choices": ROWS}, list(ROWS), "what to measure"),
+        "compare": ({"action": "store_true"}, None, "time the decoders against the number of passes, not the rows"),
+        "batch": ({"type": devices.count, "nargs": "+"}, None, "images at once (default: what suits the device)"),
+        "repeats": (devices.count, 3, "timed calls of each row, whose median counts"),
+        "json": (str, None, "also write the numbers to this file"),
+        "plot": (str, None, "also plot the rate against the batch (--compare: seconds against passes), to this PNG")})
     devices.add_machine_flags(parser)
     devices.launch(bench, parser.parse_args())
 

@@ -1,114 +1,336 @@
-"""Measures a trained run as the paper does: the row it would have in Table 1, the ablation of Table 3 and Figure 8.
+"""Measures a trained run as the paper does: its rows in Tables 1, 2 and 3, and Figure 8.
 
-    python evaluate.py --run runs/shapes                          # the newest run, where none is named
+    python evaluate.py --run runs/shapes                          # Table 1; the newest run, where none is named
     python evaluate.py --num 50000 --features inception           # FID and IS as in the literature (torch-fidelity)
-    python evaluate.py --ablate                                   # seven mask schedules x decoding steps, three seeds
+    python evaluate.py --manipulate                               # Table 2: outpainting and inpainting
+    python evaluate.py --ablate                                   # Table 3: seven mask schedules x steps, three seeds
     python evaluate.py --sweep choice_temperature                 # one setting of the sampler
-    python evaluate.py --manipulate                               # outpainting and inpainting
     python evaluate.py --folders GENERATED REAL --features inception
     torchrun --nproc_per_node 8 -- evaluate.py --run runs/imagenet --num 50000 --features inception
 
-Distances between classifier features are called FCD, never FID. Results go to eval.json in the run's folder; what is there
-already is not done again, and an interrupted evaluation goes on where it was.
+Distances between classifier features are called FCD, never FID. Results go to eval.json in the run's folder; what is
+there already is not done again, and an interrupted evaluation goes on where it was.
+
+The file descends: tables, their rows, the batches of images behind a row, what is summed over a batch. lib/ledger.py
+adds up; the figures follow in lib/classifier.py, by the formulas of lib/metrics.py.
 """
 import argparse
+import functools
+import itertools
 import math
 import platform
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
 
-import devices
-import metrics
-import runtime
-from classifier import Chosen, Drawn, accuracy, load_classifier, load_inception, to_floats, train_classifier
-from data import open_data, read_image
-from maskgit import ORDERS, SCHEDULES, decode
-from sample import add_sampler_flags, load_run, restore, sampler_options
-from streaming import (FEATURES_KEPT, LOOKS, NAMED, NEIGHBOURS, SPLITS, Ledger, Task, image_sums, looks, measures,
-                       real_images, repainted, samples, stage_figures, training_images)
+from lib import classifier, devices, metrics, pictures
+from lib.checkpoints import add_run_flags, add_sampler_flags, fingerprint, load_run, sampler_options
+from lib.classifier import BESIDE_REAL, BY_CLASS, Batch, SampledImages, Subset
+from lib.data import open_data
+from lib.ledger import Ledger, name_of
+from maskgit import ORDERS, SCHEDULES, MaskGIT, decode, decode_sequential, mask_tokens, mvtm_loss
+from vqgan import VQGAN, as_grid, to_pixels
 
+FEATURES = {"features": classifier.FEATURES_KEPT}
+RESTORED = "restored "    # before the names of sums over reconstructions
+BINS = 20                 # of mask ratios
+DEVIATION = "± over seeds"
 SWEEPS = {"choice_temperature": [0, 1, 2, 4.5, 8, 12], "cfg": [0, 0.5, 1, 2, 4], "order": ORDERS}
 
 
-# ------------------------------------------------------------------------------------------------- what is asked for
+def evaluate(args, machine):
+    """Measures what the flags ask for, prints it, writes eval.json. Raises ValueError or OSError for bad input."""
+    if not args.classifier_steps and args.features == "classifier":
+        raise ValueError("--classifier-steps 0 leaves nothing to measure with: add --features inception")
+    if args.folders:
+        return compare_folders(args, machine)
+    task = Task(args, machine)
+    task.features.announce(f"{task.title}, on {machine.device} x {machine.world}", [len(task.real), args.num])
+    name, count = name_of("real images", {}, args.seed), len(task.real)
+    batches = reconstructed_images(task, task.ledger.batches_left(name, count))
+    real = task.ledger.add_up(name, count, sums_of_stages(task, batches), FEATURES)
+    found = {"run": str(task.folder), "data": task.data, "seed": args.seed, "sampler": task.options}
+    if not (args.manipulate or args.ablate or args.sweep):
+        found |= table1(task, real)
+    if args.manipulate:
+        found["manipulation"] = table2(task, real)
+    if args.ablate:
+        found["ablation"] = table3(task, real)
+    if args.sweep:
+        found["sweep"] = sweep(task, real)
+    task.ledger.write(**found)
+    if machine.leads:
+        print(f"wrote {task.folder}/eval.json")
 
-def name_of(what, options, seed):
-    """How a condition is called in eval.json."""
-    return " ".join([what, *(f"{name}={value}" for name, value in options.items()), f"seed={seed}"])
+
+# -------------------------------------------------------------------------------------- tables and their rows
+
+def table1(task, real):
+    """The run's row of Table 1, those of real training images and of reconstructions, and figures of both stages."""
+    args, stages, rows = task.args, figures_of_stages(task, real), {}
+    keep = FEATURES | {"tokens": args.num, "labels": args.num}
+    rows["samples"] = row_of_samples(task, real, "samples, row", task.options, args.seed, keep)
+    chosen = Subset(task.train, classifier.fair_choice(task.train, args.num), args.batch)
+    name, count = name_of("training images, row", {}, args.seed), len(chosen)
+    batches = chosen.read(task.ledger.batches_left(name, count))
+    rows["real training images"] = row_of(task, real, name, count, batches, FEATURES, chosen)
+    restored = {name.removeprefix(RESTORED): value for name, value in real.items() if name.startswith(RESTORED)}
+    rows["reconstructions"] = task.features.figures(restored, real)
+    if task.machine.leads:
+        samples, title = rows["samples"], f"{task.title}; {name_of('sampler', task.options, args.seed)}"
+        pictures.print_table(title, rows, [name for name in samples if name not in (*BESIDE_REAL, BY_CLASS)])
+        pictures.print_table("beside the real images", rows, [name for name in BESIDE_REAL if name in samples])
+        pictures.print_table("both stages", {"": stages})
+        pictures.print_table("negative log-likelihood of tokens", {"": stages["NLL"]})
+        pictures.print_table(BY_CLASS, {"": dict(list(samples.get(BY_CLASS, {}).items())[:20])})
+        if not task.transformer.config.causal:
+            pictures.draw_accuracy(task.folder / "eval.accuracy.png", stages["accuracy by mask ratio"])
+    return {"rows": rows, "stages": stages}
 
 
-def table1(task, ledger, args, options, train, real):
-    """The run's row of Table 1, beside that of as many real training images. Returns {name of the row: result}."""
-    def cas(data, what):                                 # Ravuri & Vinyals 2019: trained on these images, tested on real ones
-        if not args.classifier_steps:
-            return {}
-        model = train_classifier(data, args.classifier_steps, task.seed, task.machine, f"classifier of {what}")
-        return dict(zip(("CAS top-1", "CAS top-5"), accuracy(model, task.real, task.machine)))
+def table2(task, real):
+    """Outpainting and inpainting of validation images (§4.3), their true class given. Returns {name: row}."""
+    side, rows = math.isqrt(task.transformer.config.num_tokens), {}
+    right, centre = torch.zeros(2, side, side, dtype=torch.bool)
+    right[:, side // 2:] = True
+    centre[side // 4:side - side // 4, side // 4:side - side // 4] = True
+    for what, region in {"outpainting, right 50%": right, "inpainting, centre 50% x 50%": centre}.items():
+        name, count = name_of(what, task.options, task.args.seed), len(task.real)
+        batches = repainted_images(task, task.ledger.batches_left(name, count), region)
+        rows[what] = row_of(task, real, name, count, batches)
+    if task.machine.leads:
+        pictures.print_table(task.title, rows)
+    return rows
 
-    def to_images(tokens):
+
+def table3(task, real):
+    """Every schedule at several T (§4.4); draws Figure 8. Returns {schedule: row at its best T}, the best one first."""
+    steps = sorted({T for T in task.args.ablate_steps if T <= task.transformer.config.num_tokens})
+    distance, nll, curves, rows = task.features.distance, figures_of_stages(task, real)["NLL"], {}, {}
+    for schedule in SCHEDULES:
+        curve = {T: mean_over_seeds(task, real, {"steps": T, "schedule": schedule}) for T in steps}
+        best = pictures.lowest(curve, distance)
+        curves[schedule], rows[schedule] = curve, {"T": best, **curve[best], "NLL": nll[schedule]}
+    rows = {schedule: rows[schedule] for schedule in sorted(rows, key=lambda schedule: rows[schedule][distance])}
+    if task.machine.leads:
+        by_steps = {schedule: {f"T={T}": f"{row[distance]:.4g} ± {row[DEVIATION]:.2g}" for T, row in curve.items()}
+                    for schedule, curve in curves.items()}
+        pictures.print_table(f"{distance} ± deviation over {task.args.seeds} seeds, by T", by_steps)
+        pictures.draw_curves(task.folder / "eval.ablation.png", curves, "T, decoding steps", distance, DEVIATION)
+        pictures.print_table(f"{task.title}; each schedule at its best T", rows)
+    return rows
+
+
+def sweep(task, real):
+    """One setting of the sampler at each of its values; draws a curve. Returns {value: row}."""
+    name, distance = task.args.sweep, task.features.distance
+    curve = {value: mean_over_seeds(task, real, {name: value}) for value in sweep_values(task.args)}
+    rows = {str(value): row for value, row in curve.items()}
+    if task.machine.leads:
+        pictures.draw_curves(task.folder / f"eval.{name}.png", {name: curve}, name, distance, DEVIATION)
+        pictures.print_table(f"{task.title}; {name}", rows)
+    return rows
+
+
+def mean_over_seeds(task, real, changed):
+    """The row of samples with some options of the sampler changed: mean distance and score of --seeds seeds."""
+    seeds = range(task.args.seed, task.args.seed + task.args.seeds)
+    rows = [row_of_samples(task, real, "samples", task.options | changed, seed) for seed in seeds]
+    distances, scores = ([row[name] for row in rows] for name in (task.features.distance, task.features.score))
+    deviation = np.std(distances, ddof=1) if len(rows) > 1 else 0.0
+    return {task.features.distance: np.mean(distances), DEVIATION: deviation, task.features.score: np.mean(scores)}
+
+
+def row_of_samples(task, real, what, options, seed, keep=None):
+    name, count = name_of(what, options, seed), task.args.num
+    batches = sampled_images(task, task.ledger.batches_left(name, count), options, seed)
+    return row_of(task, real, name, count, batches, keep)
+
+
+def row_of(task, real, name, count, batches, keep=None, images=None):
+    """Figures of a set of images beside the real ones: those known under this name, else those of its batches.
+
+    keep: see Ledger.add_up. images: the data set for CAS; where tokens are kept, of these; None: no CAS."""
+    if name not in task.ledger.results:
+        args = task.args
+        sums = task.ledger.add_up(name, count, task.features.sums(batches, count, args.batch), keep)
+        figures = task.features.figures(sums, real)
+        if "tokens" in sums:
+            to_images = functools.partial(restore, task)
+            images = SampledImages(sums["tokens"], sums["labels"], task.train.classes, to_images)
+        # CAS: a classifier trained on these images alone is tested on real ones (Ravuri & Vinyals 2019). The first rank
+        # does it, as the others would find the same.
+        if images and args.classifier_steps and task.machine.leads:
+            model = classifier.train_classifier(images, args.classifier_steps, args.seed, task.machine, "CAS")
+            figures["CAS top-1"], figures["CAS top-5"] = classifier.accuracy(model, task.real, task.machine)
+        task.ledger.keep(name, figures)
+    return task.ledger.results[name]
+
+
+def compare_folders(args, machine):
+    """FID (or FCD) between two folders of images; IS, precision and recall of the first. Returns the row."""
+    sets = [Subset(files, np.arange(len(files)), args.batch) for files in map(classifier.ImageFiles, args.folders)]
+    if args.features == "inception":
+        features = classifier.open_features(args, machine, sets[1][0][0])
+    elif not args.run:
+        raise ValueError("classifier features need a run whose classifier to use: add --run or --features inception")
+    else:
+        task = Task(args, machine)
+        features, size = task.features, "{0} x {0}".format(task.real[0][0].shape[-1])
+        for folder, images in zip(args.folders, sets):
+            if images.data.image_size != size:
+                raise ValueError(f"the images in {folder} are {images.data.image_size}, those of the run {size}")
+    counts, sums, ledger = [len(images) for images in sets], [], Ledger(None, None, machine, args.batch)
+    title = f"{counts[0]} images in {args.folders[0]}, {counts[1]} in {args.folders[1]}, features: {features.name}"
+    features.announce(title, counts)
+    for folder, images, count in zip(args.folders, sets, counts):
+        batches = images.read(ledger.batches_left(folder, count))
+        sums.append(ledger.add_up(folder, count, features.sums(batches, count, args.batch), FEATURES))
+    figures = features.figures(*sums)
+    if machine.leads:
+        pictures.print_table(title, {"generated": figures})
+    return figures
+
+
+# ----------------------------------------------------------------------------------------- batches of images
+
+def restore(task, tokens):
+    """Tokens (n, N) -> images uint8 (n, 3, S, S), as they would be in a file."""
+    with task.machine.autocast():
+        return pictures.to_uint8(task.tokenizer.decode(as_grid(task.machine.put(tokens))))
+
+
+def sampled_images(task, numbers, options, seed):
+    """Of --num images drawn by the transformer, classes in turn. options: of the decoding function."""
+    config, size = task.transformer.config, task.args.batch
+    sampler = decode_sequential if config.causal else decode
+    for number in numbers:
+        labels = torch.arange(number * size, min((number + 1) * size, task.args.num)) % config.num_classes
+        labels = task.machine.put(labels)
+        # A generator for each batch: the samples are the same on any number of ranks, and after an interruption.
+        generator = task.machine.generator(devices.step_seed(seed, number))
         with task.machine.autocast():
-            return runtime.quantize(restore(task.tokenizer, tokens.long().to(task.machine.device))).cpu()
-
-    def of_samples(sums):
-        drawn = Drawn(sums["tokens"], torch.arange(args.num) % len(train.classes), train.classes, to_images)
-        return measures(task, sums, real) | looks(sums, real, train.classes) | cas(drawn, "samples")
-
-    room = lambda count: {"features": min(count, FEATURES_KEPT)}
-    chosen = Chosen(train, shuffled(len(train))[:args.num], task.batch)
-    drawn = ledger.result(name_of("samples, row", options, task.seed), args.num, samples(task, args.num, options, task.seed),
-                          of_samples, room(args.num) | {"tokens": args.num})
-    trained = ledger.result(name_of("training images, row", {}, task.seed), len(chosen), training_images(task, chosen),
-                            lambda sums: measures(task, sums, real) | cas(chosen, "real training images"), room(len(chosen)))
-    return {"samples": drawn, "real training images": trained}
+            tokens = sampler(task.transformer, labels, generator=generator, **options)
+        yield Batch(number, restore(task, tokens), labels, tokens)
 
 
-def repeated(task, ledger, args, options, real):
-    """Distance and score of samples over --seeds seeds -> {"mean", "deviation" (of the distance), "score"}."""
-    found = [ledger.result(name_of("samples", options, seed), args.num, samples(task, args.num, options, seed),
-                           lambda sums: measures(task, sums, real)) for seed in range(args.seed, args.seed + args.seeds)]
-    if not ledger.leads:
-        return {}
-    distances = np.array([result[task.distance] for result in found])
-    return {"mean": distances.mean(), "deviation": distances.std(ddof=1) if len(found) > 1 else 0.0,
-            "score": np.mean([result[task.score] for result in found])}
+def reconstructed_images(task, numbers):
+    """Of validation images, with their tokens and what the tokenizer makes of these."""
+    for batch in task.real.read(numbers):
+        with task.machine.autocast():
+            batch.tokens = task.tokenizer.encode(task.machine.to_floats(batch.images)).flatten(1)
+            batch.restored = task.tokenizer.decode(as_grid(batch.tokens)).float()
+        yield batch
 
 
-def as_columns(task, at):
-    """What repeated() returns, as columns of a table."""
-    return {task.distance: at["mean"], "± over seeds": at["deviation"], task.score: at["score"]}
+def repainted_images(task, numbers, region):
+    """Of validation images with a region (h, w) of their tokens, boolean, drawn anew for their class."""
+    region = region.to(task.machine.device)
+    pixels = to_pixels(region, task.tokenizer.config.stride)                                            # (S, S)
+    for batch in task.real.read(numbers):
+        images, labels = task.machine.put(batch.images), task.machine.put(batch.labels)
+        generator = task.machine.generator(devices.step_seed(task.args.seed, batch.number))
+        with task.machine.autocast():
+            known = task.tokenizer.encode(task.machine.to_floats(images)).flatten(1)
+            known = torch.where(region.flatten(), task.transformer.mask_id, known)
+            tokens = decode(task.transformer, labels, known=known, generator=generator, **task.options)
+        yield Batch(batch.number, torch.where(pixels, restore(task, tokens), images), labels, tokens)
 
 
-def ablate(task, ledger, args, options, real, nll, path):
-    """Table 3 and Figure 8: every schedule at several T. nll: by schedule. Writes the plot, returns the rows of Table 3."""
-    steps = sorted({T for T in args.ablate_steps if 1 <= T <= task.transformer.config.num_tokens})
-    found = {schedule: {T: repeated(task, ledger, args, options | {"steps": T, "schedule": schedule}, real) for T in steps}
-             for schedule in SCHEDULES}
-    if not ledger.leads:
-        return {}
-    print_table(f"{task.distance} ± deviation over {args.seeds} seeds, by T", {
-        schedule: {f"T={T}": f"{at['mean']:.4g} ± {at['deviation']:.2g}" for T, at in found[schedule].items()}
-        for schedule in found})
-    best = {schedule: min(steps, key=lambda T: found[schedule][T]["mean"]) for schedule in SCHEDULES}
-    draw_curves(path, found, best, "T, decoding steps", task.distance)
-    order = sorted(SCHEDULES, key=lambda schedule: found[schedule][best[schedule]]["mean"])
-    return {schedule: {"T": best[schedule], **as_columns(task, found[schedule][best[schedule]]), "NLL": nll[schedule]}
-            for schedule in order}
+# ------------------------------------------------------------------------- what is summed over a batch, and figures
+
+@torch.no_grad()
+def sums_of_stages(task, batches):
+    """Yields for each batch of validation images the sums over them, their reconstructions and their tokens."""
+    count, size, codebook_size = len(task.real), task.args.batch, task.tokenizer.config.codebook_size
+    batches, images, restored = itertools.tee(batches, 3)             # three iterators over the same batches
+    restored = (Batch(batch.number, pictures.to_uint8(batch.restored), batch.labels) for batch in restored)
+    for batch, (sums, rows), (others, _) in zip(batches, task.features.sums(images, count, size),
+                                                task.features.sums(restored, count, size)):
+        sums |= {RESTORED + name: value for name, value in others.items()}
+        sums |= token_sums(task, batch.tokens, task.machine.put(batch.labels),
+                           devices.step_seed(task.args.seed, batch.number))
+        sums["psnr"] = metrics.psnr(task.machine.to_floats(batch.images), batch.restored).sum()
+        sums["codes"] = torch.bincount(batch.tokens.flatten(), minlength=codebook_size).double()
+        yield sums, rows
 
 
-def sweep(task, ledger, args, options, real, path):
-    """One setting of the sampler, at each of its values. Writes the plot, returns the rows."""
-    values = sweep_values(args)
-    found = {value: repeated(task, ledger, args, options | {args.sweep: value}, real) for value in values}
-    if not ledger.leads:
-        return {}
-    best = min(values, key=lambda value: found[value]["mean"])
-    draw_curves(path, {args.sweep: found}, {args.sweep: best}, args.sweep, task.distance)
-    return {str(value): as_columns(task, at) for value, at in found.items()}
+def token_sums(task, tokens, labels, seed):
+    """How likely masked tokens are under each schedule (Table 3), and how many are predicted right at each mask ratio.
+
+    tokens (n, N), labels (n,): real ones. seed: of the masks. Causal: of each token after those before it."""
+    model, N, generator = task.transformer, tokens.shape[1], torch.Generator().manual_seed(seed)
+    nll, by_ratio = [], torch.zeros(BINS, 3, dtype=torch.float64, device=tokens.device)
+    for schedule in ["none"] if model.config.causal else SCHEDULES:
+        masked, mask = tokens, torch.ones_like(tokens, dtype=torch.bool)
+        if not model.config.causal:
+            masked, mask = mask_tokens(tokens, schedule, model.mask_id, generator)
+        with task.machine.autocast():
+            logits = model(masked, labels)
+        nll.append(mvtm_loss(logits, tokens, mask, label_smoothing=0).double() * len(tokens))
+        right, count = ((logits.argmax(-1) == tokens) & mask).sum(1), mask.sum(1)
+        bins = F.one_hot((count * BINS + N - 1) // N - 1, BINS).double()                # ratios up to 1/20, 2/20, ...
+        by_ratio += bins.T @ torch.stack([right, count, torch.ones_like(count)], 1).double()
+    return {"nll": torch.stack(nll), "by_ratio": by_ratio}
+
+
+def figures_of_stages(task, real):
+    """Of both stages on validation images: reconstruction, codebook, likelihood of tokens (Table 3), accuracy."""
+    codes = real["codes"] / real["codes"].sum()
+    schedules = ["next token"] if task.transformer.config.causal else SCHEDULES
+    right, masked, images = real["by_ratio"][real["by_ratio"][:, 2] > 0].T
+    ratios = (masked / images / task.transformer.config.num_tokens).tolist()
+    return {"PSNR, dB": (real["psnr"] / real["count"]).item(),
+            "codebook usage": (codes > 0).double().mean().item(),
+            "codebook perplexity": torch.exp(-torch.xlogy(codes, codes).sum()).item(),
+            "NLL": dict(zip(schedules, (real["nll"] / real["count"]).tolist())),
+            "accuracy by mask ratio": [[round(r, 4), a] for r, a in zip(ratios, (right / masked).tolist())]}
+
+
+# ------------------------------------------------------------------------------------------- what is asked for
+
+class Task:
+    """What is measured, and what with: opens the models, the data, the networks that look at images, and the Ledger.
+
+    Attributes: folder, the run's; tokenizer, transformer; options of the decoding function; data, a name; train and
+    real, training and validation images; features; ledger; title. Raises ValueError or OSError for bad input."""
+
+    def __init__(self, args, machine):
+        self.args, self.machine = args, machine
+        classifier.enough_images(args.num, f"--num {args.num}")
+        self.folder, self.tokenizer, self.transformer, checkpoint = load_run(
+            args.run, machine.device, VQGAN, MaskGIT, args.vqgan, args.decoder)
+        self.data, self.options = checkpoint["data"], sampler_options(args, self.transformer.config)
+        self.train, val = open_data(self.data, checkpoint["image_size"], args.data_dir)
+        if list(self.train.classes) != list(checkpoint["classes"]):
+            raise ValueError(f"the {len(self.train.classes)} classes of {self.data} are not those that the run "
+                             f"{self.folder} was trained on")
+        self.real = Subset(val, classifier.fair_choice(val, args.num), args.batch)
+        classifier.enough_images(len(self.real), f"the validation set of {self.data} ({len(self.real)})")
+        check_options(self)
+        self.features = classifier.open_features(args, machine, self.real[0][0], self.train, self.folder)
+        setup = {"tokenizer": fingerprint(self.tokenizer), "transformer": fingerprint(self.transformer),
+                 "features": self.features.name, "generated images": args.num, "real images": len(self.real),
+                 "batch": args.batch, "classifier steps": args.classifier_steps, "device": machine.device.type,
+                 "bf16": machine.bf16, "torch": str(torch.__version__), "python": platform.python_version()}
+        self.ledger = Ledger(self.folder, setup, machine, args.batch, args.again)
+        self.title = (f"{self.folder}: {args.num} generated and {len(self.real)} real validation images, "
+                      f"{args.features} features, seed {args.seed}")
+
+
+def check_options(task):
+    """Raises ValueError, before anything takes long, where decode() could not do what is asked of it."""
+    args, config = task.args, task.transformer.config
+    if config.causal and (args.ablate or args.sweep or args.manipulate):
+        raise ValueError("--ablate, --sweep and --manipulate are about parallel decoding: add --decoder parallel, or "
+                         "name another run")
+    if args.ablate and min(args.ablate_steps) > config.num_tokens:
+        raise ValueError(f"--ablate-steps must be from 1 to the number of tokens, {config.num_tokens}")
+    if not config.causal:
+        for changed in [{args.sweep: value} for value in sweep_values(args)] if args.sweep else [{}]:
+            decode(task.transformer, task.machine.put(torch.tensor([0])), **task.options | changed)
 
 
 def sweep_values(args):
@@ -116,294 +338,32 @@ def sweep_values(args):
     if not args.values or args.sweep == "order":
         return args.values or SWEEPS[args.sweep]
     try:
-        return [runtime.positive(value) for value in args.values]
-    except ValueError:
-        raise ValueError(f"--values of {args.sweep} must be numbers, 0 or more, not: {' '.join(args.values)}") from None
-
-
-def manipulate(task, ledger, options, real):
-    """Outpainting and inpainting of validation images (§4.3), their true class given. Returns {name: result}."""
-    side, rows = math.isqrt(task.transformer.config.num_tokens), {}
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    inside = lambda z: (z >= side // 4) & (z < side - side // 4)
-    for name, region in {"outpainting, right 50%": x >= side // 2, "inpainting, centre 50% x 50%": inside(x) & inside(y)}.items():
-        rows[name] = ledger.result(name_of(name, options, task.seed), len(task.real), repainted(task, region, options),
-                                   lambda sums: measures(task, sums, real) | {
-                                       name: value for name, value in looks(sums, real, ()).items() if name in LOOKS})
-    return rows
-
-
-def shuffled(count):
-    """A fixed random order: the first images in it are a fair choice, also where the data set is sorted by class."""
-    return np.random.Generator(np.random.Philox(key=[2020, 0])).permutation(count)
-
-
-def open_run(args, machine):
-    """-> the run's folder, both models, the transformer's checkpoint, training and validation data.
-
-    Raises ValueError where the data are not those that the run was trained on, as load_run and open_data do."""
-    folder, tokenizer, transformer, checkpoint = load_run(args.run, machine.device, args.vqgan, args.decoder)
-    train, val = open_data(checkpoint["data"], checkpoint["image_size"], args.data_dir)
-    if list(train.classes) != list(checkpoint["classes"]):
-        raise ValueError(f"the {len(train.classes)} classes of {checkpoint['data']} are not those the run {folder} was trained on")
-    return folder, tokenizer, transformer, checkpoint, train, val
-
-
-def open_features(args, machine, folder, train):
-    """-> {"extract", "distance", "score", "classifier"}, as in Task, and a line that says which features they are.
-
-    Raises as load_inception does."""
-    inception = load_inception(args.inception, machine) if args.features == "inception" else None
-    classifier = None
-    if train is not None and args.classifier_steps:
-        classifier = load_classifier(folder / "classifier.pt", train, args.classifier_steps, machine)
-    if inception:
-        return {"extract": inception, "distance": "FID", "score": "IS", "classifier": classifier}, \
-            f"Inception's ({runtime.fingerprint(inception)})"
-
-    def extract(images):
-        features = classifier.features(to_floats(images, machine))
-        return features, classifier.out(features)
-    return {"extract": extract, "distance": "FCD", "score": "IS(classifier)", "classifier": classifier}, \
-        f"the classifier's ({runtime.fingerprint(classifier)})"
-
-
-def common_shift(task, images):
-    """The mean of a batch's features, the same on all ranks: what metrics.moments takes off. images: uint8."""
-    with torch.no_grad():
-        return task.machine.mean(task.extract(images.to(task.machine.device))[0].double().mean(0))
-
-
-def checked_options(args, transformer, device):
-    """What the decoding function is given. Raises ValueError where it cannot be, by --ablate and --sweep too: before anything
-    takes long."""
-    config, options = transformer.config, sampler_options(args, transformer)
-    if config.causal:
-        if args.ablate or args.sweep or args.manipulate:
-            raise ValueError("--ablate, --sweep and --manipulate are about parallel decoding: add --decoder parallel, or name "
-                             "another run")
-        return options
-    if args.ablate and not any(1 <= T <= config.num_tokens for T in args.ablate_steps):
-        raise ValueError(f"--ablate-steps must be from 1 to the number of tokens, {config.num_tokens}")
-    for changed in [{args.sweep: value} for value in sweep_values(args)] if args.sweep else [{}]:
-        decode(transformer, torch.zeros(1, dtype=torch.long, device=device), **options | changed)        # says what is wrong
-    return options
-
-
-def evaluate(args, machine):
-    """Measures what the flags ask for, prints it, writes eval.json. Raises ValueError or OSError for bad input."""
-    if args.batch < 1 or args.seeds < 1:
-        raise ValueError("--batch and --seeds must be at least 1")
-    if not args.classifier_steps and args.features == "classifier":
-        raise ValueError("--classifier-steps 0 leaves nothing to measure with: add --features inception")
-    if args.folders:
-        return compare_folders(args, machine)
-    enough(args.num, f"--num {args.num}")
-    folder, tokenizer, transformer, checkpoint, train, val = open_run(args, machine)
-    count = min(args.num, len(val))
-    enough(count, f"the validation set of {checkpoint['data']} ({count})")
-    options = checked_options(args, transformer, machine.device)
-    networks, features = open_features(args, machine, folder, train)
-    task = Task(machine, batch=args.batch, seed=args.seed, tokenizer=tokenizer, transformer=transformer,
-                real=Chosen(val, shuffled(len(val))[:count], args.batch), **networks)
-    task.shift = common_shift(task, task.real[0][0])
-    setup = {"tokenizer": runtime.fingerprint(tokenizer), "transformer": runtime.fingerprint(transformer), "features": features,
-             "generated images": args.num, "real images": count, "batch": args.batch, "classifier steps": args.classifier_steps,
-             "device": machine.device.type, "bf16": machine.bf16, "torch": str(torch.__version__),
-             "python": platform.python_version()}
-    ledger = Ledger(folder, setup, machine, args.batch, args.again)
-    title = f"{folder}: {args.num} generated and {count} real validation images, {args.features} features, seed {args.seed}"
-    announce(task, ledger, f"{title}, on {machine.device} x {machine.world}", min(args.num, count), args.num)
-
-    sums = ledger.total(name_of("real images", {}, args.seed), count, real_images(task), {"features": min(count, FEATURES_KEPT)})
-    stages = stage_figures(task, sums, train.classes) if ledger.leads else {"NLL": {}}
-    found = {"run": str(folder), "data": checkpoint["data"], "seed": args.seed, "sampler": options}
-    if not (args.ablate or args.sweep or args.manipulate):
-        rows = table1(task, ledger, args, options, train, sums)
-        if ledger.leads:
-            found |= {"rows": rows | {"reconstructions": stages.pop("reconstructions")}, "stages": stages}
-            print_row(title + "; " + name_of("sampler", options, args.seed), found["rows"], stages)
-            if not transformer.config.causal:
-                draw_accuracy(folder / "eval.accuracy.png", stages["accuracy by mask ratio"])
-    if args.ablate:
-        found["ablation"] = ablate(task, ledger, args, options, sums, stages["NLL"], folder / "eval.ablation.png")
-        say_table(ledger, f"{title}; each schedule at its best T", found["ablation"])
-    if args.sweep:
-        found["sweep"] = sweep(task, ledger, args, options, sums, folder / f"eval.{args.sweep}.png")
-        say_table(ledger, f"{title}; {args.sweep}", found["sweep"])
-    if args.manipulate:
-        found["manipulation"] = manipulate(task, ledger, options, sums)
-        say_table(ledger, title, found["manipulation"])
-    ledger.write(**found)
-    if ledger.leads:
-        print(f"wrote {folder}/eval.json")
-
-
-def enough(count, what):
-    """Raises ValueError where there are too few images for precision and recall."""
-    if count <= NEIGHBOURS:
-        raise ValueError(f"{what}: precision and recall, with {NEIGHBOURS} neighbours, need at least {NEIGHBOURS + 1} images")
-
-
-def announce(task, ledger, title, fewest, most):
-    """What is about to be measured, and what to know about such numbers of images."""
-    if not ledger.leads:
-        return
-    print(title, flush=True)
-    if fewest <= len(task.shift):
-        print(f"note: {fewest} images are few for {len(task.shift)} features: {task.distance} is far above that of more", flush=True)
-    if most > FEATURES_KEPT:
-        print(f"note: precision and recall are of the first {FEATURES_KEPT} images of each set", flush=True)
-
-
-# ------------------------------------------------------------------------------------------------------ two folders
-
-def image_files(folder):
-    """The images of a folder and those in it, sorted. Raises ValueError where they are too few, or of several sizes."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
-    enough(len(paths), f"{folder} holds {len(paths)} images")
-    sizes = {}
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                sizes.setdefault(image.size, path)
-        except OSError as error:
-            raise ValueError(f"{path} is not a readable image ({error})") from error
-    if len(sizes) > 1:
-        (a, first), (b, second), *_ = sizes.items()
-        raise ValueError(f"{folder} holds images of several sizes: {first} is {a[0]} x {a[1]} and {second} is {b[0]} x {b[1]}; "
-                         f"resize them first")
-    return paths, sizes.popitem()[0]
-
-
-def compare_folders(args, machine):
-    """FID (or FCD) between two folders of images; IS, precision and recall of the first."""
-    listed, run, train = [image_files(folder) for folder in args.folders], None, None
-    if args.features == "classifier":
-        if not args.run:
-            raise ValueError("classifier features need a run whose classifier to use: add --run, or --features inception")
-        run, _, _, checkpoint, train, _ = open_run(args, machine)
-        size = checkpoint["image_size"]
-        for folder, (_, found) in zip(args.folders, listed):
-            if found != (size, size):
-                raise ValueError(f"the images in {folder} are {found[0]} x {found[1]}, those of the run {size} x {size}")
-    pool, totals = ThreadPoolExecutor(), []
-
-    def read(paths):                                     # uint8 (n, 3, H, W)
-        return torch.from_numpy(np.stack([np.asarray(image) for image in pool.map(read_image, paths)])).permute(0, 3, 1, 2)
-
-    networks, features = open_features(args, machine, run, train)
-    task, ledger = Task(machine, batch=args.batch, **networks), Ledger(None, None, machine, args.batch)
-    task.shift = common_shift(task, read(listed[1][0][:args.batch]))
-    counts = [len(paths) for paths, _ in listed]
-    title = f"{counts[0]} images in {args.folders[0]}, {counts[1]} in {args.folders[1]}, features: {features}"
-    announce(task, ledger, title, min(counts), max(counts))
-    for folder, (paths, _) in zip(args.folders, listed):
-        split = metrics.split_of(len(paths), SPLITS)
-
-        @torch.no_grad()
-        def source(numbers):
-            for b in numbers:
-                part = slice(b * args.batch, (b + 1) * args.batch)
-                sums, features = image_sums(task, read(paths[part]), split[part])
-                yield sums, {"features": features}
-        totals.append(ledger.total(str(folder), len(paths), source, {"features": min(len(paths), FEATURES_KEPT)}))
-    if not ledger.leads:
-        return {}
-    result = measures(task, *totals)
-    print_table(title, {"generated": result})
-    return result
-
-
-# ------------------------------------------------------------------------------------------------- tables and plots
-
-def print_table(title, rows, columns=None):
-    """Prints {name of the row: {column: value}}; columns: those to show (None: all)."""
-    plain = lambda value: value if isinstance(value, str) else f"{value:.4g}"
-    columns = columns or list(dict.fromkeys(column for row in rows.values() for column in row))
-    cells = [["", *columns]] + [[name, *(plain(row[c]) if c in row else "-" for c in columns)] for name, row in rows.items()]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    print(f"\n{title}")
-    for first, *others in cells:
-        print("  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]), flush=True)
-
-
-def say_table(ledger, title, rows):
-    if ledger.leads:
-        print_table(title, rows)
-
-
-def print_row(title, rows, stages):
-    """The row of Table 1 beside those it compares with; then what else is known of the samples and of both stages."""
-    first = [column for column in rows["samples"] if column not in LOOKS and not isinstance(rows["samples"][column], dict)]
-    print_table(title, rows, first)
-    print_table("beside the real images", {name: row for name, row in rows.items() if LOOKS[0] in row},
-                [column for column in LOOKS if column in rows["samples"]])
-    print()
-    for name, value in {**stages, NAMED + ", by class": rows["samples"].get(NAMED + ", by class", [])}.items():
-        if isinstance(value, dict):
-            print(f"{name}: " + ", ".join(f"{key} {number:.4g}" for key, number in list(value.items())[:20]))
-        elif not isinstance(value, list):
-            print(f"{name}: {value:.4g}")
-
-
-def draw_curves(path, curves, best, xlabel, ylabel):
-    """Distance against a setting, a curve each, error bars over the seeds, the best value of each marked.
-
-    curves: {name: {x: {"mean", "deviation"}}}; best: {name: x}."""
-    figure, axis = new_figure()
-    for name, points in curves.items():
-        xs = [x if isinstance(x, (int, float)) else str(x) for x in points]
-        mean, deviation = zip(*((at["mean"], at["deviation"]) for at in points.values()))
-        line = axis.errorbar(xs, mean, deviation, capsize=2, lw=1.2, label=name)
-        axis.plot(best[name], points[best[name]]["mean"], "*", ms=11, color=line[0].get_color())
-    axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    if len(curves) > 1:
-        axis.set_xscale("log")
-        axis.set_xticks(xs, map(str, xs), minor=False)
-        axis.set_xticks([], minor=True)
-        figure.legend(loc="outside right upper", fontsize=8)
-    runtime.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
-
-
-def draw_accuracy(path, points):
-    """Token accuracy against the share of masked tokens. points: [(ratio, accuracy), ...]."""
-    figure, axis = new_figure()
-    axis.plot(*zip(*points), "o-", lw=1.2, ms=3)
-    axis.set(xlabel="masked tokens, share", ylabel="masked tokens predicted right, share", xlim=(0, 1), ylim=(0, None))
-    runtime.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
-
-
-def new_figure():
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.add_subplot()
-    axis.grid(alpha=0.3)
-    return figure, axis
+        return [devices.positive(value) for value in args.values]
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--values of {args.sweep}: {error}") from None
 
 
 def parse_flags(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_sampler_flags(parser)
-    parser.add_argument("--features", default="classifier", choices=("classifier", "inception"), help="of images (default: %(default)s)")
-    parser.add_argument("--inception", metavar="FILE", help="Inception's weights (default: torch-fidelity fetches them)")
-    parser.add_argument("--num", type=runtime.whole, default=2000, help="images to sample; the paper: 50000 (default: %(default)s)")
-    parser.add_argument("--batch", type=runtime.whole, default=100, help="images at a time (default: %(default)s)")
-    parser.add_argument("--classifier-steps", type=runtime.whole, default=600,
-                        help="training steps of each classifier; 0, with Inception: no classifier and no CAS (default: %(default)s)")
-    parser.add_argument("--ablate", action="store_true", help="every mask schedule at several T")
-    parser.add_argument("--ablate-steps", type=runtime.whole, nargs="+", default=[4, 8, 12, 16, 32, 64], metavar="T",
-                        help="decoding steps of --ablate, those up to the number of tokens (default: 4 8 12 16 32 64)")
-    parser.add_argument("--sweep", choices=SWEEPS, help="one setting of the sampler at several values")
+    add_run_flags(parser)
     shown = "; ".join(f"{name}: {' '.join(map(str, values))}" for name, values in SWEEPS.items())
-    parser.add_argument("--values", nargs="+", help=f"of --sweep (default: {shown})")
-    parser.add_argument("--seeds", type=runtime.whole, default=3, help="of --ablate and --sweep, from --seed upwards (default: %(default)s)")
+    add_sampler_flags(parser, SCHEDULES, ORDERS)
+    devices.add_flags(parser, {
+        "features": (["classifier", "inception"], "classifier", "of images"),
+        "inception": ({"metavar": "FILE"}, None, "file of Inception's weights (default: torch-fidelity fetches them)"),
+        "num": (devices.whole, 2000, "images to sample; the paper: 50000"),
+        "batch": (devices.count, 100, "images at a time"),
+        "classifier_steps": (devices.whole, 600, "training steps of each classifier; 0, with Inception: none, no CAS"),
+        "ablate_steps": ({"type": devices.count, "nargs": "+", "metavar": "T"}, [4, 8, 12, 16, 32, 64],
+                         "steps of --ablate, those up to the number of tokens"),
+        "sweep": (list(SWEEPS), None, "one setting of the sampler at several values"),
+        "values": ({"nargs": "+"}, None, f"of --sweep (default: {shown})"),
+        "seeds": (devices.count, 3, "of --ablate and --sweep, from --seed upwards"),
+        "folders": ({"nargs": 2, "metavar": ("GENERATED", "REAL")}, None, "compare two folders of images"),
+        "data_dir": (str, "data", "where cifar10, imagenet and places2 are")})
     parser.add_argument("--manipulate", action="store_true", help="outpainting and inpainting of validation images")
-    parser.add_argument("--folders", nargs=2, metavar=("GENERATED", "REAL"), help="compare two folders of images")
+    parser.add_argument("--ablate", action="store_true", help="every mask schedule at several T")
     parser.add_argument("--again", action="store_true", help="do anew what eval.json holds already")
-    parser.add_argument("--data-dir", default="data", help="where cifar10, imagenet and places2 are (default: %(default)s)")
     devices.add_machine_flags(parser)
     return parser.parse_args(arguments)
 

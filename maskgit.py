@@ -4,7 +4,7 @@ Read it beside the paper:
     gamma, mask_counts        the mask scheduling functions (§3.4, Table 3)
     mask_tokens, mvtm_loss    masked visual token modelling (§3.2, Eq. 1)
     decode                    iterative parallel decoding, the four steps of §3.3
-    decode_sequential         the raster-scan decoding that the paper compares with, by a causal transformer of the same size
+    decode_sequential         the raster-scan decoding that the paper compares with, by a causal transformer
 The transformer is the released one, number for number: BERT with LayerNorm after each residual sum; the class is the
 first of N + 1 positions; one table embeds codes, then classes, then [MASK], and its code rows are the output layer.
 """
@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 
 @dataclass
@@ -30,66 +30,49 @@ class MaskGITConfig:
     causal: bool = False        # each position sees itself and those before: the autoregressive baseline
     null_class: bool = False    # an extra "no class" embedding, for classifier-free guidance (not in the paper)
 
+    @property
+    def default_steps(self):
+        """T of the paper: 8, and 12 for 32 x 32 tokens (§4.2)."""
+        return 12 if self.num_tokens > 256 else 8
+
 
 # ------------------------------------------------------------------------------------------------ the transformer
 
-class Linear(nn.Linear):
-    """nn.Linear, and as fast as memory allows for the few rows, on the CPU, of sequential decoding with a cache."""
+class KeyValueCache:
+    """What one layer of a causal transformer remembers of the positions so far, so that each pass computes only one.
 
-    def forward(self, x):
-        rows = x.numel() // self.in_features
-        if rows > 4 or x.device.type != "cpu":
-            return super().forward(x)
-        # The time is that of reading the weights. MKL's x Wᵀ reads 13 GB/s where memory gives 34; W xᵀ reads 28 to 32, but not
-        # for one column, so a single row is doubled.
-        x2 = x.reshape(rows, -1)
-        x2 = torch.cat([x2, x2]) if rows == 1 else x2
-        return F.linear(self.weight, x2).T[:rows].add(self.bias).view(*x.shape[:-1], -1)
+    position: (1,) int64, the number of the position that comes next, shared by all layers."""
 
+    def __init__(self, num_tokens, position):
+        self.num_tokens, self.position, self.keys, self.values = num_tokens, position, None, None
 
-class Dropout(nn.Module):
-    """nn.Dropout; on the CPU, where drawing the random numbers took a ninth of a training step, seven times as fast."""
+    def update(self, key, value):
+        """Adds one position's (B, H, 1, D/H) -> keys and values of all N positions, and (1, N), which of them are seen.
 
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x):
-        if x.device.type != "cpu" or not self.training or not self.p:
-            return F.dropout(x, self.p, self.training)
-        # Each 64-bit random number decides on four elements: 16 bits are below n with a probability of n / 65,536.
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)[:x.numel()]
-        n = round(self.p * 65536)
-        keep = bits.view(x.shape) >= n - 32768
-        return x * keep.to(x.dtype).mul_(65536 / (65536 - n))
+        Those to come are masked, not cut off: the shapes stay the same, so one compiled graph serves every position."""
+        if self.keys is None:
+            self.keys, self.values = (key.new_zeros(*key.shape[:2], self.num_tokens, key.shape[3]) for _ in range(2))
+        self.keys.index_copy_(2, self.position, key)
+        self.values.index_copy_(2, self.position, value)
+        seen = torch.arange(self.num_tokens, device=key.device) <= self.position
+        return self.keys, self.values, seen[None]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: over all positions, or those up to each where config.causal. (B, L, dim) -> (B, L, dim)."""
+    """Multi-head self-attention over all positions, or (causal) those up to each: (B, L, dim) -> (B, L, dim)."""
 
     def __init__(self, config):
         super().__init__()
-        self.heads, self.dropout, self.causal = config.heads, Dropout(config.dropout), config.causal
-        self.qkv = Linear(config.dim, 3 * config.dim)  # queries, keys and values in one product
-        self.out = Linear(config.dim, config.dim)
+        self.heads, self.dropout, self.causal = config.heads, config.dropout, config.causal
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)       # queries, keys and values in one product
+        self.out = nn.Linear(config.dim, config.dim)
 
-    def forward(self, x, cache=None, position=None):
+    def forward(self, x, cache=None):
         B, L, D = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, L, D/H)
-        if cache is None and x.device.type == "cpu":
-            # softmax(q kᵀ / √d) v, written out: torch's kernel for the CPU is slower, and with dropout there is none.
-            scores = (q * (D // self.heads) ** -0.5) @ k.transpose(-1, -2)
-            if self.causal:
-                scores = scores.masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -math.inf)
-            x = self.dropout(scores.softmax(-1)) @ v
-        elif cache is None:
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout.p if self.training else 0.0, is_causal=self.causal)
-        else:
-            # One position (L = 1) sees what those before it left in the cache (2, B, H, N, D/H). All N rows are read and the
-            # later ones masked: the shapes are the same at every position, so one compiled graph serves them all.
-            keys, values = cache[0].index_copy_(2, position, k), cache[1].index_copy_(2, position, v)
-            seen = torch.arange(cache.shape[3], device=x.device) <= position
-            x = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[None])
+        k, v, seen = (k, v, None) if cache is None else cache.update(k, v)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=self.dropout if self.training else 0.0,
+                                           is_causal=self.causal and cache is None)
         return self.out(x.transpose(1, 2).reshape(B, L, D))
 
 
@@ -100,20 +83,22 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(config)
         self.norm1 = nn.LayerNorm(config.dim, eps=1e-12)
-        self.mlp = nn.Sequential(Linear(config.dim, config.mlp_dim), nn.GELU("tanh"),
-                                 Linear(config.mlp_dim, config.dim))
+        self.mlp = nn.Sequential(nn.Linear(config.dim, config.mlp_dim), nn.GELU("tanh"),
+                                 nn.Linear(config.mlp_dim, config.dim))
         self.norm2 = nn.LayerNorm(config.dim, eps=1e-12)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, position=None):
-        x = self.norm1(x + self.dropout(self.attention(x, cache, position)))
+    def forward(self, x, cache=None):
+        x = self.norm1(x + self.dropout(self.attention(x, cache)))
         return self.norm2(x + self.dropout(self.mlp(x)))
 
 
 class MaskGIT(nn.Module):
     """The bidirectional transformer: p(every token | the tokens not masked, the class).
 
-    With config.causal the autoregressive baseline of the same size: p(every token | the tokens before it, the class)."""
+    With config.causal the autoregressive baseline of the same size: p(every token | the tokens before it, the class).
+    Raises ValueError where the heads do not divide the width."""
+    Config = MaskGITConfig
 
     def __init__(self, config):
         super().__init__()
@@ -126,9 +111,9 @@ class MaskGIT(nn.Module):
         self.token_embedding = nn.Embedding(rows, config.dim)
         self.position_embedding = nn.Embedding(config.num_tokens + 1, config.dim)
         self.norm = nn.LayerNorm(config.dim, eps=1e-12)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
-        self.head = nn.Sequential(Linear(config.dim, config.dim), nn.GELU("tanh"),
+        self.head = nn.Sequential(nn.Linear(config.dim, config.dim), nn.GELU("tanh"),
                                   nn.LayerNorm(config.dim, eps=1e-12))
         self.head_bias = nn.Parameter(torch.zeros(rows))
         self.apply(self._init)
@@ -143,77 +128,68 @@ class MaskGIT(nn.Module):
     def forward(self, tokens, labels):
         """Logits of the codebook entries at every position.
 
-        tokens: (B, N) int64, a code or mask_id (causal: the first n <= N codes, of which the last is not looked at). labels:
-        (B,) int64 in [0, num_classes), or null_label where the model has one. Returns (B, N, codebook_size)."""
+        tokens: (B, N) int64, a code or mask_id (causal: the first n <= N codes, of which the last is not looked at).
+        labels: (B,) int64 in [0, num_classes), or null_label where the model has one. Returns (B, N, codebook_size)."""
         rows = torch.cat([labels[:, None] + self.config.codebook_size, tokens], dim=1)      # (B, N + 1)
-        # Causal: position i sees the class and the first i tokens, and predicts token i; the last token is only predicted.
+        # Causal: position i sees the class and the first i tokens, and predicts token i; the last is only predicted.
         return self.predict(rows[:, :-1] if self.config.causal else rows)
 
-    def predict(self, x, cache=None, position=None):
-        """Rows of the embedding (B, L), the class first -> logits of the tokens (B, L or, bidirectional, L - 1, codebook_size).
-
-        cache, position: for decode_sequential, which gives one position at a time (L = 1): the keys and values of those before,
-        from empty_cache, where this one's are added; and its number, (1,) int64."""
-        places = self.position_embedding.weight[:x.shape[1]] if cache is None else self.position_embedding(position)
-        x = self.dropout(self.norm(self.token_embedding(x) + places))
-        for i, block in enumerate(self.blocks):
-            x = block(x) if cache is None else block(x, cache[i], position)
+    def predict(self, rows, caches=None):
+        """Rows of the embedding (B, L), the class first -> logits of the tokens, (B, L - 1, codebook_size); causal: of
+        what follows each, (B, L, codebook_size). caches: from empty_caches, to give one position at a time (L = 1)."""
+        if caches is None:
+            positions = self.position_embedding.weight[:rows.shape[1]]
+        else:
+            positions = self.position_embedding(caches[0].position)
+        x = self.dropout(self.norm(self.token_embedding(rows) + positions))
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+            x = block(x, cache)
         if not self.config.causal:
-            x = x[:, 1:]                                       # each position predicts its own token; the class has none
+            x = x[:, 1:]                                      # each position predicts its own token; the class has none
         codes = self.config.codebook_size
         # The output is tied to the embedding of codes alone: no other row is ever a target or a sample.
         return F.linear(self.head(x), self.token_embedding.weight[:codes], self.head_bias[:codes])
 
-    def empty_cache(self, batch):
-        """Room for the keys and values of every layer and position: (depth, 2, batch, heads, N, dim / heads)."""
-        config, weight = self.config, self.position_embedding.weight
-        device = weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        return torch.zeros(config.depth, 2, batch, config.heads, config.num_tokens, config.dim // config.heads, dtype=dtype,
-                           device=weight.device)
+    def empty_caches(self):
+        """A KeyValueCache for each layer."""
+        position = torch.zeros(1, dtype=torch.long, device=self.head_bias.device)
+        return [KeyValueCache(self.config.num_tokens, position) for _ in self.blocks]
 
 
 # --------------------------------------------------------------------------------------- mask schedules (Table 3)
 
-SCHEDULES = "cosine linear square cubic exponential sqrt logarithmic".split()
+# γ(r) as functions of r and the number of tokens N, which two of them need to get from one token to all.
+GAMMAS = {
+    "cosine": lambda r, N: torch.cos(r * (math.pi / 2)),
+    "linear": lambda r, N: 1 - r,
+    "square": lambda r, N: 1 - r ** 2,
+    "cubic": lambda r, N: 1 - r ** 3,
+    "exponential": lambda r, N: 1 - 2 ** (-math.log2(max(N, 1)) * (1 - r)),
+    "sqrt": lambda r, N: 1 - r ** 0.5,
+    "logarithmic": lambda r, N: -torch.log2(r) / math.log2(max(N, 2)),
+}
+SCHEDULES = list(GAMMAS)
 
 
 def gamma(r, schedule, total):
     """The mask scheduling function γ(r), from 1 at r = 0 (all masked) down to 0 at r = 1.
 
-    r: float or tensor in [0, 1]. schedule: one of SCHEDULES. total: the number of tokens, which the exponential and
-    the logarithmic schedule need to get from one token to all. Returns a tensor in (0, 1].
+    r: float or tensor in [0, 1]. schedule: one of SCHEDULES. total: the number of tokens. Returns a tensor in (0, 1].
     Raises ValueError for an unknown schedule. Source: §3.4; base 2 and the cut at 1e-6 as released."""
-    r = torch.as_tensor(r, dtype=torch.float32)  # float32, so that the floor in mask_counts rounds as it did there
-    if schedule == "cosine":
-        value = torch.cos(r * (math.pi / 2))
-    elif schedule == "linear":
-        value = 1 - r
-    elif schedule == "square":
-        value = 1 - r ** 2
-    elif schedule == "cubic":
-        value = 1 - r ** 3
-    elif schedule == "sqrt":
-        value = 1 - r ** 0.5
-    elif schedule == "exponential":
-        value = 1 - 2 ** (-math.log2(max(total, 1)) * (1 - r))
-    elif schedule == "logarithmic":
-        value = -torch.log2(r) / math.log2(max(total, 2))
-    else:
+    if schedule not in GAMMAS:
         raise ValueError(f"unknown schedule '{schedule}'; choose one of: {', '.join(SCHEDULES)}")
-    return value.clamp(1e-6, 1)
+    r = torch.as_tensor(r, dtype=torch.float32)  # float32, so that the floor in mask_counts rounds as it did there
+    return GAMMAS[schedule](r, total).clamp(1e-6, 1)
 
 
 def mask_counts(schedule, steps, total, start_step=0):
     """How many of `total` tokens are still masked after steps start_step + 1 .. steps: a list of ints that ends in 0.
 
     floor(γ(t / T) · N), but at least 1 and at least one fewer than before (until one is left), as released; the paper
-    writes a ceiling. Raises ValueError for steps < 1 or an unknown schedule."""
-    if steps < 1:
-        raise ValueError(f"decoding needs at least 1 step, not {steps}")
+    writes a ceiling. Raises ValueError for an unknown schedule."""
     counts, masked = [], total
     for t in range(start_step + 1, steps):
-        scheduled = int(math.floor(gamma(t / steps, schedule, total).item() * total))
+        scheduled = math.floor(gamma(t / steps, schedule, total).item() * total)
         masked = max(min(scheduled, masked - 1), min(1, total))
         counts.append(masked)
     return counts + [0]
@@ -221,18 +197,21 @@ def mask_counts(schedule, steps, total, start_step=0):
 
 # -------------------------------------------------------------------------------------- training (§3.2, MVTM)
 
+def ranks(values):
+    """(B, N) -> (B, N) int64, how many values of its row are smaller than each: a permutation of 0 .. N - 1."""
+    return values.argsort(1).argsort(1)
+
+
 def mask_tokens(tokens, schedule, mask_id, generator=None):
     """Replaces ⌈γ(r)·N⌉ random tokens of each row by [MASK], r uniform in [0, 1) and drawn for each row.
 
-    tokens: (B, N) int64. generator: of the CPU, so that the masks are the same on every device. Returns (masked tokens,
-    mask), both (B, N); mask is boolean, true where masked. Shapes do not depend on r, so one compiled graph serves every
-    step."""
+    tokens: (B, N) int64. generator: of the CPU, so that the masks are the same on every device. Returns (masked
+    tokens, mask), both (B, N); mask is boolean, true where masked. Shapes do not depend on r, so one compiled graph
+    serves every step."""
     B, N = tokens.shape
     r = torch.rand(B, 1, generator=generator).to(tokens.device, non_blocking=True)
     noise = torch.rand(B, N, generator=generator).to(tokens.device, non_blocking=True)
-    count = (gamma(r, schedule, N) * N).ceil()
-    rank = noise.argsort(1).argsort(1)                                                      # a random permutation
-    mask = rank < count
+    mask = ranks(noise) < (gamma(r, schedule, N) * N).ceil()               # the first so many of a random permutation
     return torch.where(mask, mask_id, tokens), mask
 
 
@@ -247,34 +226,67 @@ def mvtm_loss(logits, targets, mask, label_smoothing=0.1):
 
 # ------------------------------------------------------------------------------------ parallel decoding (§3.3)
 
-ORDERS = "confidence random halton".split()
+@torch.no_grad()
+def decode(model, labels, steps=8, schedule="cosine", known=None, choice_temperature=4.5, temperature=1.0, top_k=None,
+           cfg=0.0, order="confidence", start_step=0, generator=None, return_steps=False):
+    """Iterative parallel decoding (§3.3): all tokens of an image in `steps` forward passes.
+
+    labels: (B,) int64. steps: T, from 1 to N. known: (B, N) tokens to keep, mask_id where unknown (None: all unknown);
+    the schedule counts the unknown ones alone. choice_temperature: how much noise chooses among confident tokens,
+    annealed to 0 (released code; the paper has none, and samples turn flat and monochrome without it).
+    temperature: of the token samples, 0 for the likeliest. top_k: sample among the k likeliest. cfg: weight of
+    classifier-free guidance, growing linearly with t; needs a model with a null class. order: one of ORDERS, what is
+    revealed first. start_step: steps passed over, for a start from known tokens (the released demo edits with 2 of 12).
+    Returns tokens (B, N) int64; with return_steps, also a list of (predicted tokens (B, N), mask (B, N) of those that
+    stay masked), one pair a step. Raises ValueError for a bad argument."""
+    check_decoding(model, steps, start_step, cfg, order)
+    B, N, mask_id, history = len(labels), model.config.num_tokens, model.mask_id, []
+    tokens = torch.full((B, N), mask_id, device=labels.device) if known is None else known
+    masked = tokens == mask_id
+    unknown = [N] * B if known is None else masked.sum(1).tolist()                           # M of each image
+    counts = {M: mask_counts(schedule, steps, M, start_step) for M in set(unknown)}
+    counts = torch.tensor([counts[M] for M in unknown], device=labels.device)                # (B, T - start_step)
+    for t in range(start_step + 1, steps + 1):
+        # 1. Predict: the probabilities of all masked tokens, in parallel.
+        logits = guided_logits(model, tokens, labels, cfg * t / steps)                       # (B, N, codebook_size)
+
+        # 2. Sample a token at every masked position; its probability is the confidence. Known tokens stay.
+        predicted = torch.where(masked, sample_tokens(logits, temperature, top_k, generator), tokens)
+        noise = choice_temperature * (1 - t / steps)
+        confidence = CONFIDENCES[order](logits, predicted, noise, generator).masked_fill(~masked, math.inf)
+
+        # 3. Mask schedule: n = γ(t / T)·M tokens stay masked, M being those unknown at the start.
+        n = counts[:, t - 1 - start_step, None]
+
+        # 4. Mask the n least confident tokens again.
+        masked = ranks(confidence) < n
+        tokens = torch.where(masked, mask_id, predicted)
+        history.append((predicted, masked))
+    return (tokens, history) if return_steps else tokens
 
 
-def halton_order(num_tokens):
-    """A permutation of the token grid that covers it evenly at every length: Halton points of bases 2 and 3.
+def check_decoding(model, steps, start_step, cfg, order):
+    """Raises ValueError for what decode() cannot do."""
+    if model.config.causal:
+        raise ValueError("an autoregressive transformer decodes token by token, not in parallel")
+    if not 1 <= steps <= model.config.num_tokens:
+        raise ValueError(f"steps must be from 1 to the number of tokens, {model.config.num_tokens}, not {steps}")
+    if not 0 <= start_step < steps:
+        raise ValueError(f"the start step must be from 0 to {steps - 1}, one fewer than the steps, not {start_step}")
+    if order not in CONFIDENCES:
+        raise ValueError(f"unknown order '{order}'; choose one of: {', '.join(CONFIDENCES)}")
+    if cfg and model.null_label is None:
+        raise ValueError("guidance needs a model with a null class: train one with --class-dropout 0.1")
 
-    num_tokens: a square number. Returns (num_tokens,) int64, the raster positions in the order they are revealed.
-    Raises ValueError where num_tokens is not a square. Source: Halton 1964; for MaskGIT, Besnier et al. 2025."""
-    side = math.isqrt(num_tokens)
-    if side * side != num_tokens:
-        raise ValueError(f"the halton order needs a square token grid, not {num_tokens} tokens")
 
-    def radical_inverse(i, base):          # mirrors the digits of i at the point: 6 = 110 in base 2 -> 0.011
-        value, scale = 0.0, 1.0
-        while i:
-            i, digit = divmod(i, base)
-            scale /= base
-            value += digit * scale
-        return value
-
-    order, seen, i = [], set(), 0
-    while len(order) < num_tokens:         # every cell is hit in the end; a cell that was hit before is passed over
-        i += 1
-        cell = int(radical_inverse(i, 2) * side) * side + int(radical_inverse(i, 3) * side)
-        if cell not in seen:
-            seen.add(cell)
-            order.append(cell)
-    return torch.tensor(order)
+def guided_logits(model, tokens, labels, weight):
+    """The model's logits, float32; with a weight, pushed away from those without a class (Ho & Salimans 2022)."""
+    if not weight:
+        return model(tokens, labels).float()
+    no_class = torch.full_like(labels, model.null_label)
+    both = model(torch.cat([tokens, tokens]), torch.cat([labels, no_class])).float()
+    conditional, unconditional = both.chunk(2)
+    return conditional + weight * (conditional - unconditional)
 
 
 def gumbel_noise(like, generator=None):
@@ -296,68 +308,25 @@ def sample_tokens(logits, temperature, top_k, generator=None):
     return logits.argmax(-1)
 
 
-@torch.no_grad()
-def decode(model, labels, steps=8, schedule="cosine", known=None, choice_temperature=4.5, temperature=1.0, top_k=None,
-           cfg=0.0, order="confidence", start_step=0, generator=None, return_steps=False):
-    """Iterative parallel decoding (§3.3): all tokens of an image in `steps` forward passes.
+# What is revealed first: each function gives a confidence (B, N) for the tokens that were sampled, the highest first.
 
-    labels: (B,) int64. steps: T, from 1 to N. known: (B, N) tokens to keep, mask_id where unknown (None: all unknown);
-    the schedule counts the unknown ones alone. choice_temperature: how much noise chooses among confident tokens,
-    annealed to 0 (released code; the paper has none, and samples turn flat and monochrome without it).
-    temperature: of the token samples, 0 for the likeliest. top_k: sample among the k likeliest. cfg: weight of
-    classifier-free guidance, growing linearly with t; needs a model with a null class. order: one of ORDERS, what is
-    revealed first. start_step: steps passed over, for a start from known tokens (the released demo edits with 2 of 12).
-    Returns tokens (B, N) int64; with return_steps, also a list of (predicted tokens (B, N), mask (B, N) of those that
-    stay masked), one pair a step. Raises ValueError for a bad argument."""
-    B, N, mask_id = len(labels), model.config.num_tokens, model.mask_id
-    if not 1 <= steps <= N:
-        raise ValueError(f"steps must be from 1 to the number of tokens, {N}, not {steps}")
-    if not 0 <= start_step < steps:
-        raise ValueError(f"the start step must be from 0 to {steps - 1}, one fewer than the steps, not {start_step}")
-    if model.config.causal:
-        raise ValueError("an autoregressive transformer decodes token by token, not in parallel")
-    if order not in ORDERS:
-        raise ValueError(f"unknown order '{order}'; choose one of: {', '.join(ORDERS)}")
-    if cfg and model.null_label is None:
-        raise ValueError("guidance needs a model with a null class: train one with --class-dropout 0.1")
-    tokens = torch.full((B, N), mask_id, device=labels.device) if known is None else known
-    masked = tokens == mask_id
-    unknown = [N] * B if known is None else masked.sum(1).tolist()
-    counts = {m: mask_counts(schedule, steps, m, start_step) for m in set(unknown)}
-    counts = torch.tensor([counts[m] for m in unknown], device=labels.device)                # (B, T - start_step)
-    if order == "halton":
-        halton_rank = halton_order(N).argsort().to(labels.device)
-    history = []
-    for t in range(start_step + 1, steps + 1):
-        # 1. Predict: the probabilities of all masked tokens, in parallel.
-        if cfg:
-            both = model(torch.cat([tokens, tokens]), torch.cat([labels, torch.full_like(labels, model.null_label)]))
-            conditional, unconditional = both.float().chunk(2)
-            logits = conditional + cfg * t / steps * (conditional - unconditional)
-        else:
-            logits = model(tokens, labels).float()                                           # (B, N, codebook_size)
+def by_confidence(logits, predicted, noise, generator):
+    """log p of each sampled token, plus `noise` times Gumbel noise (released code)."""
+    codes = predicted.clamp(max=logits.shape[-1] - 1)      # a known token may be no code; its confidence is not used
+    log_p = logits.log_softmax(-1).gather(-1, codes[..., None]).squeeze(-1)
+    return log_p + noise * gumbel_noise(log_p, generator) if noise > 0 else log_p
 
-        # 2. Sample a token at every masked position; its probability is the confidence. Known tokens stay.
-        predicted = torch.where(masked, sample_tokens(logits, temperature, top_k, generator), tokens)
-        if order == "confidence":
-            log_p = logits.log_softmax(-1).gather(-1, predicted.clamp(max=logits.shape[-1] - 1)[..., None]).squeeze(-1)
-            noise = choice_temperature * (1 - t / steps)
-            confidence = log_p + noise * gumbel_noise(log_p, generator) if noise > 0 else log_p
-        elif order == "random":
-            confidence = torch.rand(B, N, device=labels.device, generator=generator)
-        else:
-            confidence = -halton_rank.float().expand(B, N)
-        confidence = confidence.masked_fill(~masked, math.inf)
 
-        # 3. Mask schedule: n = γ(t / T)·M tokens stay masked, M being those unknown at the start.
-        n = counts[:, t - 1 - start_step, None]
+def by_chance(logits, predicted, noise, generator):
+    return torch.rand(predicted.shape, device=predicted.device, generator=generator)
 
-        # 4. Mask the n least confident tokens again.
-        masked = confidence.argsort(1).argsort(1) < n
-        tokens = torch.where(masked, mask_id, predicted)
-        if return_steps:
-            history.append((predicted, masked))
-    return (tokens, history) if return_steps else tokens
+
+def by_halton(logits, predicted, noise, generator):
+    return -halton_order(predicted.shape[1]).argsort().float().expand(predicted.shape).to(predicted.device)
+
+
+CONFIDENCES = {"confidence": by_confidence, "random": by_chance, "halton": by_halton}
+ORDERS = list(CONFIDENCES)
 
 
 # ------------------------------------------------------------- sequential decoding, the baseline (§3.1, Table 1: VQGAN)
@@ -366,17 +335,44 @@ def decode(model, labels, steps=8, schedule="cosine", known=None, choice_tempera
 def decode_sequential(model, labels, temperature=1.0, top_k=None, generator=None, cached=True):
     """Autoregressive decoding in raster order: N forward passes, each of which samples one token of every image.
 
-    model: a MaskGIT with config.causal. labels: (B,) int64. temperature, top_k: as for decode. cached: keep the keys and
-    values of the tokens so far, so that a pass computes one position; else each pass computes all of them so far anew.
+    model: a MaskGIT with config.causal. labels: (B,) int64. temperature, top_k: as for decode. cached: keep the keys
+    and values of the tokens so far, so that a pass computes one position; else each computes all of them so far anew.
     Returns tokens (B, N) int64. Raises ValueError for a model that is not causal."""
-    config, B = model.config, len(labels)
-    if not config.causal:
-        raise ValueError("sequential decoding needs an autoregressive transformer: train one with --decoder autoregressive")
-    rows = torch.zeros(B, config.num_tokens + 1, dtype=torch.long, device=labels.device)     # the class, then the tokens
-    rows[:, 0] = labels + config.codebook_size
-    cache = model.empty_cache(B) if cached else None
-    places = torch.arange(config.num_tokens, device=labels.device)
-    for i in range(config.num_tokens):
-        logits = model.predict(rows[:, i:i + 1], cache, places[i:i + 1]) if cached else model.predict(rows[:, :i + 1])
+    N, B = model.config.num_tokens, len(labels)
+    if not model.config.causal:
+        raise ValueError("this transformer is not autoregressive: train one with --decoder autoregressive")
+    rows = torch.zeros(B, N + 1, dtype=torch.long, device=labels.device)                    # the class, then the tokens
+    rows[:, 0] = labels + model.config.codebook_size
+    caches = model.empty_caches() if cached else None
+    for i in range(N):
+        logits = model.predict(rows[:, i:i + 1], caches) if cached else model.predict(rows[:, :i + 1])
         rows[:, i + 1] = sample_tokens(logits[:, -1].float(), temperature, top_k, generator)
+        if cached:
+            caches[0].position.add_(1)                                                        # of all layers
     return rows[:, 1:]
+
+
+# ----------------------------------------------------------------------------------------- what the paper does not have
+
+def halton_order(num_tokens):
+    """A permutation of the token grid that covers it evenly at every length: Halton points of bases 2 and 3.
+
+    num_tokens: a square number. Returns (num_tokens,) int64, the raster positions in the order they are revealed.
+    Raises ValueError where num_tokens is not a square. Source: Halton 1964; for MaskGIT, Besnier et al. 2025."""
+    side = math.isqrt(num_tokens)
+    if side * side != num_tokens:
+        raise ValueError(f"the halton order needs a square token grid, not {num_tokens} tokens")
+
+    def radical_inverse(i, base):          # mirrors the digits of i at the point: 6 = 110 in base 2 -> 0.011
+        value, scale = 0.0, 1.0
+        while i:
+            i, digit = divmod(i, base)
+            scale /= base
+            value += digit * scale
+        return value
+
+    order, i = {}, 0                       # a dict keeps its keys in order, and each only once
+    while len(order) < num_tokens:         # every cell is hit in the end
+        i += 1
+        order[int(radical_inverse(i, 2) * side) * side + int(radical_inverse(i, 3) * side)] = None
+    return torch.tensor(list(order))

@@ -1,6 +1,6 @@
 """Trains stage 2, the bidirectional transformer, by masked visual token modelling (§3.2).
 
-    python train_transformer.py                     # on the tokens of runs/shapes/vqgan.pt: about 9 minutes on two cores
+    python train_transformer.py                     # from runs/shapes/vqgan.pt: about 9 minutes on two cores
     python train_transformer.py --data cifar10
     python train_transformer.py --data FOLDER --vqgan OTHER/vqgan.pt
     python train_transformer.py --resume            # go on after an interruption
@@ -9,68 +9,113 @@
     torchrun --nproc_per_node 8 train_transformer.py --data imagenet --cache-tokens 10       # eight GPUs
     python train_transformer.py --data imagenet --device xla                                 # all TPU chips of a host
 
-Writes runs/NAME/transformer.pt (autoregressive.pt), and beside it the log, the loss curve and the latest samples.
+Writes runs/NAME/transformer.pt (autoregressive.pt), beside it the log, the loss curves and the latest samples.
 """
-import argparse
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-import devices
-import runtime
-from data import batches, open_data
-from maskgit import SCHEDULES, MaskGIT, MaskGITConfig, mask_tokens, mvtm_loss
-from sample import STAGES, draw, load_tokenizer
-from tokens import CachedTokens
+from lib import devices, pictures, training
+from lib.checkpoints import STAGES, fingerprint, rebuild, write_atomically
+from lib.data import batches, open_data
+from lib.devices import count, positive, share, whole, yes_or_no
+from lib.tokens import CachedTokens
+from maskgit import SCHEDULES, MaskGIT, MaskGITConfig, decode, decode_sequential, mask_tokens, mvtm_loss
+from vqgan import VQGAN, as_grid
 
+# Each hyperparameter: its type, its value for `shapes` and for `imagenet` (the paper's, as released), and what it is.
 FLAGS = {
-    "dim": "width of the transformer",
-    "depth": "layers",
-    "heads": "attention heads",
-    "mlp_dim": "width of the perceptron in each layer",
-    "dropout": "dropout probability",
-    "schedule": f"mask schedule in training: {', '.join(SCHEDULES)}",
-    "label_smoothing": "label smoothing of the loss",
-    "class_dropout": "share of the labels replaced by the null class, for classifier-free guidance",
-    "steps": "training steps",
-    "batch": "images in a step, over all devices",
-    "lr": "learning rate of AdamW (betas 0.9, 0.96)",
-    "weight_decay": "weight decay of AdamW",
-    "warmup": "steps of linear warm-up",
-    "decay": "yes: cosine decay to 1%%; no: constant learning rate",
-    "ema": "decay of the averaged weights",
+    "dim": (count, 128, 768, "width of the transformer"),
+    "depth": (count, 4, 24, "layers"),
+    "heads": (count, 4, 8, "attention heads"),
+    "mlp_dim": (count, 512, 3072, "width of the perceptron in each layer"),
+    "dropout": (share, 0.0, 0.1, "dropout probability"),
+    "schedule": (SCHEDULES, "cosine", "cosine", "mask schedule in training"),
+    "label_smoothing": (share, 0.0, 0.1, "label smoothing of the loss"),
+    "class_dropout": (share, 0.0, 0.0, "share of the labels replaced by the null class, for classifier-free guidance"),
+    "steps": (count, 4200, 1_501_000, "training steps"),                                 # imagenet: 300 epochs
+    "batch": (count, 32, 256, "images in a step, over all devices"),
+    "micro_batch": (count, None, 64, "images in memory at once on each device; gradients add up to --batch"),
+    "lr": (positive, 4e-3, 1e-4, "learning rate of AdamW (betas 0.9, 0.96)"),
+    "weight_decay": (positive, 0.045, 0.045, "weight decay of AdamW"),
+    "warmup": (whole, 100, 5000, "steps of linear warm-up"),
+    "decay": (yes_or_no, True, False, "yes: cosine decay to 1%%; no: constant learning rate"),
+    "ema": (share, 0.995, 0.999, "decay of the averaged weights"),
 }
-SHAPES = dict(dim=128, depth=4, heads=4, mlp_dim=512, dropout=0.0, schedule="cosine", label_smoothing=0.0,
-              class_dropout=0.0, steps=4200, batch=32, lr=4e-3, weight_decay=0.045, warmup=100, decay=True, ema=0.995)
-IMAGENET = dict(dim=768, depth=24, heads=8, mlp_dim=3072, dropout=0.1, schedule="cosine", label_smoothing=0.1,
-                class_dropout=0.0, steps=1_501_000, batch=256, lr=1e-4, weight_decay=0.045, warmup=5000, decay=False,
-                ema=0.999, micro_batch=64)                  # 300 epochs
-PRESETS = {"shapes": SHAPES, "cifar10": SHAPES | dict(steps=20_000), "folder": SHAPES, "imagenet": IMAGENET,
-           "places2": IMAGENET | dict(steps=1_409_000)}      # 200 epochs
+PRESETS = training.presets(FLAGS, {
+    "cifar10": ("shapes", {"steps": 20_000}), "folder": ("shapes", {}),
+    "places2": ("imagenet", {"steps": 1_409_000})})                                       # 200 epochs
 
 
-def training_loss(args, model, mask_id, tokens, labels, generator):
-    """§3.2: mask γ(r)·N tokens, predict them from the others, cross-entropy on the masked ones.
+# ------------------------------------------------------------------------------------------------------- one step
 
-    tokens: (B, N), labels: (B,). model: (tokens, labels) -> logits. Returns the loss and the share of masked tokens
-    predicted right, scalars. The autoregressive baseline predicts every token from those before it instead."""
-    if args.decoder == "autoregressive":
-        masked, mask = tokens, torch.ones_like(tokens, dtype=torch.bool)
-    else:
-        masked, mask = mask_tokens(tokens, args.schedule, mask_id, generator)
-    logits = model(masked, labels)
-    loss = mvtm_loss(logits, tokens, mask, args.label_smoothing)
-    return loss, ((logits.detach().argmax(-1) == tokens) & mask).sum() / mask.sum()
+def mask_for_training(args, model, tokens, generator):
+    """§3.2: masks γ(r)·N tokens of each image -> what the model sees and which tokens it is to predict, both (B, N).
+
+    The autoregressive baseline sees all tokens, each position those before it, and predicts all of them."""
+    if model.config.causal:
+        return tokens, torch.ones_like(tokens, dtype=torch.bool)
+    return mask_tokens(tokens, args.schedule, model.mask_id, generator)
+
+
+def drop_labels(labels, null_label, probability, generator):
+    """Replaces a share of the labels by that of no class, so that the model learns to draw without one as well."""
+    dropped = torch.rand(labels.shape, generator=generator).to(labels.device) < probability
+    return torch.where(dropped, null_label, labels)
+
+
+def train_step(nets, tokens, labels, step, args, machine, generator):
+    """One step on tokens (B, N) and labels (B,): mask some tokens, predict them from the others (Eq. 1).
+
+    generator: of the CPU, for the masks. Returns the metrics by name, on the device."""
+    training.set_learning_rate(nets.optimizer, step, args.lr, args.warmup, args.steps, args.decay)
+    if args.class_dropout > 0:
+        labels = drop_labels(labels, nets.model.null_label, args.class_dropout, generator)
+    seen, mask = mask_for_training(args, nets.model, tokens, generator)
+
+    def masked_token_loss(seen, mask, tokens, labels):
+        logits = nets.wrapped(seen, labels)
+        loss = mvtm_loss(logits, tokens, mask, args.label_smoothing)
+        right = (logits.detach().argmax(-1) == tokens) & mask
+        return loss, {"loss": loss, "accuracy": right.sum() / mask.sum()}
+
+    batch = [seen, mask, tokens, labels]
+    metrics = training.accumulate(machine, nets.wrapped, nets.optimizer, masked_token_loss, batch, args.parts)
+    metrics["gradient"] = torch.nn.utils.clip_grad_norm_(nets.model.parameters(), 1.0)
+    nets.optimizer.step()
+    nets.ema.update(nets.model, step)
+    return metrics
 
 
 @torch.no_grad()
-def validate(args, model, tokens, labels):
-    """Loss of validation tokens (n, N) under fixed random masks: the same at every call."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.stack([training_loss(args, model, model.mask_id, part, label, generator)[0]
-                        for part, label in zip(tokens.split(64), labels.split(64))]).mean().item()
+def validation_loss(args, model, tokens, labels):
+    """Of validation tokens (n, N) under fixed random masks: the same at every call."""
+    generator, losses = torch.Generator().manual_seed(0), []
+    for part, label in zip(tokens.split(64), labels.split(64), strict=True):
+        seen, mask = mask_for_training(args, model, part, generator)
+        losses.append(mvtm_loss(model(seen, label), part, mask, args.label_smoothing))
+    return torch.stack(losses).mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------- building
+
+def build(args, config, machine, start=None, same_classes=False):
+    """What stage 2 trains: the model, on the machine, its averaged weights and its optimizer.
+
+    start: a MaskGIT whose weights to take over, or None. same_classes: those of the classes, too."""
+    torch.manual_seed(args.seed)
+    model = MaskGIT(config)
+    if start is not None:
+        adopt(model, start, same_classes)
+    model.to(machine.device)
+    # Weight decay for matrices; biases, LayerNorms and the output's bias are left alone.
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": args.weight_decay},
+              {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.96), fused=machine.fused)
+    return SimpleNamespace(model=model, ema=training.EMA(model, args.ema), optimizer=optimizer,
+                           wrapped=machine.wrap(model))             # as training calls it: compiled, on all ranks
 
 
 def adopt(model, start, same_classes):
@@ -85,128 +130,110 @@ def adopt(model, start, same_classes):
     model.load_state_dict(weights)
 
 
-def train(args, machine):
-    if args.schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule '{args.schedule}'; choose one of: {', '.join(SCHEDULES)}")
-    device, parts = machine.device, devices.micro_batches(args, machine)
-    folder = Path(args.run or Path("runs", Path(args.data).name))
-    tokenizer, of_tokenizer = load_tokenizer(args.vqgan or folder / "vqgan.pt")
-    size = args.image_size or of_tokenizer["image_size"]
+def configuration(args, tokenizer, size, classes):
+    """-> a MaskGITConfig; a MaskGIT to start from, or None; whether that has the same classes. Raises ValueError if it
+    belongs to another tokenizer or another number of tokens."""
+    num_tokens = (size // tokenizer.config.stride) ** 2
+    config = MaskGITConfig(tokenizer.config.codebook_size, len(classes), num_tokens, args.dim, args.depth, args.heads,
+                           args.mlp_dim, args.dropout, causal=args.decoder == "autoregressive",
+                           null_class=args.class_dropout > 0)
+    if not args.init:
+        return config, None, False
+    stage = STAGES[args.decoder]
+    start, checkpoint = rebuild(Path(args.init, f"{stage}.pt"), stage, MaskGIT)
+    if checkpoint["tokenizer"] != fingerprint(tokenizer):
+        raise ValueError(f"the transformer of {args.init} belongs to another tokenizer: "
+                         f"add --vqgan {args.init}/vqgan.pt")
+    if start.config.num_tokens != config.num_tokens:
+        raise ValueError(f"the transformer of {args.init} draws {start.config.num_tokens} tokens, not "
+                         f"{config.num_tokens}: add --image-size {checkpoint['image_size']}")
+    config = replace(start.config, num_classes=config.num_classes, dropout=config.dropout, null_class=config.null_class)
+    return config, start, list(classes) == checkpoint["classes"]
+
+
+# ---------------------------------------------------------------------------------------------------- the training run
+
+def open_tokenizer(args, machine):
+    """-> the tokenizer, on the machine, and the images' size in pixels. Raises ValueError where they do not fit."""
+    tokenizer, checkpoint = rebuild(args.vqgan or training.folder_of(args) / "vqgan.pt", "vqgan", VQGAN)
+    size = args.image_size or checkpoint["image_size"]
     if size % tokenizer.config.stride:
         raise ValueError(f"--image-size {size} is not divisible by the tokenizer's stride {tokenizer.config.stride}")
-    settings = {name: getattr(args, name) for name in (*FLAGS, "data", "seed", "cache_tokens")}
-    settings |= {"init": args.init, "image_size": size, "tokenizer": runtime.fingerprint(tokenizer)}
-    stage = STAGES[args.decoder]
-    run = runtime.Run(folder, stage, settings, ["loss", "accuracy", "gradient", "val_loss"], args, machine)
-    if args.vqgan and run.leads and not (folder / "vqgan.pt").exists():     # a run holds all that sampling needs
-        runtime.write_atomically(folder / "vqgan.pt", lambda file: file.write(Path(args.vqgan).read_bytes()))
+    return tokenizer.to(machine.device, memory_format=machine.layout), size
+
+
+@torch.no_grad()
+def tokenize(images, tokenizer, args, machine):
+    """(n, 3, S, S) uint8 -> tokens (n, N), on the device."""
+    with machine.autocast():
+        parts = machine.to_floats(images).split(args.micro_batch or 64)
+        return torch.cat([tokenizer.encode(part).flatten(1) for part in parts])
+
+
+@torch.no_grad()
+def preview(model, tokenizer, classes, generator):
+    """A picture of samples: eight of each of the first ten classes; in 8 steps, where the decoder is parallel."""
+    rows = []
+    for label in range(min(10, len(classes))):
+        labels = torch.full((8,), label, device=model.head_bias.device)
+        if model.config.causal:
+            tokens = decode_sequential(model, labels, generator=generator)
+        else:
+            tokens = decode(model, labels, min(8, model.config.num_tokens), generator=generator)
+        rows.append(tokenizer.decode(as_grid(tokens)))
+    return pictures.grid(rows, classes)
+
+
+def train(args, machine):
+    args.parts = training.micro_batches(args, machine)
+    tokenizer, size = open_tokenizer(args, machine)
+    settings = training.decisive_settings(args, FLAGS, "cache_tokens", "init")
+    settings |= {"image_size": size, "tokenizer": fingerprint(tokenizer)}
+    run = training.Run(STAGES[args.decoder], settings, ["loss", "accuracy", "gradient", "val_loss"], args, machine)
+    own_tokenizer = run.folder / "vqgan.pt"                                # a run holds all that sampling needs
+    if args.vqgan and machine.leads and not own_tokenizer.exists():
+        write_atomically(own_tokenizer, lambda file: file.write(Path(args.vqgan).read_bytes()))
     data, val = open_data(args.data, size, args.data_dir)
-    config = MaskGITConfig(tokenizer.config.codebook_size, len(data.classes), (size // tokenizer.config.stride) ** 2,
-                           args.dim, args.depth, args.heads, args.mlp_dim, args.dropout, causal=args.decoder == "autoregressive",
-                           null_class=args.class_dropout > 0)
-    if args.init:
-        start, of_start = runtime.rebuild(Path(args.init, f"{stage}.pt"), stage, MaskGITConfig, MaskGIT)
-        if of_start["tokenizer"] != settings["tokenizer"]:
-            raise ValueError(f"the transformer of {args.init} belongs to another tokenizer: add --vqgan {args.init}/vqgan.pt")
-        if start.config.num_tokens != config.num_tokens:
-            raise ValueError(f"the transformer of {args.init} draws {start.config.num_tokens} tokens, not {config.num_tokens}: "
-                             f"add --image-size {of_start['image_size']}")
-        config = replace(start.config, num_classes=config.num_classes, dropout=config.dropout, null_class=config.null_class)
+    config, start, same_classes = configuration(args, tokenizer, size, data.classes)
+    nets = build(args, config, machine, start, same_classes)
+    run.restore({"model": nets.model, "ema": nets.ema.model, "optimizer": nets.optimizer})
+    run.introduce(nets.model, f"{config.num_tokens} tokens of {config.codebook_size}, {config.num_classes} classes")
 
-    torch.manual_seed(args.seed)
-    tokenizer.to(device, memory_format=machine.layout)
-    model = MaskGIT(config)
-    if args.init:
-        adopt(model, start, list(data.classes) == of_start["classes"])
-    model.to(device)
-    # Weight decay for matrices; biases, LayerNorms and the output's bias are left alone.
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
-                                   {"params": others, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.96), fused=machine.fused)
-    ema = runtime.EMA(model, args.ema)
-    saved = {"model": model, "ema": ema.model, "optimizer": optimizer}
-    if run.state:
-        for name, part in saved.items():
-            part.load_state_dict(run.state[name])
-
-    def tokenize(images):
-        """(n, 3, S, S) uint8 -> (n, N) int64."""
-        images = images.to(device, non_blocking=True).float().div(255).contiguous(memory_format=machine.layout)
-        with torch.no_grad(), machine.autocast():
-            return torch.cat([tokenizer.encode(part).flatten(1) for part in images.split(args.micro_batch or 64)])
+    def encode(images):
+        return tokenize(images, tokenizer, args, machine)
 
     if args.cache_tokens:
-        data = CachedTokens(folder / "tokens", data, args.cache_tokens, settings["tokenizer"], config.num_tokens)
-        data.encode(tokenize, machine.rank, machine.world)
-        machine.wait_for_ranks()
+        data = CachedTokens(run.folder / "tokens", data, args.cache_tokens, settings["tokenizer"], config.num_tokens)
+        data.encode(encode, machine.rank, machine.world)
+        machine.any(False)                                                        # waits until all ranks have encoded
     val_images, val_labels = val.batch(torch.linspace(0, len(val) - 1, min(512, len(val))).long().numpy())
-    val_tokens, val_labels = tokenize(val_images), val_labels.to(device)
-    shown = min(10, len(data.classes))
-    preview_labels = torch.arange(shown, device=device).repeat_interleave(8)
-    run.say(f"{run.folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.num_tokens} tokens of "
-            f"{config.codebook_size}, {config.num_classes} classes, on {device} x {machine.world}")
+    val_tokens, val_labels = encode(val_images), machine.put(val_labels)
 
-    trained = machine.trainable(model)
-    run.started = time.time()                                                               # encoding is not training
+    def draw_preview():
+        figures = {"val_loss": validation_loss(args, nets.ema.model, val_tokens, val_labels)}
+        return figures, preview(nets.ema.model, tokenizer, data.classes, machine.generator(0))
+
+    def checkpoint():
+        return {"config": asdict(config), "model": nets.ema.model.state_dict(), "data": args.data, "image_size": size,
+                "classes": list(data.classes), "tokenizer": settings["tokenizer"]}
+
     stream = batches(data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
     for step, (images, labels) in enumerate(stream, run.step):
         generator = machine.seed_step(args.seed, step)
-        tokens = images.to(device, non_blocking=True).long() if args.cache_tokens else tokenize(images)
-        labels = labels.to(device, non_blocking=True)
-        if args.class_dropout > 0:
-            drop = torch.rand(labels.shape, generator=generator).to(device) < args.class_dropout
-            labels = torch.where(drop, model.null_label, labels)
-        rate = runtime.learning_rate(step, args.lr, args.warmup, args.steps, args.decay)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-
-        optimizer.zero_grad(set_to_none=True)
-        results = []
-        for i, (part, label) in enumerate(zip(tokens.chunk(parts), labels.chunk(parts))):
-            with machine.accumulating(trained, i + 1 < parts):
-                with machine.autocast():
-                    loss, accuracy = training_loss(args, trained, model.mask_id, part, label, generator)
-                (loss / parts).backward()
-            results.append(torch.stack([loss.detach(), accuracy]))
-        machine.reduce_gradients(optimizer)
-        gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        ema.update(model, step)
-        loss, accuracy = torch.stack(results).mean(0)
-        run.end_step({"loss": loss, "accuracy": accuracy, "gradient": gradient})
-
-        save = run.saves(step + 1)
-        if save and run.leads:
-            run.extra["val_loss"] = validate(args, ema.model, val_tokens, val_labels)
-            options = {} if config.causal else {"steps": min(8, config.num_tokens)}
-            pictures, _ = draw(tokenizer, ema.model, preview_labels, generator=machine.generator(0), **options)
-            runtime.save_image(run.files["png"], runtime.grid(list(pictures.split(8)), data.classes[:shown]))
-            machine.sync(alone=True)                 # or torch-xla adds what is left of this to the next step, on rank 0 alone
-        if save or (step + 1) % args.log_every == 0:
-            run.log(step + 1)
-        if save:
-            run.save(step + 1, {name: part.state_dict() for name, part in saved.items()},
-                     {"config": asdict(config), "model": ema.model.state_dict(), "data": args.data, "image_size": size,
-                      "classes": list(data.classes), "tokenizer": settings["tokenizer"]})
-            run.draw_curve()
-            run.exit_if_signalled(step + 1)
-    run.say(f"the {stage} is {run.files['pt']}; look at {run.files['png']}. Next: python sample.py --run {run.folder}")
+        tokens = machine.put(images).long() if args.cache_tokens else encode(images)
+        metrics = train_step(nets, tokens, machine.put(labels), step, args, machine, generator)
+        run.finish_step(step + 1, metrics, draw_preview, checkpoint)
+    run.say_the_end(f"python sample.py --run {run.folder}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--decoder", default="parallel", choices=STAGES,
-                        help="autoregressive: next-token prediction in raster order with a causal mask (default: %(default)s)")
-    parser.add_argument("--init", metavar="RUN",
-                        help="start from the transformer of a run, sizes included, such as runs/imagenet256")
-    parser.add_argument("--vqgan", help="tokenizer file (default: vqgan.pt in the run's folder)")
-    parser.add_argument("--image-size", type=runtime.whole,
-                        help="pixels along each side (default: what the tokenizer was trained at)")
-    parser.add_argument("--cache-tokens", type=runtime.whole, default=0, metavar="K",
-                        help="encode every training image once, in K augmented views, and train from the tokens; "
-                             "0: encode on the fly (default: %(default)s)")
-    devices.launch(train, runtime.parse_training_flags(parser, PRESETS, FLAGS))
+    devices.launch(train, training.parse_training_flags(__doc__, {
+        "decoder": (list(STAGES), "parallel", "autoregressive: next-token prediction in raster order, causal"),
+        "init": (str, None, "a run whose transformer to start from, sizes included, such as runs/imagenet256"),
+        "vqgan": (str, None, "tokenizer file (default: vqgan.pt in the run's folder)"),
+        "image_size": (count, None, "pixels along each side (default: what the tokenizer was trained at)"),
+        "cache_tokens": (whole, 0, "encode every training image once, in so many views; 0: encode on the fly"),
+    }, FLAGS, PRESETS))
 
 
 if __name__ == "__main__":

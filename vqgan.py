@@ -9,14 +9,16 @@ The architecture is that of the released model, number for number:
 - the discriminator is StyleGAN's residual one, with [1 3 3 1] blur resampling.
 Images are (B, 3, H, W) floats in [0, 1]; tokens are (B, h, w) int64 in [0, codebook_size).
 """
-import contextlib
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from lib.devices import Upsample, from_first_rank, full_precision, mean_over_ranks
 
 
 @dataclass
@@ -89,15 +91,6 @@ class Encoder(Tower):
         self.layers = nn.Sequential(*layers)
 
 
-class Upsample(nn.Module):
-    """Every pixel twice along both sides (nearest neighbour): (B, C, H, W) -> (B, C, 2 H, 2 W)."""
-
-    def forward(self, x):
-        if x.device.type == "xla":     # whose interpolate has no backward pass: its gradients would go through the host
-            return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        return F.interpolate(x, scale_factor=2)
-
-
 class Decoder(Tower):
     """(B, codebook_dim, h, w) -> (B, 3, h * stride, w * stride)."""
 
@@ -119,22 +112,16 @@ class Decoder(Tower):
 
 # ------------------------------------------------------------------------------------------------------ quantizer
 
-def full_precision(tensor):
-    """Switches autocast off. The meta device, on which bench.py counts operations, has none."""
-    return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
-
-
-def entropy_loss(affinity, temperature, mean_over_ranks=lambda x: x):
+def entropy_loss(affinity, temperature):
     """Low entropy for each feature, high entropy for their average: sure choices, and every code in use.
 
-    affinity: (..., codebook_size), larger is nearer; temperature > 0. mean_over_ranks: averages a tensor over the
-    processes that train together, so that each sees the usage of codes in the joint batch. Returns a scalar. Source:
-    released code (`entropy_loss`, type softmax), whose 1e-5 inside the logarithms is kept so that the numbers agree.
-    """
+    affinity: (..., codebook_size), larger is nearer; temperature > 0. Returns a scalar. Source: released code
+    (`entropy_loss`, type softmax), whose 1e-5 inside the logarithms is kept so that the numbers agree."""
     logits = affinity.flatten(0, -2) / temperature
     probs = logits.softmax(-1)
     average = probs.mean(0)
-    average = average + (mean_over_ranks(average.detach()) - average.detach())   # the joint value, each rank's own gradient
+    # Where several processes train together: the usage of codes in the joint batch, with the gradient of the own part.
+    average = average + (mean_over_ranks(average) - average.detach())
     average_entropy = -(average * (average + 1e-5).log()).sum()
     sample_entropy = -(probs * (logits + 1e-5).log_softmax(-1)).sum(-1).mean()
     return sample_entropy - average_entropy
@@ -146,7 +133,6 @@ class VectorQuantizer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.mean_over_ranks = lambda x: x      # replaced where several processes train together
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.codebook_dim))
 
     def distances(self, features):
@@ -167,8 +153,7 @@ class VectorQuantizer(nn.Module):
         losses = {
             "commitment": self.config.commitment * F.mse_loss(features, quantized.detach()),  # pulls features to codes
             "codebook": F.mse_loss(quantized, features.detach()),                             # pulls codes to features
-            "entropy": self.config.entropy * entropy_loss(-distances, self.config.entropy_temperature,
-                                                                  self.mean_over_ranks),
+            "entropy": self.config.entropy * entropy_loss(-distances, self.config.entropy_temperature),
         }
         # Straight-through: forward is the code, backward is the identity.
         return features + (quantized - features).detach(), indices, losses
@@ -176,6 +161,7 @@ class VectorQuantizer(nn.Module):
 
 class VQGAN(nn.Module):
     """The tokenizer. `encode` and `decode` are what stage 2 uses; `forward` is for training."""
+    Config = VQGANConfig
 
     def __init__(self, config):
         super().__init__()
@@ -201,9 +187,31 @@ class VQGAN(nn.Module):
                              f"stride {self.config.stride}; resize or crop it")
         return self.quantizer.distances(self.encoder(images)).argmin(-1)
 
+    @torch.no_grad()
+    def start_codebook(self, images, generator):
+        """Starts the codebook from features of these images: from the start, every entry is near some feature."""
+        features = self.encoder(images).permute(0, 2, 3, 1).flatten(0, 2)
+        size = self.config.codebook_size
+        repeats = -(-size // len(features))                             # where there are fewer features than entries
+        chosen = torch.randperm(len(features), generator=generator).repeat(repeats)[:size].to(features.device)
+        noise = torch.randn(size, features.shape[1], generator=generator).to(features.device)
+        start = features[chosen] + 0.05 * features.std(0) * noise                                 # no two entries alike
+        self.quantizer.codebook.copy_(from_first_rank(start))
+
     def decode(self, indices):
         """Indices (B, h, w) -> images (B, 3, h * stride, w * stride), clipped to [0, 1]."""
         return self.decoder(self.quantizer.lookup(indices)).clamp(0, 1)
+
+
+def as_grid(tokens):
+    """The tokens (B, N) of square images, as `decode` takes them: (B, h, w)."""
+    side = math.isqrt(tokens.shape[1])
+    return tokens.view(-1, side, side)
+
+
+def to_pixels(mask, stride):
+    """A mask of tokens (..., h, w) -> of the pixels that they stand for, (..., h * stride, w * stride)."""
+    return mask.repeat_interleave(stride, -2).repeat_interleave(stride, -1)
 
 
 def init_weights(module):
@@ -248,11 +256,12 @@ class Discriminator(nn.Module):
     def __init__(self, image_size=256, width=64, max_width=512):
         super().__init__()
         if image_size < 8 or image_size & (image_size - 1):
-            raise ValueError(f"the discriminator needs an image size that is a power of two, at least 8, not {image_size}")
+            raise ValueError(f"the discriminator needs an image size that is a power of two, at least 8, "
+                             f"not {image_size}")
         sizes = [image_size >> i for i in range(int(math.log2(image_size)) - 1)]            # S, S/2, ..., 4
         widths = [max(1, min(max_width, width * 256 // size)) for size in sizes]
         self.conv_in = conv3x3(3, widths[0])
-        self.blocks = nn.Sequential(*[DiscriminatorBlock(a, b) for a, b in zip(widths, widths[1:])])
+        self.blocks = nn.Sequential(*[DiscriminatorBlock(a, b) for a, b in pairwise(widths)])
         self.conv_out = conv3x3(widths[-1], widths[-1])
         self.dense1, self.dense2 = nn.Linear(widths[-1] * 16, widths[-1]), nn.Linear(widths[-1], 1)
         self.apply(init_weights)
@@ -277,7 +286,7 @@ def discriminator_loss(real_logits, fake_logits, kind="non-saturating"):
 
 
 def r1_penalty(discriminator, images):
-    """Squared gradient norm of the logits at real images, mean over them (Mescheder et al. 2018), without its weight."""
+    """Squared gradient norm of the logits at real images, mean over them (Mescheder et al. 2018), without a weight."""
     images = images.detach().requires_grad_(True)
     gradient, = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)
     return gradient.square().sum((1, 2, 3)).mean()

@@ -1,4 +1,4 @@
-"""What others trained: the released format both ways, the tokenizer's PyTorch port, LPIPS, and fetching over bad networks."""
+"""What others trained: the released format both ways, the tokenizer's PyTorch port, LPIPS; bad networks."""
 import copy
 import csv
 import hashlib
@@ -15,16 +15,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-import downloads
 from conftest import ROOT, TINY_TRANSFORMER, TINY_VQ, refused, run
-from downloads import download
-from maskgit import MaskGIT, MaskGITConfig
-from perceptual import LPIPS, load_lpips
-from pretrained import maskgit_from_jax, read_tokenizer, tokenizer_layers, vqgan_from_jax, vqgan_from_port, write_released
-from runtime import load_checkpoint
-from sample import load_run
 from test_parity import DATA, close, load
+
+from lib import downloads
+from lib.checkpoints import load_checkpoint, load_run
+from lib.data import imagenet_classes
+from lib.downloads import download
+from lib.lpips import LPIPS, load_lpips
+from maskgit import MaskGIT, MaskGITConfig
+from pretrained import (
+    maskgit_from_jax,
+    read_tokenizer,
+    tokenizer_layers,
+    vqgan_from_jax,
+    vqgan_from_port,
+    write_released,
+)
 from vqgan import VQGAN, VQGANConfig
 
 TOKENIZER, TRANSFORMER = DATA / "tokenizer_tiny.msgpack", DATA / "transformer_tiny.msgpack"
@@ -54,7 +61,8 @@ def test_released_tokenizer(msgpack):
     ref, _ = load("tokenizer_tiny")
     model = vqgan_from_jax(TOKENIZER)
     assert not model.training
-    assert model.config == VQGANConfig(codebook_size=64, codebook_dim=16, filters=32, multipliers=(1, 1, 2), res_blocks=1)
+    assert model.config == VQGANConfig(codebook_size=64, codebook_dim=16, filters=32, multipliers=(1, 1, 2),
+                                       res_blocks=1)
     images = ref["image"].permute(0, 3, 1, 2)
     close(model.encoder(images), ref["encoded"].permute(0, 3, 1, 2))
     assert torch.equal(model.encode(images), ref["indices"].long())
@@ -99,12 +107,14 @@ def test_wrappings_chunks_and_other_types(msgpack, tmp_path):
     expected, tree = maskgit_from_jax(TRANSFORMER, 64).state_dict(), tree_of(msgpack, TRANSFORMER)
     table = tree["params"]["Embed_0"]["word_embeddings"]
     (rows, dim), _, data = msgpack.unpackb(table["embedding"].data)
-    pieces = [msgpack.ExtType(1, msgpack.packb(((len(part) // 4,), "float32", part))) for part in (data[:4000], data[4000:])]
+    pieces = [msgpack.ExtType(1, msgpack.packb(((len(part) // 4,), "float32", part)))
+              for part in (data[:4000], data[4000:])]
     table["embedding"] = {"__msgpack_chunked_array__": True, "shape": {"0": rows, "1": dim},
                           "chunks": {"0": pieces[0], "1": pieces[1]}}
     bias = tree["params"]["MlmLayer_0"]["mlm_dense"]
     halved = torch.from_numpy(np.frombuffer(msgpack.unpackb(bias["bias"].data)[2], np.float32).copy()).bfloat16()
-    bias["bias"] = msgpack.ExtType(1, msgpack.packb((halved.shape, "bfloat16", halved.view(torch.int16).numpy().tobytes())))
+    buffer = halved.view(torch.int16).numpy().tobytes()
+    bias["bias"] = msgpack.ExtType(1, msgpack.packb((halved.shape, "bfloat16", buffer)))
     step = msgpack.ExtType(3, msgpack.packb(((), "int32", b"\0\0\0\1")))
     for i, wrapped in enumerate((tree, tree["params"], {"step": step, "params": tree}, {"target": tree, "step": 7})):
         (tmp_path / "file").write_bytes(msgpack.packb(wrapped))
@@ -121,7 +131,8 @@ def leaves(tree, path=()):
         yield from leaves(value, (*path, key)) if isinstance(value, dict) else [(*path, key)]
 
 
-@pytest.mark.parametrize("path, read", [(TOKENIZER, vqgan_from_jax), (TRANSFORMER, lambda path: maskgit_from_jax(path, 64))])
+@pytest.mark.parametrize("path, read", [(TOKENIZER, vqgan_from_jax),
+                                        (TRANSFORMER, lambda path: maskgit_from_jax(path, 64))])
 def test_a_parameter_too_few_too_many_or_misshapen_is_named(msgpack, path, read, tmp_path):
     file, tree = tmp_path / "file", tree_of(msgpack, path)
     for *folders, last in leaves(tree["params"]):
@@ -150,8 +161,9 @@ def test_a_parameter_too_few_too_many_or_misshapen_is_named(msgpack, path, read,
 
 def test_damaged_files(msgpack, tmp_path):
     file, whole = tmp_path / "file", TRANSFORMER.read_bytes()
-    for data in (b"", b"not a checkpoint at all", whole[:20], whole[:50_000], whole[:-1], whole + b"x", b"\x93\x01\x02\x03",
-                 whole.replace(b"float32", b"complex"), whole.replace(b"\x92\x20\x04\x08", b"\x92\x20\x04\x09")):
+    for data in (b"", b"not a checkpoint at all", whole[:20], whole[:50_000], whole[:-1], whole + b"x",
+                 b"\x93\x01\x02\x03", whole.replace(b"float32", b"complex"),
+                 whole.replace(b"\x92\x20\x04\x08", b"\x92\x20\x04\x09")):
         file.write_bytes(data)
         for read in (maskgit_from_jax, read_tokenizer):
             with pytest.raises(ValueError) as error:
@@ -171,7 +183,8 @@ def test_msgpack_is_optional(tmp_path, monkeypatch):
     (tmp_path / "msgpack.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     refused("pretrained.py", "imagenet256", "--run", tmp_path / "run", says="pip install msgpack")
-    assert not (tmp_path / "run").exists()
+    refused("pretrained.py", "--export", tmp_path / "out", tmp_path / "run", says="pip install msgpack")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
 
 
 # ---- runs
@@ -225,10 +238,10 @@ def test_offline_without_the_files(msgpack, tmp_path):
 
 
 def test_imagenet_classes():
-    names = (ROOT / "imagenet_classes.txt").read_text().splitlines()
+    names = imagenet_classes()
     assert len({name.lower() for name in names}) == len(names) == 1000
-    known = {0: "tench", 1: "goldfish", 207: "golden retriever", 388: "giant panda", 517: "crane (machine)", 985: "daisy",
-             999: "toilet tissue"}
+    known = {0: "tench", 1: "goldfish", 207: "golden retriever", 388: "giant panda", 517: "crane (machine)",
+             985: "daisy", 999: "toilet tissue"}
     assert {i: names[i] for i in known} == known
 
 
@@ -270,7 +283,8 @@ def port_reconstruction(weights, levels, blocks, x):
 @torch.no_grad()
 def test_port_of_the_tokenizer(tmp_path):
     torch.manual_seed(0)
-    model = VQGAN(VQGANConfig(codebook_size=20, codebook_dim=6, filters=32, multipliers=(1, 2, 2, 3), res_blocks=2)).eval()
+    model = VQGAN(VQGANConfig(codebook_size=20, codebook_dim=6, filters=32, multipliers=(1, 2, 2, 3), res_blocks=2))
+    model.eval()
     for name, parameter in model.named_parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.1)
     own = model.state_dict()
@@ -313,19 +327,21 @@ def test_a_port_file_cannot_run_code(tmp_path):
 # ---- LPIPS
 
 def lpips_weights():
-    """Parameter number i in the sorted list of names is RandomState(1000 + i).randn(*shape), scaled; linear ones positive."""
+    """Parameter number i of the sorted names is RandomState(1000 + i).randn(*shape), scaled; linear ones positive."""
     weights = {}
     for i, (name, value) in enumerate(sorted(LPIPS().state_dict().items())):
         array = np.random.RandomState(1000 + i).randn(*value.shape)
         scale = 0.1 if name.endswith("bias") else np.sqrt(2 / array[0].size)
-        weights[name] = torch.from_numpy((np.abs(array) if name.startswith("linear") else array * scale).astype(np.float32))
+        array = np.abs(array) if name.startswith("linear") else array * scale
+        weights[name] = torch.from_numpy(array.astype(np.float32))
     return weights
 
 
 def save_lpips_weights(folder):
     """The random weights in files named and laid out as upstream's -> their paths."""
     weights, vgg16, linear = lpips_weights(), folder / "vgg16-397923af.pth", folder / "lpips-vgg.pth"
-    torch.save({k: v for k, v in weights.items() if k.startswith("features")} | {"classifier.0.bias": torch.zeros(2)}, vgg16)
+    features = {k: v for k, v in weights.items() if k.startswith("features")}
+    torch.save(features | {"classifier.0.bias": torch.zeros(2)}, vgg16)
     torch.save({f"lin{i}.model.1.weight": weights[f"linear.{i}"].view(1, -1, 1, 1) for i in range(5)}, linear)
     return vgg16, linear
 
@@ -345,7 +361,7 @@ def test_lpips(monkeypatch, tmp_path):
     gradient, = torch.autograd.grad(distance.sum(), a)
     close(gradient[:, :, ::8, ::8], ref["gradient"], 1e-6)
 
-    for bias in (name for name in model.state_dict() if name.endswith("bias")):       # features that are zero everywhere
+    for bias in (name for name in model.state_dict() if name.endswith("bias")):     # features that are zero everywhere
         model.get_parameter(bias).fill_(-1e3)
     distance = model(a, b)
     gradient, = torch.autograd.grad(distance.sum(), a)
@@ -368,7 +384,8 @@ def test_training_with_the_perceptual_loss(tmp_path):
     save_lpips_weights(tmp_path)
     command = ["train_vq.py", "--run", tmp_path / "run", *TINY_VQ, "--steps", 2, "--perceptual", "lpips"]
     run(*command, env=os.environ | {"MASKGIT_CACHE": str(tmp_path)})
-    rows = list(csv.DictReader(open(tmp_path / "run" / "vqgan.log.csv")))
+    with open(tmp_path / "run" / "vqgan.log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
     assert all(0 < float(row["perceptual"]) < 100 for row in rows)
     # Neither at hand nor to be fetched: training does not silently go on without.
     unreachable = {name: "http://127.0.0.1:9" for name in ("https_proxy", "HTTPS_PROXY")}
@@ -382,11 +399,11 @@ def test_training_goes_on_from_a_run(trained, tmp_path):
     output = run("train_transformer.py", "--run", tmp_path / "same", "--vqgan", trained / "vqgan.pt", "--init", trained,
                  *TINY_TRANSFORMER, "--steps", 1, "--lr", 0, "--dim", 999)
     assert "10 classes" in output
-    ours, theirs = (load_checkpoint(f / "transformer.resume.pt", "transformer training state")["model"] if f != trained else
-                    load_checkpoint(f / "transformer.pt", "transformer")["model"] for f in (tmp_path / "same", trained))
+    ours = load_checkpoint(tmp_path / "same" / "transformer.resume.pt", "transformer training state")["model"]
+    theirs = load_checkpoint(trained / "transformer.pt", "transformer")["model"]
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    refused("train_transformer.py", "--run", tmp_path / "no", "--vqgan", trained / "vqgan.pt", "--init", tmp_path / "nowhere",
-            says=["nowhere", "does not exist"])
+    refused("train_transformer.py", "--run", tmp_path / "no", "--vqgan", trained / "vqgan.pt",
+            "--init", tmp_path / "nowhere", says=["nowhere", "does not exist"])
 
 
 # ---- fetching
@@ -395,8 +412,8 @@ BODY = np.random.RandomState(0).bytes(3_000_000)
 
 
 class Server(BaseHTTPRequestHandler):
-    """Serves BODY. What it does wrong is in the server's attributes: `cuts` requests broken off at 30%, an error `status`,
-    `ranges` that are ignored, and `pause` seconds before the body. `asked` lists the Range of each request."""
+    """Serves BODY. What it does wrong is in the server's attributes: `cuts` requests broken off at 30%, an error
+    `status`, `ranges` that are ignored, `pause` seconds before the body. `asked` lists the Range of each request."""
     def do_GET(self):
         server, asked = self.server, self.headers.get("Range")
         server.asked.append(asked)
@@ -440,7 +457,7 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 def test_fetching_once(server, capfd):
     path = download(server.url, "file", SHA256, len(BODY))
     assert path == server.cache / "file" and path.read_bytes() == BODY
-    assert "3.0 of 3.0 MB" in capfd.readouterr().err
+    assert "3 of 3 MB" in capfd.readouterr().err
     assert download(server.url, "file") == path and server.asked == [None]
 
 
@@ -465,7 +482,7 @@ def test_a_connection_that_keeps_breaking_off(server, monkeypatch):
 
 def test_a_part_that_is_whole_or_too_long(server):
     server.cache.mkdir()
-    for data in (BODY, BODY + b"more"):                                 # killed before renaming; the file was another then
+    for data in (BODY, BODY + b"more"):                     # killed before renaming; the file was another then
         (server.cache / "file.part").write_bytes(data)
         path = download(server.url, "file", SHA256)
         assert path.read_bytes() == BODY
@@ -474,8 +491,8 @@ def test_a_part_that_is_whole_or_too_long(server):
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (dict(sha256="0" * 64), ["checksum", "0" * 64, SHA256]),
-    (dict(size=2_999_999), ["3000000 bytes", "not 2999999"]),
+    ({"sha256": "0" * 64}, ["checksum", "0" * 64, SHA256]),
+    ({"size": 2_999_999}, ["3000000 bytes", "not 2999999"]),
 ])
 def test_a_wrong_file(server, wrong, words):
     with pytest.raises(ValueError) as error:
@@ -507,9 +524,10 @@ def test_a_cache_folder_that_cannot_be_written(server, monkeypatch, tmp_path):
 
 
 def child(server, **options):
-    code = f"import devices, downloads; devices.command_line(lambda: print(downloads.download({server.url!r}, 'file')))"
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            **options)
+    code = ("from lib import devices, downloads; "
+            f"devices.command_line(lambda: print(downloads.download({server.url!r}, 'file')))")
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, **options)
 
 
 def test_a_full_disk(server):
@@ -537,10 +555,11 @@ def test_two_processes_fetch_a_file_once(server):
 def test_a_run_in_half_the_size(trained, tmp_path):
     run("pretrained.py", "--half", tmp_path / "half", trained)
     for stage in ("vqgan", "transformer"):
-        whole, half = (torch.load(folder / f"{stage}.pt", weights_only=True)["model"] for folder in (trained, tmp_path / "half"))
+        whole, half = (torch.load(folder / f"{stage}.pt", weights_only=True)["model"]
+                       for folder in (trained, tmp_path / "half"))
         for name, value in whole.items():
             assert half[name].dtype == torch.float16 and torch.equal(half[name], value.half())
-    _, tokenizer, transformer, _ = load_run(tmp_path / "half", "cpu")
+    _, tokenizer, transformer, _ = load_run(tmp_path / "half", "cpu", VQGAN, MaskGIT)
     assert {p.dtype for model in (tokenizer, transformer) for p in model.parameters()} == {torch.float32}
     run("sample.py", "--run", tmp_path / "half", "--num", 1)
     refused("pretrained.py", "--half", tmp_path / "half", trained, says=["vqgan.pt", "already there", "--overwrite"])

@@ -1,7 +1,5 @@
-"""Beyond one process: ranks, accumulation, cached tokens, torch-xla; and the benchmark."""
-import csv
+"""Beyond one process: ranks, accumulation, cached tokens; and the benchmark."""
 import json
-import math
 import os
 import shutil
 import signal
@@ -12,16 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-import data
-import devices
-import train_vq
 from conftest import ROOT, TINY_TRANSFORMER, TINY_VQ, refused, run
-from maskgit import MaskGIT, MaskGITConfig, mask_tokens, mvtm_loss
 from test_data import make_folder
-from test_training import wait_for_step
-from tokens import CachedTokens
-from vqgan import VQGAN, Discriminator, VQGANConfig
+from test_training import read_log, wait_for_step
+
+import train_transformer
+import train_vq
+from lib import data, devices
+from lib.tokens import CachedTokens
+from maskgit import MaskGITConfig
+from vqgan import VQGANConfig
 
 # Entropy loss and codebook start look at whole batches: without them stage 1 is the same however a batch is split.
 SPLITTABLE = [*TINY_VQ, "--codebook-lr", 1, "--entropy", 0, "--gan-start", 0.4]
@@ -35,33 +33,27 @@ def torchrun(script, *arguments):
 # ---- two processes against one
 
 def gradients(stage, machine):
-    """Gradients of one training step on this rank's half of a fixed batch."""
-    torch.manual_seed(0)
+    """Gradients of one training step, as the scripts take it, on this rank's half of a fixed batch."""
     half = slice(4 * machine.rank // machine.world, 4 * (machine.rank + 1) // machine.world)
-    if stage == "transformer":
-        model = MaskGIT(MaskGITConfig(24, 3, 16, 32, 2, 4, 64, dropout=0.0))
-        tokens, labels = torch.randint(0, 24, (4, 16)), torch.tensor([0, 1, 2, 1])
-        masked, mask = mask_tokens(tokens, "cosine", model.mask_id)
-        trained = machine.trainable(model)
-        mvtm_loss(trained(masked[half], labels[half]), tokens[half], mask[half]).backward()
-        return [model]
-    args = SimpleNamespace(**train_vq.SHAPES)
-    model, disc = VQGAN(VQGANConfig(32, 4, 8, (1, 1, 1), 1, 1)), Discriminator(32, 1, 8)
-    torch.nn.init.normal_(model.quantizer.codebook)
+    torch.manual_seed(1)
+    if stage == "transformer":          # the causal one: masks would be drawn on each rank, for its own half
+        args = SimpleNamespace(**train_transformer.PRESETS["shapes"], seed=0, parts=1)
+        config = MaskGITConfig(24, 3, 16, 32, 2, 4, 64, dropout=0.0, causal=True)
+        nets = train_transformer.build(args, config, machine)
+        tokens, labels = torch.randint(0, 24, (4, 16))[half], torch.tensor([0, 1, 2, 1])[half]
+        train_transformer.train_step(nets, tokens, labels, 0, args, machine, None)
+        return [nets.model]
+    args = SimpleNamespace(**train_vq.PRESETS["shapes"] | {"disc_width": 1, "disc_max_width": 8}, seed=0, parts=1)
+    nets = train_vq.build(args, VQGANConfig(32, 4, 8, (1, 1, 1), 1, 1), machine)
+    torch.nn.init.normal_(nets.model.quantizer.codebook)
     images = torch.rand(4, 3, 32, 32)[half]
-    model.quantizer.mean_over_ranks = machine.mean
-    trained, trained_disc = machine.trainable(model), machine.trainable(disc)
-    disc.requires_grad_(False)
-    total, _, restored = train_vq.tokenizer_losses(args, trained, images, disc, 0.4)
-    total.backward()
-    disc.requires_grad_(True)
-    total, _ = train_vq.judge_losses(args, trained_disc, disc, images, restored, penalty=True)
-    total.backward()
-    return [model, disc]
+    train_vq.train_step(nets, images, args.steps - args.steps % args.r1_every, args, machine)        # R1 is due
+    return [nets.model, nets.disc]
 
 
 def on_a_rank(rank, stage, port, path):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     models = gradients(stage, devices.Machine("cpu"))
     if rank == 0:
@@ -84,34 +76,39 @@ def weights(folder):
 
 def assert_close(a, b):
     for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=2e-3, rtol=0, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(a[name], b[name], atol=2e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def one_process(script, *arguments):
+    return [sys.executable, str(ROOT / script), *map(str, arguments)]
 
 
 def test_a_run_moves_from_two_processes_to_one_and_back(tmp_path):
     run("train_vq.py", "--run", tmp_path / "alone", *SPLITTABLE)
-    for name, first, then in (("fewer", torchrun, lambda *a: [sys.executable, str(ROOT / a[0]), *map(str, a[1:])]),
-                              ("more", lambda *a: [sys.executable, str(ROOT / a[0]), *map(str, a[1:])], torchrun)):
+    for name, first, then in (("fewer", torchrun, one_process), ("more", one_process, torchrun)):
         command = "train_vq.py", "--run", tmp_path / name, *SPLITTABLE
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen(first(*command), stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+        process = subprocess.Popen(first(*command), stdout=subprocess.PIPE, text=True, env=environment,
+                                   start_new_session=True)
         wait_for_step(process, 3)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        result = subprocess.run(then(*command, "--resume"), capture_output=True, text=True, env=environment, timeout=120)
+        result = subprocess.run(then(*command, "--resume"), capture_output=True, text=True, env=environment,
+                                timeout=120, check=False)
         assert result.returncode == 0, result.stderr
         assert_close(weights(tmp_path / "alone"), weights(tmp_path / name))
-        rows = list(csv.DictReader(open(tmp_path / name / "vqgan.log.csv")))
-        alone = list(csv.DictReader(open(tmp_path / "alone" / "vqgan.log.csv")))
+        rows, alone = (read_log(folder / "vqgan.log.csv") for folder in (tmp_path / name, tmp_path / "alone"))
         assert [row["step"] for row in rows] == list("123456")
         # The logged loss is the mean over the ranks: that of the whole batch.
         assert all(abs(float(a["reconstruction"]) - float(b["reconstruction"])) < 1e-3 for a, b in zip(rows, alone))
 
 
 def test_a_rank_that_dies_ends_the_others(trained, tmp_path):
-    process = subprocess.Popen(torchrun("train_vq.py", "--run", tmp_path, *TINY_VQ, "--steps", 100000), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+    process = subprocess.Popen(torchrun("train_vq.py", "--run", tmp_path, *TINY_VQ, "--steps", 100000), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
     wait_for_step(process, 2)
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(process.pid)], text=True).split()
     os.kill(int(children[-1]), signal.SIGKILL)
     started = time.time()
     process.communicate(timeout=60)
@@ -120,9 +117,11 @@ def test_a_rank_that_dies_ends_the_others(trained, tmp_path):
 
 def test_micro_batches_add_up(tmp_path):
     for name, micro in (("whole", 4), ("split", 2)):
-        run("train_vq.py", "--run", tmp_path / name, *SPLITTABLE, "--micro-batch", micro, "--recompute", "yes" if micro == 2 else "no")
+        recompute = "yes" if micro == 2 else "no"
+        run("train_vq.py", "--run", tmp_path / name, *SPLITTABLE, "--micro-batch", micro, "--recompute", recompute)
     assert_close(weights(tmp_path / "whole"), weights(tmp_path / "split"))
-    refused("train_vq.py", "--run", tmp_path / "bad", *SPLITTABLE, "--micro-batch", 3, says=["--batch 4", "--micro-batch"])
+    refused("train_vq.py", "--run", tmp_path / "bad", *SPLITTABLE, "--micro-batch", 3,
+            says=["--batch 4", "--micro-batch"])
 
 
 # ---- cached tokens
@@ -164,7 +163,8 @@ def test_training_from_cached_tokens(trained, tmp_path):
     run("train_transformer.py", "--run", tmp_path / "cached", *flags, "--cache-tokens", 2)
     assert (tmp_path / "cached" / "tokens" / "00000.npy").exists()
     shutil.copytree(tmp_path / "cached" / "tokens", tmp_path / "other" / "tokens")
-    refused("train_transformer.py", "--run", tmp_path / "other", *flags, "--cache-tokens", 3, says=["stale", "views", "rm -r"])
+    refused("train_transformer.py", "--run", tmp_path / "other", *flags, "--cache-tokens", 3,
+            says=["stale", "views", "rm -r"])
 
 
 # ---- data at scale
@@ -186,7 +186,8 @@ def test_a_scan_is_kept_until_a_folder_changes(tmp_path, monkeypatch):
 
 def test_bad_places(trained, tmp_path):
     for name, says in (("imagenet", "n01440764"), ("places2", "365")):
-        refused("train_vq.py", "--data", name, "--run", tmp_path / "run", says=[f"data/{name}", "train/CLASS", says, "--data-dir"], cwd=tmp_path)
+        refused("train_vq.py", "--data", name, "--run", tmp_path / "run", cwd=tmp_path,
+                says=[f"data/{name}", "train/CLASS", says, "--data-dir"])
     if not torch.cuda.is_available():
         refused("sample.py", "--run", trained, "--device", "cuda", says=["CUDA", "--device cpu"])
     try:
@@ -198,74 +199,19 @@ def test_bad_places(trained, tmp_path):
 def test_larger_images_with_a_tokenizer_of_smaller_ones(trained, tmp_path):
     """As in the paper, where the tokenizer trained at 256 serves 512 too."""
     make_folder(tmp_path / "images", {"a": 6, "b": 6}, size=(80, 80))
-    output = run("train_transformer.py", "--run", tmp_path / "run", "--data", tmp_path / "images", "--vqgan", trained / "vqgan.pt",
-                 "--image-size", 64, *TINY_TRANSFORMER)
+    output = run("train_transformer.py", "--run", tmp_path / "run", "--data", tmp_path / "images",
+                 "--vqgan", trained / "vqgan.pt", "--image-size", 64, *TINY_TRANSFORMER)
     assert "256 tokens of 32, 2 classes" in output
     run("sample.py", "--run", tmp_path / "run", "--num", 1)
 
 
-# ---- speed and torch-xla
+# ---- speed
 
 def test_bench(tmp_path):
     output = run("bench.py", "--preset", "shapes", "--batch", 2, "--repeats", 1, "--json", tmp_path / "bench.json")
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert [row["row"].split(",")[0] for row in rows] == "train-transformer decode train-vq encode restore".split()
+    assert [row["row"].split(",")[0] for row in rows] == ["train-transformer", "decode", "train-vq", "encode", "restore"]
     assert all(0 < row["share"] < 1.2 and row["memory"] > 1e7 for row in rows) and "float32" in output
     # 6 FLOPs for each weight of the blocks and each of 65 positions, a little more for attention and the output.
     train = rows[0]["flops"] / 2
     assert 6 * 65 * 4 * 12 * 128 ** 2 < train < 1.15 * 6 * 65 * 4 * 12 * 128 ** 2
-
-
-COUNT = """
-import importlib, sys
-import runtime, torch_xla.debug.metrics as metrics
-done = runtime.Run.end_step
-def counted(self, values):                    # patched in the chip's process as well, which imports this file
-    done(self, values)
-    print("compiled", (metrics.metric_data("CompileTime") or [0])[0],
-          [name for name in metrics.counter_names() if name.startswith("aten::")], flush=True)
-runtime.Run.end_step = counted
-if __name__ == "__main__":
-    importlib.import_module(sys.argv.pop(1)).main()
-"""
-
-
-def test_xla(tmp_path):
-    """Both stages and sampling through torch-xla's CPU device: the losses of plain CPU, and no graph after the second step."""
-    pytest.importorskip("torch_xla")
-    xla = {**os.environ, "PJRT_DEVICE": "CPU", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    (tmp_path / "count.py").write_text(COUNT)
-    flags = {"vqgan": [*SPLITTABLE, "--gan-start", 0], "transformer": [*TINY_TRANSFORMER, "--dropout", 0]}
-    for stage, script in (("vqgan", "train_vq"), ("transformer", "train_transformer")):
-        rows = {}
-        for device in ("cpu", "xla"):
-            if stage == "transformer" and device == "xla":
-                shutil.copy(tmp_path / "cpu" / "vqgan.pt", tmp_path / "xla" / "vqgan.pt")
-            command = ["--run", tmp_path / device, *flags[stage], "--device", device, "--bf16", "no", "--save-every", 100]
-            result = subprocess.run([sys.executable, tmp_path / "count.py", script, *map(str, command)] if device == "xla" else
-                                    [sys.executable, ROOT / f"{script}.py", *map(str, command)], capture_output=True, text=True, env=xla)
-            assert result.returncode == 0, result.stdout + result.stderr
-            rows[device] = list(csv.DictReader(open(tmp_path / device / f"{stage}.log.csv")))
-            compiled = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("compiled")]
-            if device == "xla":
-                assert len(compiled) == 6 and len(set(compiled[2:])) == 1, compiled
-                assert result.stdout.count("[]\n") == 6, result.stdout       # "aten::..." are steps taken on the host
-        loss = {"vqgan": "reconstruction", "transformer": "loss"}[stage]
-        assert all(abs(float(a[loss]) - float(b[loss])) < 1e-4 for a, b in zip(rows["cpu"], rows["xla"])), rows
-    subprocess.run([sys.executable, ROOT / "sample.py", "--run", tmp_path / "xla", "--device", "xla", "--num", "1"], check=True, env=xla)
-
-
-def test_xla_with_two_replicas(trained, tmp_path):
-    """Both stages on two replicas of torch-xla's CPU device, threads of one process."""
-    pytest.importorskip("torch_xla")
-    environment = {**os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2", "OMP_NUM_THREADS": "1"}
-    for script, stage, flags in (("train_vq.py", "vqgan", [*TINY_VQ, "--gan-start", 0]), ("train_transformer.py", "transformer", TINY_TRANSFORMER)):
-        result = subprocess.run([sys.executable, str(ROOT / script), "--run", str(tmp_path), "--device", "xla", "--bf16", "no", "--save-every", "3",
-                                 *map(str, flags)], capture_output=True, text=True, env=environment, timeout=600)
-        if "Termination timeout" in result.stderr:
-            pytest.xfail("collectives of torch-xla's CPU device wait for each other for ever, now and then (NOTES.md)")
-        assert result.returncode == 0 and "x 2" in result.stdout, result.stdout + result.stderr
-        assert len(list(csv.DictReader(open(tmp_path / f"{stage}.log.csv")))) == 6
-    rows = list(csv.DictReader(open(tmp_path / "transformer.log.csv")))
-    assert abs(float(rows[0]["loss"]) - math.log(32)) < 0.1
-    subprocess.run([sys.executable, str(ROOT / "sample.py"), "--run", str(tmp_path), "--device", "xla", "--num", "1"], check=True, env=environment, timeout=300)

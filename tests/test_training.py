@@ -8,20 +8,25 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT, TINY_TRANSFORMER, TINY_VQ, refused, run
 from PIL import Image
 
-from conftest import ROOT, TINY_TRANSFORMER, TINY_VQ, refused, run
-from devices import step_seed
-from runtime import fingerprint, load_checkpoint
-from sample import load_tokenizer
+from lib.checkpoints import fingerprint, load_checkpoint, rebuild
+from lib.devices import step_seed
+from vqgan import VQGAN
 
 STAGES = {"train_vq.py": ("vqgan", TINY_VQ), "train_transformer.py": ("transformer", TINY_TRANSFORMER)}
 
 
 def start(script, *arguments, **options):
-    return subprocess.Popen([sys.executable, ROOT / script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            stdin=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-                            **options)
+    return subprocess.Popen([sys.executable, ROOT / script, *map(str, arguments)], text=True, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, **options)
+
+
+def read_log(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def wait_for_step(process, step):
@@ -52,7 +57,7 @@ def test_resume_after_sigkill_is_bit_exact(script, trained, tmp_path):
         ours, theirs = (torch.load(f / name, weights_only=True) for f in (folder, trained))
         ours.pop("settings"), theirs.pop("settings")
         assert_same(ours, theirs, name)
-    rows = [list(csv.DictReader(open(f / f"{stage}.log.csv"))) for f in (folder, trained)]
+    rows = [read_log(f / f"{stage}.log.csv") for f in (folder, trained)]
     without_speed = [[{k: v for k, v in row.items() if k != "images/s"} for row in part] for part in rows]
     assert without_speed[0] == without_speed[1] and len(rows[0]) == 6
 
@@ -77,8 +82,9 @@ def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(4):
         Image.new("RGB", (80, 80), (60 * i, 0, 99)).save(tmp_path / "images" / f"{i}.png")
-    # Images of over 64 pixels are read by worker processes; the signal reaches them too, as Ctrl-C in a terminal does.
-    flags = [*TINY_VQ, "--data", tmp_path / "images", "--image-size", 128, "--perceptual", "none", "--workers", 1, "--steps", 100000, "--save-every", 100000]
+    # Images of over 64 pixels are read by worker processes; the signal reaches them, too, as Ctrl-C in a terminal does.
+    flags = [*TINY_VQ, "--data", tmp_path / "images", "--image-size", 128, "--perceptual", "none", "--workers", 1,
+             "--steps", 100000, "--save-every", 100000]
     process = start("train_vq.py", "--run", tmp_path / "a b", *flags, start_new_session=True)
     wait_for_step(process, 2)
     os.killpg(process.pid, number)
@@ -93,8 +99,8 @@ def test_a_finished_run_is_not_overwritten(trained, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(trained, folder)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    assert {"vqgan.pt", "vqgan.png", "vqgan.curve.png", "vqgan.log.csv", "vqgan.resume.pt", "transformer.pt", "transformer.png",
-            "transformer.curve.png", "transformer.log.csv", "transformer.resume.pt"} == set(before)
+    endings = ("pt", "png", "curve.png", "log.csv", "resume.pt")
+    assert {f"{stage}.{ending}" for stage in ("vqgan", "transformer") for ending in endings} == set(before)
     refused("train_vq.py", "--run", folder, *TINY_VQ, says=["finished", "--overwrite"])
     refused("train_vq.py", "--run", folder, *TINY_VQ, "--lr", 0.5, "--resume", says=["lr", "0.5"])
     assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -109,11 +115,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     folder = tmp_path / "run"
     run("train_vq.py", "--run", folder, *TINY_VQ, "--steps", 2)
     state = torch.load(folder / "vqgan.resume.pt", weights_only=True)
-    state["settings"]["steps"] = 6                              # as if stopped at step 2 of 6, with one weight destroyed
+    state["settings"]["steps"] = 6                             # as if stopped at step 2 of 6, with one weight destroyed
     state["model"]["decoder.layers.0.weight"][0] = float("nan")
     torch.save(state, folder / "vqgan.resume.pt")
     before = (folder / "vqgan.pt").read_bytes(), (folder / "vqgan.resume.pt").read_bytes()
-    refused("train_vq.py", "--run", folder, *TINY_VQ, "--resume", says=["nan", "step 3", "last good checkpoint", "lower --lr"])
+    refused("train_vq.py", "--run", folder, *TINY_VQ, "--resume",
+            says=["nan", "step 3", "last good checkpoint", "lower --lr"])
     assert before == ((folder / "vqgan.pt").read_bytes(), (folder / "vqgan.resume.pt").read_bytes())
 
 
@@ -127,7 +134,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
         import resource
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-    refused("train_vq.py", "--run", folder, *TINY_VQ, "--overwrite", says=["cannot write", str(folder)], preexec_fn=limit)
+    refused("train_vq.py", "--run", folder, *TINY_VQ, "--overwrite", says=["cannot write", str(folder)],
+            preexec_fn=limit)
     assert not list(folder.glob(".*.tmp"))
     assert all((folder / name).read_bytes() == old for name, old in before.items())
 
@@ -139,7 +147,8 @@ def test_an_unwritable_folder(tmp_path):
 
 def test_unknown_losses_and_schedules(trained, tmp_path):
     refused("train_vq.py", "--run", tmp_path, *TINY_VQ, "--gan-loss", "wasserstein", says=["wasserstein", "hinge"])
-    refused("train_transformer.py", "--run", trained, *TINY_TRANSFORMER, "--schedule", "quartic", says=["quartic", "cosine"])
+    refused("train_transformer.py", "--run", trained, *TINY_TRANSFORMER, "--schedule", "quartic",
+            says=["quartic", "cosine"])
 
 
 def test_seeds_differ_by_step_and_rank():
@@ -152,7 +161,7 @@ def test_seeds_differ_by_step_and_rank():
 
 
 def test_fingerprint_sees_every_weight(trained):
-    model, _ = load_tokenizer(trained / "vqgan.pt")
+    model, _ = rebuild(trained / "vqgan.pt", "vqgan", VQGAN)
     before = fingerprint(model)
     model.decoder.layers[0].bias.data[0] += 1e-3
     assert fingerprint(model) != before

@@ -1,31 +1,26 @@
-"""Measures of a set of images by features of them: Fréchet distance, Inception Score, precision and recall.
+"""Measures of images, by features of them and by their pixels.
 
     moments, mean_and_covariance, frechet_distance    FID (Heusel et al. 2017)
     split_of, score_sums, inception_score             IS (Salimans et al. 2016)
     precision_recall                                  precision and recall (Kynkäänniemi et al. 2019)
+    class_sums, spread, psnr, sharpness               by pixels
 
-The first two need only sums, dicts of float64 tensors that add up: over batches, over processes, over an interruption. So
-50,000 images take no more memory than 500. Nothing here knows where features come from.
+moments, score_sums and class_sums return dicts of float64 tensors that add up: over batches, over processes, over an
+interruption. So 50,000 images take no more memory than 500. Nothing here knows where features come from.
 """
 import numpy as np
 import torch
-
-
-def add(sums, more):
-    """Adds the tensors of `more` to those of `sums`, in place, name by name -> sums."""
-    for name, value in more.items():
-        sums[name] = sums[name] + value if name in sums else value
-    return sums
-
+import torch.nn.functional as F
 
 # --------------------------------------------------------------------------------- Fréchet distance (FID)
 
 def moments(features, shift):
-    """Sums from which mean and covariance follow. features: (n, D). shift: (D,), the same for all that is to be added up.
+    """Sums from which mean and covariance follow. features: (n, D). shift: (D,), the same for all that is added up.
 
-    Squares of numbers far from zero would swallow their differences, so a point amid the features is taken off first."""
+    Squares of numbers far from zero would swallow their differences: a point amid the features is taken off first."""
     x = features.double() - shift
-    return {"count": torch.tensor(float(len(x)), dtype=torch.float64, device=x.device), "sum": x.sum(0), "outer": x.T @ x}
+    count = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
+    return {"count": count, "sum": x.sum(0), "outer": x.T @ x}
 
 
 def mean_and_covariance(sums, shift):
@@ -35,14 +30,15 @@ def mean_and_covariance(sums, shift):
 
 
 def frechet_distance(mean1, covariance1, mean2, covariance2):
-    """|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½), between two Gaussians, a float >= 0. Means (D,), covariances (D, D), float64.
+    """|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½), between two Gaussians, a float >= 0. Means (D,), covariances (D, D).
 
-    tr (C1 C2)^½ is the sum of the singular values of C1^½ C2^½: no square root of a product's rounding errors is taken, so
-    covariances may be singular, as they are with fewer images than features. Source: Heusel et al. 2017, Eq. 6; Dowson
-    and Landau 1982."""
+    tr (C1 C2)^½ is the sum of the singular values of C1^½ C2^½: no square root of a product's rounding errors is taken,
+    so covariances may be singular, as they are with fewer images than features. Source: Heusel et al. 2017, Eq. 6;
+    Dowson and Landau 1982."""
     half1, half2 = square_root(covariance1), square_root(covariance2)
     overlap = torch.linalg.svdvals(half1.T @ half2).sum()
-    return ((mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * overlap).clamp(min=0).item()
+    distance = (mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * overlap
+    return distance.clamp(min=0).item()
 
 
 def square_root(covariance):
@@ -56,7 +52,7 @@ def square_root(covariance):
 # ------------------------------------------------------------------------------------- Inception Score (IS)
 
 def split_of(count, splits=10):
-    """Which of the splits each of `count` images belongs to -> (count,) int64. Fewer splits where there are fewer images.
+    """Which of the splits each of `count` images belongs to -> (count,) int64; no more splits than images.
 
     Images are dealt out in a fixed random order, that of torch-fidelity, so that no split lacks a class."""
     splits, place = min(splits, count), np.empty(count, np.int64)
@@ -68,7 +64,7 @@ def split_of(count, splits=10):
 def score_sums(logits, split, splits=10):
     """Sums for inception_score. logits: (n, classes). split: (n,), of each image."""
     log_p = logits.double().log_softmax(1)
-    p, member = log_p.exp(), torch.nn.functional.one_hot(split, splits).double().T                      # (splits, n)
+    p, member = log_p.exp(), F.one_hot(split, splits).double().T                            # member: (splits, n)
     return {"split_count": member.sum(1), "split_p": member @ p, "split_p_log_p": member @ (p * log_p).sum(1)}
 
 
@@ -91,15 +87,46 @@ def precision_recall(generated, real, k=3, rows=1000):
     Near: no farther than that image's own k-th nearest neighbour in its set. generated (n, D), real (m, D), features.
     rows: how many are compared at once; memory for rows · max(n, m) distances. Returns two floats in [0, 1]. Raises
     ValueError where a set has not k + 1 images. Source: Kynkäänniemi et al. 2019, Eq. 1 and 2."""
-    if min(len(generated), len(real)) <= k:
-        raise ValueError(f"precision and recall need at least {k + 1} images in each set, not {min(len(generated), len(real))}")
+    fewest = min(len(generated), len(real))
+    if fewest <= k:
+        raise ValueError(f"precision and recall need at least {k + 1} images in each set, not {fewest}")
     generated, real = generated.double(), real.double()
 
     def distances(some, others):          # differences, not the faster product: equal features must be at distance 0
         return torch.cdist(some, others, compute_mode="donot_use_mm_for_euclid_dist")
 
-    def share_near(images, others):
-        radius = torch.cat([distances(part, others).kthvalue(k + 1, 1).values for part in others.split(rows)])   # itself is first
-        return torch.cat([(distances(part, others) <= radius).any(1) for part in images.split(rows)]).double().mean().item()
+    def share_near(images, others):       # the nearest neighbour of an image, at distance 0, is itself: hence k + 1
+        radius = torch.cat([distances(part, others).kthvalue(k + 1, 1).values for part in others.split(rows)])
+        near = torch.cat([(distances(part, others) <= radius).any(1) for part in images.split(rows)])
+        return near.double().mean().item()
 
     return share_near(generated, real), share_near(real, generated)
+
+
+# ------------------------------------------------------------------------------------- by pixels
+
+def class_sums(images, labels, classes):
+    """Sums for spread(). images: (n, 3, H, W), compared at 16 x 16 pixels. labels: (n,), below `classes`."""
+    member, small = F.one_hot(labels, classes).double().T, F.adaptive_avg_pool2d(images, 16).flatten(1).double()
+    return {"class_count": member.sum(1), "class_sum": member @ small, "class_squares": member @ small.square().sum(1)}
+
+
+def spread(sums):
+    """How far two images of a class differ, as root mean square distance, mean over classes: 0 where all are alike."""
+    some = sums["class_count"] > 1
+    n = sums["class_count"][some]
+    variance = sums["class_squares"][some] / n - (sums["class_sum"][some] / n[:, None]).square().sum(1)
+    return (2 * variance.clamp(min=0) * n / (n - 1)).sqrt().mean()
+
+
+def psnr(images, restored):
+    """Peak signal-to-noise ratio of each image in dB: (n, 3, H, W) in [0, 1], twice -> (n,) float64, at most 100."""
+    return -10 * (restored - images).square().mean((1, 2, 3)).clamp(min=1e-10).log10().double()
+
+
+def sharpness(images):
+    """Mean absolute difference of horizontal neighbours over each image's sharpest tenth of places: edges, not noise.
+
+    (n, 3, H, W) in [0, 1] -> a scalar tensor; compare it with that of real images."""
+    steps = images.diff(dim=-1).abs().mean(1).flatten(1)
+    return steps.topk(steps.shape[1] // 10, dim=1).values.mean()

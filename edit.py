@@ -1,0 +1,279 @@
+"""Edits a photo of any size with a trained run (§4.3): the tokens that are kept are known from the start.
+
+    python edit.py PHOTO --box 40,60,100,80 --class fish      # class-conditional editing: the box becomes a fish
+    python edit.py PHOTO --inpaint centre                     # or --mask MASK.png, white where to repaint
+    python edit.py PHOTO --outpaint right=0.5                 # or left, up, down
+    python edit.py PHOTO --extrapolate 128                    # a panorama, 128 of the model's pixels wide
+"""
+import argparse
+import math
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+
+from lib import devices
+from lib.checkpoints import add_run_flags, add_sampler_flags, load_run, sampler_options
+from lib.data import find_class, read_image
+from lib.pictures import grey_out, grid, save_film, save_image, to_pil
+from maskgit import ORDERS, SCHEDULES, MaskGIT, decode
+from vqgan import VQGAN, as_grid, to_pixels
+
+TASKS = {
+    "box": ({"metavar": "TOP,LEFT,HEIGHT,WIDTH"}, None, "repaint this box, grown to whole tokens and one around"),
+    "mask": ({"metavar": "PNG"}, None, "repaint what is white in this image, which is as large as the photo"),
+    "inpaint": (["centre"], None, "repaint the centre, half of the width and of the height"),
+    "outpaint": ({"metavar": "SIDE=FRACTION"}, None, "repaint this share of the photo at its left, right, up or down"),
+    "extrapolate": (devices.count, None, "lengthen the photo to both sides, to so many of the model's pixels"),
+}
+FLAGS = {
+    "class": ({"metavar": "NAME_OR_ID", "dest": "class_name"}, None, "what to paint (default: the likeliest, or none)"),
+    "num": (devices.count, 8, "variants of the photo"),
+    "fit": (["crop", "pad"], "crop", "bring the photo to the model's square: crop it, or pad it with its borders"),
+    "feather": (devices.positive, None, "blur of the border in pixels, 0 for none (default: a token's width less one)"),
+    "start_step": (devices.whole, 0, "decoding steps to pass over, as much is known (the released demo: 2 of 12)"),
+    "out": (str, None, "the grid to write (default: in the run's folder, the photo's name and what was done)"),
+}
+
+
+# --------------------------------------- what is painted anew: booleans (side, side), one for each token of the photo
+
+def fit_square(image, size, fit, padding="edge"):
+    """Brings a PIL image to size x size. fit: crop its centre, or pad its shorter side (padding: as for numpy.pad).
+
+    Returns the PIL image, and (left, top, side) of the square in pixels of the image, negative where it is padded."""
+    width, height = image.size
+    side = min(width, height) if fit == "crop" else max(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    box = (left, top, left + side, top + side)
+    if fit == "pad":
+        margins = ((-top, side - height + top), (-left, side - width + left), (0, 0))
+        image, box = Image.fromarray(np.pad(np.asarray(image), margins, padding)), (0, 0, side, side)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box), (left, top, side)
+
+
+def box_region(args, photo, size, side):
+    """The tokens that --box touches, and one more on either side. Raises ValueError for a box that is bad or cut off.
+
+    photo: a PIL image, in whose pixels the box is. size: of the model's square, in pixels; side: in tokens."""
+    try:
+        y, x, height, width = [int(part) for part in args.box.split(",")]
+    except ValueError:
+        raise ValueError(f"--box {args.box} should be TOP,LEFT,HEIGHT,WIDTH in pixels, such as 40,60,100,80") from None
+    if height < 1 or width < 1 or y < 0 or x < 0 or y + height > photo.height or x + width > photo.width:
+        raise ValueError(f"--box {args.box} is empty or reaches outside {args.photo}, "
+                         f"which is {photo.width} x {photo.height} pixels")
+    stride, (left, top, across) = size // side, fit_square(photo, size, args.fit)[1]
+
+    def tokens(start, length):
+        start, stop = max(0, start * size / across), min(size, (start + length) * size / across)  # in the square
+        if start >= stop:
+            raise ValueError(f"nothing of {args.photo} is left to repaint after --fit {args.fit}: is the box cut off?")
+        first = int(start // stride)
+        # As released, the slice ends a token after the box's length, but never before a token that the box touches.
+        return slice(max(0, first - 1), max(first + int((stop - start) // stride) + 1, math.ceil(stop / stride)))
+    region = torch.zeros(side, side, dtype=torch.bool)
+    region[tokens(y - top, height), tokens(x - left, width)] = True
+    return region
+
+
+def mask_region(args, photo, size, side):
+    """The tokens in which --mask has a white pixel. Raises ValueError for a mask of another size, or without any."""
+    mask = read_image(args.mask)
+    if mask.size != photo.size:
+        raise ValueError(f"the mask {args.mask} is {mask.width} x {mask.height} pixels, {args.photo} is "
+                         f"{photo.width} x {photo.height}: they must have the same size")
+    fitted, _ = fit_square(mask, size, args.fit, "constant")                    # what is padded is black
+    white = torch.from_numpy(np.array(fitted.convert("L"))) > 127
+    if not white.any():
+        raise ValueError(f"nothing of {args.photo} is left to repaint after --fit {args.fit}: is the mask black?")
+    return white.view(side, size // side, side, size // side).any(3).any(1)
+
+
+def inpaint_region(args, photo, size, side):
+    """--inpaint centre: half of the width and of the height."""
+    region, middle = torch.zeros(side, side, dtype=torch.bool), slice(side // 4, side - side // 4)
+    region[middle, middle] = True
+    return region
+
+
+def outpaint_region(args, photo, size, side):
+    """--outpaint SIDE=FRACTION: that share of the photo, at that side. Raises ValueError for anything else."""
+    match = re.fullmatch(r"(left|down|right|up)=(0?\.\d+)", args.outpaint)
+    if not match or float(match[2]) == 0:
+        raise ValueError(f"--outpaint {args.outpaint} should be left, right, up or down, = and a fraction between "
+                         f"0 and 1, such as right=0.5")
+    region = torch.zeros(side, side, dtype=torch.bool)
+    region[:, :math.ceil(float(match[2]) * side)] = True                        # at the left,
+    return region.rot90(["left", "down", "right", "up"].index(match[1]))        # which a quarter turn brings down
+
+
+REGIONS = {"box": box_region, "mask": mask_region, "inpaint": inpaint_region, "outpaint": outpaint_region}
+
+
+# ------------------------------------------------------------------------------------------------------- painting
+
+def choose_class(args, transformer, names, known):
+    """The class that is painted -> (its index, its name and why it was chosen). Raises ValueError."""
+    if args.class_name is None and transformer.null_label is not None:
+        return transformer.null_label, "none (no --class was given)"
+    if args.class_name is None:
+        label = likeliest_class(transformer, known.flatten(), args.seed)
+        return label, f"{names[label]} (the likeliest for what is kept of the image)"
+    label = find_class(args.class_name, names)
+    return label, f"{names[label]} (as asked)"
+
+
+def likeliest_class(model, known, seed):
+    """The class under which the known ones of the tokens (N,) are likeliest; mask_id marks the others. Returns an int.
+
+    The known tokens come in a random order in four parts, and each part is predicted from those before it; after each,
+    the likelier quarter of the classes goes on. Raises ValueError where nothing is known."""
+    places = (known != model.mask_id).nonzero()[:, 0]
+    if not len(places):
+        raise ValueError("nothing of the image is kept that could tell its class: name one with --class")
+    places = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(seed)).to(known.device)]
+    classes = torch.arange(model.config.num_classes, device=known.device)
+    score = torch.zeros(len(classes), device=known.device)                      # the log-likelihood of each class
+    shown = torch.full_like(known, model.mask_id)
+    for part in places.chunk(4):
+        logits = torch.cat([model(shown.expand(len(some), -1), some)[:, part].float() for some in classes.split(64)])
+        targets = known[part].expand(len(classes), -1)[..., None]
+        score[classes] += logits.log_softmax(-1).gather(-1, targets).sum((1, 2))
+        classes = classes[score[classes].topk(min(len(classes), max(16, len(classes) // 4))).indices]
+        shown[part] = known[part]
+    return classes[score[classes].argmax()].item()
+
+
+def repaint(args, tokenizer, transformer, picture, known, labels, options):
+    """Box, mask, inpainting, outpainting: decodes the tokens that are not known.
+
+    picture: the photo (3, S, S). known: (side, side), mask_id where it is painted. labels: (B,). options: of decode().
+    Returns the picture, its mask (S, S) and a list of frames (B, 3, S, S): of the last step, or with --film of all."""
+    _, steps = decode(transformer, labels, known=known.flatten().expand(len(labels), -1), return_steps=True, **options)
+    frames = [restore(tokenizer, as_grid(predicted), as_grid(masked), 0.85, batch=64)
+              for predicted, masked in (steps if args.film else steps[-1:])]
+    return picture, to_pixels(known == transformer.mask_id, tokenizer.config.stride).cpu(), frames
+
+
+def panorama(args, tokenizer, transformer, picture, tokens, labels, options):
+    """Extrapolation: paints to both sides of the photo until all is --extrapolate pixels wide. Returns as repaint()."""
+    size, width, stride = picture.shape[-1], args.extrapolate, tokenizer.config.stride
+    if width <= size:
+        raise ValueError(f"--extrapolate {width} must be wider than the image, which is {size} pixels here")
+    margins = (width - size) // 2, (width - size + 1) // 2                      # in pixels, left and right of the photo
+    left, right = [math.ceil(margin / stride) for margin in margins]            # in tokens, so the first may overhang
+    overhang = left * stride - margins[0]
+    mask = F.pad(torch.zeros(size, size, dtype=torch.bool), margins, value=True)
+    canvases = extrapolate(transformer, tokens.expand(len(labels), -1, -1), labels, left, right, **options)
+    # The decoder is convolutional: it restores the whole width at once, so there are no seams.
+    frames = [restore(tokenizer, canvas, canvas == transformer.mask_id, 1.0, batch=1)[..., overhang:overhang + width]
+              for canvas in (canvases if args.film else canvases[-1:])]
+    return F.pad(picture, margins, value=1.0), mask, frames
+
+
+def extrapolate(transformer, tokens, labels, left, right, **options):
+    """Lengthens token grids (B, side, side) by `right` columns, and then by `left` columns on the left.
+
+    The window of side x side tokens moves by half its width, so that half of it is known. options: of decode(). Returns
+    a list of (B, side, left + side + right), the start and one for each place of the window, with mask_id where nothing
+    is painted yet; the last one has none."""
+    side = tokens.shape[2]
+    half = max(1, side // 2)
+    canvas = F.pad(tokens, (left, right), value=transformer.mask_id)
+    starts = [min(start, left + right) for start in range(left + half, left + right + half, half)]
+    starts += [max(start, 0) for start in range(left - half, -half, -half)]
+    canvases = [canvas.clone()]
+    for start in starts:
+        window = canvas[:, :, start:start + side].flatten(1)
+        canvas[:, :, start:start + side] = as_grid(decode(transformer, labels, known=window, **options))
+        canvases.append(canvas.clone())
+    return canvases
+
+
+def restore(tokenizer, tokens, masked, grey, batch):
+    """Tokens (B, h, w) as images (B, 3, H, W); a share `grey` of grey over those in the mask (B, h, w)."""
+    tokens = tokens.clamp(max=tokenizer.config.codebook_size - 1)               # for the decoder knows no mask_id
+    images = torch.cat([tokenizer.decode(part) for part in tokens.split(batch)])
+    return grey_out(images, to_pixels(masked, tokenizer.config.stride), grey)
+
+
+def composite(photo, painted, mask, feather):
+    """The photo (3, H, W) where mask (H, W) is false, exactly; painted (n, 3, H, W) where it is true.
+
+    feather: standard deviation, in pixels, of the Gaussian with which the one fades into the other, 0 for none: on the
+    photo's side of the border (released: on both), so that nothing of what was to go shines through."""
+    blurred = Image.fromarray(mask.numpy().astype(np.uint8) * 255).filter(ImageFilter.GaussianBlur(feather))
+    halved = torch.from_numpy(np.array(blurred)) / 255                          # 1/2 at the border
+    share = torch.where(mask, 1, (2 * halved).clamp(max=1))
+    return painted * share + photo * (1 - share)
+
+
+@torch.no_grad()
+def edit(args, machine):
+    """Paints --num variants of the photo. Every rank paints the same, and the first one writes them."""
+    device = machine.device
+    folder, tokenizer, transformer, checkpoint = load_run(args.run, device, VQGAN, MaskGIT, args.vqgan, args.decoder)
+    if transformer.config.causal:
+        raise ValueError(f"{folder} holds an autoregressive transformer, which can only go on in raster order: to edit "
+                         f"images, use a run trained with --decoder parallel")
+    task, = [name for name in TASKS if getattr(args, name) is not None]
+    out = Path(args.out or folder / f"{Path(args.photo).stem}.{task}.png")
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--out {out} must end in .png, .jpg or .webp")
+    options = sampler_options(args, transformer.config)
+    options |= {"start_step": args.start_step, "generator": machine.generator(args.seed)}
+
+    started, size, batches = time.time(), checkpoint["image_size"], []
+    photo = read_image(args.photo)
+    picture = torch.from_numpy(np.array(fit_square(photo, size, args.fit)[0])).movedim(-1, 0).float() / 255
+    with machine.autocast():
+        paint, known = panorama, tokenizer.encode(picture[None].to(device))[0]                         # (side, side)
+        if task in REGIONS:
+            region = REGIONS[task](args, photo, size, len(known))
+            paint, known = repaint, torch.where(region.to(device), transformer.mask_id, known)
+        label, reason = choose_class(args, transformer, checkpoint["classes"], known)
+        if machine.leads:
+            print(f"{folder}: {args.photo}, {options['steps']} steps, {args.schedule} schedule, seed {args.seed}, "
+                  f"on {device}\nclass: {reason}", flush=True)
+        for labels in torch.full((args.num,), label).split(64):
+            around, mask, frames = paint(args, tokenizer, transformer, picture, known, machine.put(labels), options)
+            batches.append(frames)
+            machine.sync()
+    feather = tokenizer.config.stride - 1 if args.feather is None else args.feather
+    frames = [composite(around, torch.cat(parts).cpu(), mask, feather) for parts in zip(*batches)]
+    if machine.leads:
+        write(args, out, around, mask, frames, time.time() - started)
+
+
+def write(args, out, picture, mask, frames, seconds):
+    """A grid of the picture, the same with its mask in grey, and the results; each result in its own file; the film."""
+    cells = torch.cat([torch.stack([picture, torch.where(mask, 0.5, picture)]), frames[-1]])
+    columns = 10 if args.extrapolate is None else 1                             # a panorama has a row of its own
+    save_image(out, grid(list(cells.split(columns)), titles=["input", "masked"][:columns]))
+    for i, image in enumerate(frames[-1], 1):
+        save_image(out.with_suffix(f".{i}{out.suffix}"), to_pil(image))
+    print(f"wrote {out} and {out.with_suffix('')}.1{out.suffix} to .{args.num}{out.suffix} in {seconds:.1f} s")
+    if args.film:
+        print("wrote {} and {}".format(*save_film(out, frames)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photo", metavar="PHOTO", help="the image to edit, of any size")
+    what = parser.add_argument_group("what is done", "one of these; pixels are those of the photo")
+    devices.add_flags(what.add_mutually_exclusive_group(required=True), TASKS)
+    devices.add_flags(parser, FLAGS)
+    parser.add_argument("--film", action="store_true", help="also write the decoding steps as a film strip and a GIF")
+    add_run_flags(parser)
+    add_sampler_flags(parser.add_argument_group("the sampler"), SCHEDULES, ORDERS)
+    devices.add_machine_flags(parser)
+    devices.launch(edit, parser.parse_args())
+
+
+if __name__ == "__main__":
+    devices.command_line(main)

@@ -1,0 +1,195 @@
+"""Safe files: what is written is whole or not there, and nothing that is loaded can run code.
+
+    write_atomically                          any file: written to a temporary name, then renamed
+    save_checkpoint, load_checkpoint          a dict of tensors and plain values
+    rebuild, load_run, newest_run             models from their files alone
+"""
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+
+from lib.devices import add_flags, count, positive, whole
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file beside `path`, then renames it. Raises OSError, `path` being as it was."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary.exists():
+            temporary.unlink()
+        # torch.save reports a full disk as a RuntimeError of its zip writer.
+        if isinstance(error, (OSError, RuntimeError)):
+            reason = getattr(error, "strerror", None) or "the file could not be written (disk full?)"
+            raise OSError(f"cannot write {path}: {reason}; free some space or choose another folder "
+                          f"with --run or --out") from error
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+def to_cpu(value):
+    """Nested dicts and lists of tensors and plain values, with every tensor on the CPU."""
+    if isinstance(value, dict):
+        return {key: to_cpu(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [to_cpu(item) for item in value]
+    return value.cpu() if torch.is_tensor(value) else value
+
+
+def save_checkpoint(path, checkpoint):
+    """Writes a dict of tensors and plain values, atomically. Raises OSError."""
+    write_atomically(path, lambda file: torch.save(to_cpu(checkpoint), file))
+
+
+def load_checkpoint(path, kind):
+    """Reads what save_checkpoint wrote. kind: what its "kind" must say, such as vqgan or transformer.
+
+    Raises FileNotFoundError, or ValueError for a file that is truncated, not a checkpoint, or of another kind."""
+    damaged = ValueError(f"{path} is not a checkpoint, or is damaged; restore it or train it again")
+    try:
+        with open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):             # what torch.save writes; anything else is not even unpickled
+                raise damaged
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist: train it first, or name another run") from None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                           # a damaged archive can raise nearly anything
+        raise damaged from error
+    if not isinstance(checkpoint, dict) or "kind" not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint of this project")
+    if checkpoint["kind"] != kind:
+        raise ValueError(f"{path} holds a {checkpoint['kind']}, where a {kind} is needed")
+    return checkpoint
+
+
+def load_tensors(path):
+    """The tensors of a PyTorch state dict, by name. Raises OSError, or ValueError where the file is none."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: value for name, value in state.items() if torch.is_tensor(value)}
+    except OSError:
+        raise
+    except Exception as error:                           # a damaged archive can raise nearly anything
+        raise ValueError(f"{path} is no PyTorch state dict, or is damaged; fetch it again") from error
+
+
+def load_weights(model, weights, path):
+    """load_state_dict with a one-line ValueError that names the first parameter which does not fit. Returns the model.
+
+    The weights may be float16, as in example/: each becomes of its parameter's type."""
+    own = model.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        problem = None
+        if name not in weights or name not in own:
+            problem = f"is {'missing' if name not in weights else 'unexpected'}"
+        elif own[name].shape != weights[name].shape:
+            problem = f"has shape {tuple(weights[name].shape)}, not {tuple(own[name].shape)}"
+        if problem:
+            raise ValueError(f"{path} does not fit its own configuration: parameter {name} {problem}")
+    model.load_state_dict({name: value.to(own[name].dtype) for name, value in weights.items()}, assign=True)
+    return model
+
+
+def rebuild(path, kind, model_class):
+    """A model from its file alone -> (model in eval mode, checkpoint). model_class(model_class.Config(...)) makes it.
+
+    Raises FileNotFoundError, or ValueError for a damaged file or one whose configuration is not known."""
+    checkpoint = load_checkpoint(path, kind)
+    try:
+        with torch.device("meta"):                       # no time for a random start, which is replaced at once
+            model = model_class(model_class.Config(**checkpoint["config"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} has a configuration that this version does not know ({error}); "
+                         f"train it again") from error
+    return load_weights(model, checkpoint["model"], path).eval().requires_grad_(False), checkpoint
+
+
+def fingerprint(model):
+    """A short hash of all weights: two tokenizers with the same fingerprint give the same tokens."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------------- runs
+
+STAGES = {"parallel": "transformer", "autoregressive": "autoregressive"}       # by decoder: the name of its file
+
+
+def add_run_flags(parser):
+    """The flags that say which run to use, for every script that draws with one."""
+    parser.add_argument("--run", help="the run's folder (default: the newest in runs/ that holds a transformer)")
+    parser.add_argument("--vqgan", help="tokenizer file (default: vqgan.pt in the run's folder)")
+    parser.add_argument("--decoder", choices=STAGES,
+                        help="which transformer of the run (default: parallel, where it is there)")
+
+
+def add_sampler_flags(parser, schedules, orders):
+    """The arguments of maskgit.decode() as flags, for every script that draws; sampler_options() reads them."""
+    add_flags(parser, {
+        "steps": (count, None, "T, decoding steps (default: 8, and 12 for 32 x 32 tokens, as in the paper)"),
+        "schedule": (schedules, "cosine", "mask schedule"),
+        "choice_temperature": (positive, 4.5, "noise in the choice of what to keep"),
+        "temperature": (positive, 1.0, "of the token samples; 0 takes the likeliest"),
+        "top_k": (count, None, "sample among so many likeliest tokens (default: all)"),
+        "cfg": (positive, 0.0, "weight of classifier-free guidance, for runs trained with --class-dropout"),
+        "order": (orders, "confidence", "what is revealed first"),
+        "seed": (whole, 0, "of every random draw")})
+
+
+def sampler_options(args, config):
+    """What those flags give to decode(), or, for a causal transformer, to decode_sequential()."""
+    options = {"temperature": args.temperature, "top_k": args.top_k}
+    if config.causal:
+        return options
+    return options | {"steps": args.steps or config.default_steps, "schedule": args.schedule,
+                      "choice_temperature": args.choice_temperature, "cfg": args.cfg, "order": args.order}
+
+
+def newest_run(root="runs"):
+    """The folder whose transformer was written last; the example beside the scripts where there is none.
+
+    Raises FileNotFoundError where that is missing too."""
+    files = [path for stage in STAGES.values() for path in Path(root).glob(f"*/{stage}.pt")]
+    example = Path(__file__).parent.parent / "example" / "transformer.pt"
+    if files:
+        return max(files, key=lambda path: path.stat().st_mtime).parent
+    if example.exists():
+        return example.parent
+    raise FileNotFoundError(f"no run in {root}/ holds a transformer: run train_vq.py and train_transformer.py, or "
+                            f"pretrained.py imagenet256, or name a run with --run")
+
+
+def load_run(folder, device, tokenizer_class, transformer_class, vqgan=None, decoder=None):
+    """Both models of a run (None: the newest), on `device` -> (folder, tokenizer, transformer, its checkpoint).
+
+    vqgan: another tokenizer file. decoder: one of STAGES; None: parallel, but in a run that holds only the other.
+    Raises FileNotFoundError, or ValueError where the two do not belong together: another codebook, or a
+    tokenizer that was trained again after the transformer."""
+    folder = Path(folder) if folder else newest_run()
+    path = Path(vqgan or folder / "vqgan.pt")
+    only_sequential = not (folder / "transformer.pt").exists() and (folder / "autoregressive.pt").exists()
+    stage = STAGES[decoder or ("autoregressive" if only_sequential else "parallel")]
+    transformer, checkpoint = rebuild(folder / f"{stage}.pt", stage, transformer_class)
+    tokenizer, _ = rebuild(path, "vqgan", tokenizer_class)
+    ours, theirs = tokenizer.config.codebook_size, transformer.config.codebook_size
+    if ours != theirs:
+        raise ValueError(f"{folder}/{stage}.pt was made for a codebook of {theirs}, but {path} has {ours} entries")
+    if fingerprint(tokenizer) != checkpoint["tokenizer"]:
+        raise ValueError(f"{path} is not the tokenizer that {folder}/{stage}.pt was trained with (it was trained again "
+                         f"later?): run train_transformer.py again, or name the right file with --vqgan")
+    return folder, tokenizer.to(device), transformer.to(device), checkpoint

@@ -1,0 +1,307 @@
+"""What evaluate.py looks at images with, a small classifier or Inception; sets of images; and what is seen in them.
+
+Trained on a run's real images, the classifier names what samples show, and its pooled activations are features:
+Inception's weights are not always at hand, and say little about drawn shapes. Trained on samples alone, it gives the
+classification accuracy score (CAS).
+"""
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from lib import metrics
+from lib.checkpoints import fingerprint, load_checkpoint, load_tensors, load_weights, save_checkpoint
+from lib.data import batches, loader, read_image
+from lib.devices import mean_over_ranks
+from lib.pictures import Progress
+from lib.training import set_learning_rate
+
+SPLITS = 10               # of the Inception Score
+NEIGHBOURS = 3            # k of precision and recall, which need the features themselves:
+FEATURES_KEPT = 10_000    # of so many images of a set
+BESIDE_REAL = ["sharpness / real", "spread within a class / real", "classifier names the class"]
+BY_CLASS = "classifier names the class, by class"
+
+
+# ------------------------------------------------------------------------------------------------------- networks
+
+class Classifier(nn.Module):
+    """(B, 3, S, S) in [0, 1] -> class logits (B, classes): four residual stages, each halving the resolution."""
+
+    def __init__(self, classes, width=24):
+        super().__init__()
+        widths = [width, 2 * width, 4 * width, 4 * width]
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.down = nn.ModuleList([nn.Conv2d(a, b, 3, 2, 1) for a, b in zip([width] + widths, widths)])
+        self.same = nn.ModuleList([
+            nn.Sequential(nn.BatchNorm2d(w), nn.ReLU(), nn.Conv2d(w, w, 3, padding=1)) for w in widths])
+        self.out = nn.Linear(widths[-1], classes)
+
+    def features(self, images):
+        """-> (B, 4 * width), what the logits are a linear function of."""
+        x = self.stem(images * 2 - 1)
+        for down, same in zip(self.down, self.same):
+            x = down(F.relu(x))
+            x = x + same(x)
+        return F.relu(x).mean((2, 3))
+
+    def forward(self, images):
+        return self.out(self.features(images))
+
+
+def train_classifier(data, steps, seed, machine, what):
+    """Trains on a data set, in batches of 128 -> a Classifier in eval mode. what: its name in the progress lines."""
+    torch.manual_seed(seed)
+    model = Classifier(len(data.classes)).to(machine.device, memory_format=machine.layout)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    progress = Progress(what, steps, "steps")
+    for step, (images, labels) in enumerate(batches(data, 128, seed, 0, steps)):
+        set_learning_rate(optimizer, step, 3e-3, 50, steps, decay=True)
+        with machine.autocast():
+            logits = model(machine.to_floats(images))
+        loss = F.cross_entropy(logits.float(), machine.put(labels), label_smoothing=0.1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        machine.sync()
+        progress.show(step + 1)
+    return model.eval()
+
+
+@torch.no_grad()
+def accuracy(model, subset, machine):
+    """Of a classifier on a Subset of images of its classes -> (top-1, top-5), floats in [0, 1]."""
+    right = torch.zeros(2, dtype=torch.float64, device=machine.device)
+    for batch in subset.read(range(math.ceil(len(subset) / subset.size))):
+        with machine.autocast():
+            logits = model(machine.to_floats(batch.images))
+        best = logits.topk(min(5, logits.shape[1]), 1).indices                                          # (n, 5)
+        hits = best == machine.put(batch.labels)[:, None]
+        right += torch.stack([hits[:, 0].sum(), hits.sum()])
+        machine.sync()
+    return tuple((right / len(subset)).tolist())
+
+
+def load_classifier(path, train, steps, machine):
+    """The run's own classifier, kept at `path`: trained on its real images by rank 0 where it is not there yet."""
+    expected = {"kind": "classifier", "classes": list(train.classes), "steps": steps}
+    kept = load_checkpoint(path, "classifier") if path.exists() else {}
+    if machine.leads and not expected.items() <= kept.items():
+        model = train_classifier(train, steps, 0, machine, "classifier of real images")
+        save_checkpoint(path, expected | {"model": model.state_dict()})
+    machine.any(False)                                         # the other ranks wait until the file is there
+    weights = load_checkpoint(path, "classifier")["model"]
+    model = load_weights(Classifier(len(train.classes)), weights, path).eval().requires_grad_(False)
+    return model.to(machine.device, memory_format=machine.layout)
+
+
+def load_inception(path, machine):
+    """Inception-v3 as FID and IS were defined with, torch-fidelity's: images uint8 -> (n, 2048), logits (n, 1008).
+
+    path: of its weights; None: torch-fidelity fetches them, on rank 0. Raises ValueError without the package or for a
+    file that is none, OSError where the weights cannot be had."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Inception
+    except ImportError:
+        raise ValueError("--features inception needs torch-fidelity: pip install torch-fidelity") from None
+    if path and not Path(path).is_file():
+        raise FileNotFoundError(f"--inception {path} does not exist: name the file "
+                                f"weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases")
+    if path:
+        load_tensors(path)                   # refuses all but a plain state dict: the package would run code in it
+    if not machine.leads:
+        machine.any(False)                   # the other ranks wait until rank 0 has fetched the file
+    try:
+        model = Inception("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=path)
+    except RuntimeError:
+        raise ValueError(f"{path or 'what was fetched'} does not hold the weights of "
+                         f"torch-fidelity's Inception") from None
+    except OSError as error:
+        raise OSError(f"torch-fidelity could not fetch Inception's weights ({error}): name their file with "
+                      f"--inception") from error
+    if machine.leads:
+        machine.any(False)
+    return model.to(machine.device)
+
+
+# ------------------------------------------------------------------------------------------------- sets of images
+
+@dataclass
+class Batch:
+    """Some images of a set: its batch of this number."""
+    number: int
+    images: torch.Tensor                     # uint8 (n, 3, S, S)
+    labels: torch.Tensor | None = None       # (n,), the class that each was asked to be, or is
+    tokens: torch.Tensor | None = None       # (n, N)
+    restored: torch.Tensor | None = None     # a tokenizer's reconstructions, floats in [0, 1]
+
+
+def fair_choice(data, count):
+    """Indices of `count` images of a data set that may be sorted by class: the first of a fixed random order."""
+    return np.random.Generator(np.random.Philox(key=[2020, 0])).permutation(len(data))[:count]
+
+
+class Subset:
+    """Images of a data set at `indices` as a data set of their own, never augmented; [b]: batch b, of `size` images."""
+
+    def __init__(self, data, indices, size):
+        self.data, self.indices, self.size = data, indices, size
+        self.classes, self.workers = data.classes, data.workers
+
+    def __len__(self):
+        return len(self.indices)
+
+    def batch(self, places, draws=None):
+        return self.data.batch(self.indices[places])
+
+    def __getitem__(self, b):
+        return self.batch(np.arange(b * self.size, min((b + 1) * self.size, len(self))))
+
+    def read(self, numbers):
+        """Iterates over the batches of these numbers."""
+        for number, (images, labels) in zip(numbers, loader(self, list(numbers), self)):
+            yield Batch(number, images, labels)
+
+
+class ImageFiles:
+    """The images of a folder and those in it, by name. Raises ValueError where they are few, or of several sizes."""
+    classes, workers = (), os.cpu_count()
+
+    def __init__(self, folder):
+        endings, sizes = (".png", ".jpg", ".jpeg", ".webp", ".bmp"), {}
+        self.paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings)
+        enough_images(len(self.paths), f"{folder} holds {len(self.paths)} images")
+        for path in self.paths:
+            with Image.open(path) as image:                   # raises an OSError that names the file where it is none
+                sizes.setdefault(f"{image.width} x {image.height}", path)
+        if len(sizes) > 1:
+            listed = " and ".join(f"{path} is {size}" for size, path in list(sizes.items())[:2])
+            raise ValueError(f"{folder} holds images of several sizes: {listed}; resize them first")
+        self.image_size, = sizes
+
+    def __len__(self):
+        return len(self.paths)
+
+    def batch(self, indices, draws=None):
+        images = [np.asarray(read_image(self.paths[i])) for i in indices]
+        return torch.from_numpy(np.stack(images)).movedim(-1, 1), None
+
+
+class SampledImages:
+    """Samples as a data set: tokens (n, N) and labels (n,), which to_images() turns into uint8 images when asked for.
+
+    Small sets are turned once and kept (up to 1 GiB); a large one would fill the memory."""
+    workers = 0
+
+    def __init__(self, tokens, labels, classes, to_images):
+        self.tokens, self.labels, self.classes, self.to_images, self.images = tokens, labels, classes, to_images, None
+        if len(tokens) * to_images(tokens[:1]).numel() < 1 << 30:
+            self.images = torch.cat([to_images(part).cpu() for part in tokens.split(100)])
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def batch(self, indices, draws=None):
+        images = self.to_images(self.tokens[indices]).cpu() if self.images is None else self.images[indices]
+        return images, self.labels[indices]
+
+
+def enough_images(count, what):
+    """Raises ValueError where there are too few images for precision and recall."""
+    if count <= NEIGHBOURS:
+        raise ValueError(f"{what}: precision and recall, with {NEIGHBOURS} neighbours, need at least "
+                         f"{NEIGHBOURS + 1} images")
+
+
+# -------------------------------------------------------------------------------------------------- what is seen
+
+def open_features(args, machine, example, train=None, folder=None):
+    """The Features that the flags ask for. train, folder: images and place of the run, where there is one. example: see
+    Features. Raises as load_inception does."""
+    inception = load_inception(args.inception, machine) if args.features == "inception" else None
+    classifier = None
+    if train is not None and args.classifier_steps:
+        classifier = load_classifier(folder / "classifier.pt", train, args.classifier_steps, machine)
+    return Features(machine, getattr(train, "classes", ()), classifier, inception, example)
+
+
+class Features:
+    """What is seen in images: features of Inception, or else of a Classifier; sums over them; figures from the sums.
+
+    classes: names of the images' classes. classifier: of these, or None. inception: from load_inception(), or None.
+    example: images uint8 (n, 3, S, S), the same on all ranks: the sums are taken around the mean of their features.
+    Attributes: name; distance and score, what a Fréchet distance and an Inception Score by them are called."""
+
+    def __init__(self, machine, classes, classifier, inception, example):
+        self.machine, self.classes, self.classifier, self.inception = machine, classes, classifier, inception
+        self.distance, self.score = ("FID", "IS") if inception else ("FCD", "IS(classifier)")
+        self.name = f"{'Inception' if inception else 'the classifier'}'s ({fingerprint(inception or classifier)})"
+        with torch.no_grad():
+            self.shift = mean_over_ranks(self.of(example)[0].double().mean(0))                          # (D,)
+
+    def announce(self, title, counts):
+        """Prints what is to be measured, and what to know about such numbers of images."""
+        notes = []
+        if min(counts) <= len(self.shift):
+            notes.append(f"note: {min(counts)} images are few for {len(self.shift)} features: {self.distance} is far "
+                         f"above that of more")
+        if max(counts) > FEATURES_KEPT:
+            notes.append(f"note: precision and recall are of the first {FEATURES_KEPT} images of each set")
+        if self.machine.leads:
+            print(title, *notes, sep="\n", flush=True)
+
+    def of(self, images):
+        """Images uint8 (n, 3, S, S) -> features (n, D) and logits (n, classes of the network)."""
+        if self.inception:
+            return self.inception(self.machine.put(images))
+        features = self.classifier.features(self.machine.to_floats(images))
+        return features, self.classifier.out(features)
+
+    @torch.no_grad()
+    def sums(self, batches, count, size):
+        """Yields for each Batch of `count` images, `size` to a batch, sums for figures() and rows that may be kept."""
+        split = metrics.split_of(count, SPLITS)
+        for batch in batches:
+            part = self.machine.put(split[batch.number * size:][:len(batch.images)])
+            features, logits = self.of(batch.images)
+            sums = metrics.moments(features, self.shift) | metrics.score_sums(logits, part, SPLITS)
+            if batch.labels is not None:
+                sums |= self._class_sums(self.machine.to_floats(batch.images), self.machine.put(batch.labels), logits)
+            yield sums, {"features": features, "tokens": batch.tokens, "labels": batch.labels}
+
+    def _class_sums(self, floats, labels, logits):
+        """What figures() needs of images with labels, those that each was asked to be, or is."""
+        sums = metrics.class_sums(floats, labels, len(self.classes))
+        sums["sharpness"] = metrics.sharpness(floats).double() * len(floats)
+        if self.classifier:
+            named = (self.classifier(floats) if self.inception else logits).argmax(1)
+            right = F.one_hot(labels, len(self.classes)) * (named == labels)[:, None]
+            sums["class_right"] = right.sum(0).double()
+        return sums
+
+    def figures(self, sums, real):
+        """Table 1's columns, {name: value}; with labels also BESIDE_REAL, BY_CLASS. real: the sums of real images."""
+        shift = self.shift.cpu()
+        gaussian, real_gaussian = (metrics.mean_and_covariance(each, shift) for each in (sums, real))
+        score, deviation = metrics.inception_score(sums)
+        row = {self.distance: metrics.frechet_distance(*gaussian, *real_gaussian),
+               self.score: score, "± over splits": deviation}
+        if "features" in sums:
+            device = self.machine.device if self.machine.device.type == "cuda" else "cpu"
+            pair = (each["features"].to(device) for each in (sums, real))
+            row["precision"], row["recall"] = metrics.precision_recall(*pair, NEIGHBOURS)
+        if "class_count" in sums:
+            sharpness, real_sharpness = (each["sharpness"] / each["class_count"].sum() for each in (sums, real))
+            row[BESIDE_REAL[0]] = (sharpness / real_sharpness).item()
+            row[BESIDE_REAL[1]] = (metrics.spread(sums) / metrics.spread(real)).item()
+        if "class_right" in sums:
+            row[BESIDE_REAL[2]] = (sums["class_right"].sum() / sums["class_count"].sum()).item()
+            shares = (sums["class_right"] / sums["class_count"]).tolist()
+            row[BY_CLASS] = {name: share for name, share in zip(self.classes, shares) if not math.isnan(share)}
+        return row

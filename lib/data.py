@@ -1,0 +1,362 @@
+"""Data: `shapes` (drawn on the fly, the default), `cifar10`, `imagenet`, `places2`, any folder of images.
+
+`open_data(name, ...)` returns a (train, validation) pair of data sets with
+    len(d), d.classes (names by index), d.batch(indices, draws) -> images (B, 3, S, S) uint8, labels (B,) int64
+where `draws` (an integer per image, or None for none) seeds the augmentation: a batch is a pure function of its
+arguments, so nothing has to be remembered to resume. `batches` makes the endless stream that training reads.
+"""
+import functools
+import hashlib
+import json
+import os
+import signal
+import sys
+import tarfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageOps
+
+from lib.checkpoints import write_atomically
+from lib.downloads import cache_folder, download
+from lib.pictures import Progress
+from lib.shapes import Shapes, hashed_uniform
+
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+
+
+class Cifar10:
+    """50,000 train and 10,000 validation images, 32 x 32, from the binary archive; random flips for training.
+
+    folder: where cifar-10-binary.tar.gz is, or is fetched to. Raises ValueError for a wrong checksum, OSError where
+    the archive can be neither found nor fetched."""
+    image_size, workers = 32, 0
+
+    def __init__(self, split, folder):
+        path = download(CIFAR_URL, "cifar-10-binary.tar.gz", folder=Path(folder))
+        if hashlib.md5(path.read_bytes()).hexdigest() != CIFAR_MD5:
+            raise ValueError(f"{path} has a wrong checksum, not MD5 {CIFAR_MD5}: delete it and run again to fetch it")
+        self.classes, self.images, self.labels = read_cifar(path, split)
+
+    def __len__(self):
+        return len(self.images)
+
+    def batch(self, indices, draws=None):
+        images = self.images[indices]
+        if draws is not None:
+            flip = hashed_uniform(3, draws, 1)[:, 0, None, None, None] < 0.5
+            images = np.where(flip, images[..., ::-1], images)
+        return torch.from_numpy(images), torch.from_numpy(self.labels[indices]).long()
+
+
+def read_cifar(path, split):
+    """The records of the binary archive: a label byte, then 3 x 32 x 32 bytes. -> classes, images, labels."""
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    with tarfile.open(path) as archive:
+        files = [archive.extractfile(f"cifar-10-batches-bin/{name}") for name in ["batches.meta.txt", *names]]
+        classes, *records = [file.read() for file in files]
+    records = np.frombuffer(b"".join(records), np.uint8).reshape(-1, 3073)
+    return classes.decode().split(), records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
+
+
+# ----------------------------------------------------------------------------------------------- a folder of images
+
+def to_rgb(image):
+    """A PIL image of any mode -> RGB; transparency is composited on white, 16-bit greys are scaled to 8 bits."""
+    if image.mode.startswith("I") or image.mode == "F":
+        pixels = np.asarray(image, np.float64)
+        white = 1 if pixels.max() <= 1 else 255
+        if image.mode.startswith("I;16") or pixels.max() > 255:
+            white = 65535
+        image = Image.fromarray((pixels / white * 255).clip(0, 255).astype(np.uint8))
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def read_image(path, size=None):
+    """Reads a file as an upright RGB image. size: a JPEG may be decoded at a reduced scale, not below this side.
+
+    Raises ValueError, naming the file, where it cannot be read as an image."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")           # large images are fine; far too large ones are an error anyway
+            with Image.open(path) as image:
+                if size:
+                    image.draft("RGB", (size, size))
+                return to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:                        # Pillow's readers raise nearly everything on broken files
+        raise ValueError(f"{path} is not a readable image ({type(error).__name__}: {error})") from error
+
+
+def random_crop(width, height, area, aspect, across, down):
+    """RandomResizedCrop's box (left, top, right, bottom): 80 to 100% of the area, aspect 3/4 to 4/3.
+
+    The last four arguments, in [0, 1), choose it. A long image is cropped, not squeezed."""
+    area, aspect = (0.8 + 0.2 * area) * width * height, np.exp((2 * aspect - 1) * np.log(4 / 3))
+    w, h = min(width, np.sqrt(area * aspect)), min(height, np.sqrt(area / aspect))
+    w, h = min(w, h * 4 / 3), min(h, w * 4 / 3)
+    left, top = across * (width - w), down * (height - h)
+    return left, top, left + w, top + h
+
+
+class Folder:
+    """Images of a folder, its first-level subfolders being the classes; files in deeper folders belong to them.
+
+    files: paths; labels: (len,) int array; size: S; pixels: what the files hold, where that is kept in memory. Where
+    `batch` is given draws it crops and flips at random, else it takes the square in the centre."""
+
+    def __init__(self, files, labels, classes, size, pixels=None):
+        self.files, self.labels, self.classes, self.image_size, self.pixels = files, labels, classes, size, pixels
+        self.workers = 0 if pixels else os.cpu_count()
+
+    def __len__(self):
+        return len(self.files)
+
+    def batch(self, indices, draws=None):
+        uniform = [None] * len(indices) if draws is None else hashed_uniform(3, draws, 5).astype(float)
+        images = np.stack([self.image(i, numbers) for i, numbers in zip(indices, uniform)])
+        return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(self.labels[indices]).long()
+
+    def image(self, index, uniform):
+        """(S, S, 3) uint8. uniform: five numbers in [0, 1) for the augmentation, or None for none."""
+        image = Image.fromarray(self.pixels[index]) if self.pixels else read_image(self.files[index], self.image_size)
+        if uniform is None:
+            side = min(image.size)
+            left, top = (image.width - side) / 2, (image.height - side) / 2
+            box, flip = (left, top, left + side, top + side), False
+        else:
+            box, flip = random_crop(*image.size, *uniform[:4]), uniform[4] < 0.5
+        pixels = np.asarray(image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box=box))
+        return pixels[:, ::-1] if flip else pixels
+
+
+KEEP_BELOW = 64   # images of up to this size are read once and kept in memory, at this many times the size:
+KEEP_SCALE = 2
+
+
+def decode_all(root, files, keep=None):
+    """Tries every file -> (the pixels of the readable ones, in their order; {path: message} of the others).
+
+    keep: pixels are (H, W, 3) uint8, reduced to this shorter side; None: they are not kept."""
+    def decode(path):
+        try:
+            image = read_image(path, keep)
+        except ValueError as error:
+            return error
+        if keep and min(image.size) > keep:
+            size = [max(1, round(side * (keep / min(image.size)))) for side in image.size]
+            image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3)
+        return np.asarray(image) if keep else None
+
+    pixels, bad, progress = [], {}, Progress(f"reading {root}", len(files), stream=sys.stderr)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:                        # Pillow decodes outside Python's lock
+        for done, (path, result) in enumerate(zip(files, pool.map(decode, files)), 1):
+            if isinstance(result, ValueError):
+                bad[str(path)] = str(result)
+            else:
+                pixels.append(result)
+            if sys.stderr.isatty():
+                progress.show(done)
+    return pixels, bad
+
+
+def check_files(root, files, size):
+    """Decodes every file once: -> the readable ones, and their reduced pixels where `size` is small, else None.
+
+    Unreadable files are named on stderr and left out. Raises ValueError where they are more than 1%."""
+    if size <= KEEP_BELOW:
+        pixels, bad = decode_all(root, files, KEEP_SCALE * size)
+    else:
+        names = hashlib.md5("\n".join(map(str, files)).encode()).hexdigest()
+        scan = remembered("bad", root, lambda found: found["files"] == names,
+                          lambda: {"files": names, "bad": decode_all(root, files)[1]})
+        pixels, bad = None, scan["bad"]
+    for message in bad.values():
+        print(f"left out: {message}", file=sys.stderr)
+    if bad:
+        print(f"left out {len(bad)} of {len(files)} files in {root}", file=sys.stderr)
+    if len(bad) > 0.01 * len(files):
+        raise ValueError(f"{len(bad)} of {len(files)} files in {root} are not readable images, over 1%; "
+                         f"remove them, the first is {next(iter(bad))}")
+    return [path for path in files if str(path) not in bad], pixels
+
+
+def remembered(kind, root, valid, make):
+    """What make() returns, a JSON value, or what is in the cache folder, where that is valid(): to scan a million files
+    takes minutes."""
+    path = cache_folder() / f"{kind}-{hashlib.md5(str(root.resolve()).encode()).hexdigest()}.json"
+    try:
+        found = json.loads(path.read_text())
+        if valid(found):
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass                                          # nothing is there, or something else
+    made = make()
+    try:
+        write_atomically(path, lambda file: file.write(json.dumps(made).encode()))
+    except OSError as error:
+        print(f"the scan of {root} could not be kept ({error.__cause__}): the next start scans again", file=sys.stderr)
+    return made
+
+
+def walk(root):
+    """Every file below a folder, sorted, and when each folder changed; hidden ones are passed over."""
+    folders, files = {}, []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        folders[folder] = os.stat(folder).st_mtime_ns                       # changes whenever an entry comes or goes
+        files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
+    return {"folders": folders, "files": sorted(files)}
+
+
+def list_files(root):
+    """Every file in the first-level subfolders of root (or in root, where it has none), sorted. Raises ValueError."""
+    def unchanged(scan):
+        return all(os.stat(folder).st_mtime_ns == then for folder, then in scan["folders"].items())
+
+    files = [Path(name) for name in remembered("files", root, unchanged, lambda: walk(root))["files"]]
+    nested = [path for path in files if path.parent != root]
+    if nested and len(nested) < len(files):
+        print(f"passed over {len(files) - len(nested)} files in {root} that lie in no class folder", file=sys.stderr)
+    if not files:
+        raise ValueError(f"{root} holds no images; it should hold a subfolder of images for each class")
+    return nested or files
+
+
+def class_of(path, base):
+    """The first-level subfolder of `base` that a file is in; the name of `base` where it has none."""
+    return path.relative_to(base).parts[0] if path.parent != base else base.name
+
+
+def split_files(root):
+    """-> (folder, its files) for training, and for validation. With train/ and val/ inside, those; else a fixed hash of
+    each path holds out 5%. Raises ValueError where there are no images, or val/ has other classes than train/."""
+    train, val = root / "train", root / "val"
+    if train.is_dir() and val.is_dir():
+        pair = [(base, list_files(base)) for base in (train, val)]
+        ours, theirs = ({class_of(path, base) for path in files} for base, files in pair)
+        for name in sorted(ours ^ theirs):
+            here, missing = (train, val) if name in ours else (val, train)
+            raise ValueError(f"class '{name}' is in {here} but not in {missing}: both need the same class folders")
+        return pair
+    files = list_files(root)
+    digests = {path: hashlib.md5(str(path.relative_to(root)).encode()).hexdigest() for path in files}
+    held_out = {path for path in files if int(digests[path], 16) % 20 == 0} or set(files[:1])
+    return (root, [path for path in files if path not in held_out] or files), (root, sorted(held_out))
+
+
+def open_folder(root, size, check=True):
+    """-> (train, validation) Folder, as split_files() divides it. check: decode every file once, and leave out what
+    cannot be read. Raises ValueError as split_files() and check_files() do."""
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"'{root}' is no data set and no folder; --data takes shapes, cifar10, imagenet, places2 or "
+                         f"a folder of images")
+    pair, opened = split_files(root), []
+    classes = sorted({class_of(path, base) for base, files in pair for path in files})
+    for base, files in pair:
+        good, pixels = check_files(base, files, size) if check else (files, None)
+        labels = np.array([classes.index(class_of(path, base)) for path in good])
+        opened.append(Folder(good, labels, classes, size, pixels))
+    return tuple(opened)
+
+
+# ------------------------------------------------------------------------------------- opening, classes, the stream
+
+def open_data(name, size=None, folder="data"):
+    """-> (train, validation). name: shapes, cifar10, imagenet, places2, or the path of a folder of images. size: S, for
+    folders (32). folder: where the named data sets are.
+
+    Raises ValueError for an unknown name or bad data, OSError where it cannot be read."""
+    if name in ("shapes", "cifar10") and size not in (None, 32):
+        raise ValueError(f"{name} has images of 32 pixels, not {size}: leave --image-size out")
+    if name == "shapes":
+        return Shapes("train"), Shapes("val")
+    if name == "cifar10":
+        return Cifar10("train", folder), Cifar10("val", folder)
+    if name not in ("imagenet", "places2"):
+        return open_folder(name, size or 32)
+    root = Path(folder, name)
+    if not (root / "train").is_dir() or not (root / "val").is_dir():
+        classes = "1,000 WNIDs, such as n01440764" if name == "imagenet" else "365 classes"
+        raise ValueError(f"{root} should hold train/CLASS/*.JPEG and val/CLASS/*.JPEG, with a folder for each of the "
+                         f"{classes}; put it there or name its place with --data-dir")
+    pair = open_folder(root, size or 256, check=False)                # its million files are known to be whole
+    if name == "imagenet" and len(pair[0].classes) == 1000:           # the folders are WNIDs: show what they stand for
+        for data in pair:
+            data.classes = imagenet_classes()
+    return pair
+
+
+def imagenet_classes():
+    """The names of ImageNet's 1,000 classes, by index."""
+    return Path(__file__).with_name("imagenet_classes.txt").read_text().splitlines()
+
+
+def find_class(text, classes):
+    """A class's id, or any unambiguous part of its name -> its index. Raises ValueError."""
+    if text.isdigit():
+        if int(text) < len(classes):
+            return int(text)
+        raise ValueError(f"class {text} does not exist: this run has classes 0 to {len(classes) - 1}")
+    exact = [i for i, name in enumerate(classes) if name.lower() == text.lower()]
+    found = exact or [i for i, name in enumerate(classes) if text.lower() in name.lower()]
+    if len(found) == 1:
+        return found[0]
+    shown = ", ".join(classes[i] for i in (found or range(len(classes)))[:12])
+    raise ValueError(f"class '{text}' fits several: {shown}" if found else
+                     f"unknown class '{text}'; this run has {shown}{', ...' if len(classes) > 12 else ''}")
+
+
+@functools.lru_cache(maxsize=1)
+def shuffled(seed, epoch, length):
+    """The indices of an epoch, in its order."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(length)
+
+
+class Steps:
+    """Batch number `step` of an endless stream of shuffled epochs: a pure function of (seed, step).
+
+    rank, world: each rank gets its own share of every batch, whatever their number."""
+
+    def __init__(self, data, size, seed, rank=0, world=1):
+        self.data, self.size, self.seed, self.rank, self.share = data, size, seed, rank, size // world
+
+    def __getitem__(self, step):
+        first = step * self.size + self.rank * self.share                   # places in the stream of all epochs
+        places = np.arange(first, first + self.share)
+        epochs, within = np.divmod(places, len(self.data))
+        indices = np.concatenate([shuffled(self.seed, epoch, len(self.data))[within[epochs == epoch]]
+                                  for epoch in np.unique(epochs)])
+        return self.data.batch(indices, places + (self.seed % (1 << 22) << 40))
+
+
+def batches(data, size, seed, first, last, workers=None, machine=None):
+    """Iterates over steps first .. last - 1 of the stream: (images (B, 3, S, S) uint8, labels (B,) int64).
+
+    workers: processes that read ahead; by default none where images are drawn or in memory, else one per core.
+    machine: whose rank and device the batches are for (devices.Machine; None: one process on the CPU)."""
+    rank, world, cuda = (machine.rank, machine.world, machine.device.type == "cuda") if machine else (0, 1, False)
+    return iter(loader(Steps(data, size, seed, rank, world), range(first, last), data, workers, cuda))
+
+
+def loader(dataset, sampler, data, workers=None, pin_memory=False):
+    """A DataLoader of dataset[i] for every i of `sampler`. workers: as for batches(); None: as suits `data`."""
+    workers = data.workers if workers is None else workers
+    return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers,
+                                       pin_memory=pin_memory, worker_init_fn=ignore_signals)
+
+
+def ignore_signals(worker):
+    """Ctrl-C goes to the whole process group: the training loop answers it, and its readers must outlive that."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

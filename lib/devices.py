@@ -1,0 +1,298 @@
+"""Where a loop runs: a CPU, CUDA GPUs under torchrun, or TPU chips under torch-xla; precision, ranks, seeds, flags.
+
+    python train_vq.py                                             # one process on what is there
+    torchrun --nproc_per_node 8 train_vq.py --data imagenet        # a process for each GPU: DistributedDataParallel
+    python train_vq.py --data imagenet --device xla                # one process for all TPU chips of a host
+
+A script's main() parses the flags and calls launch(function, args), which calls function(args, machine) on every rank.
+Bad input raises ValueError or OSError with one line for the user; `command_line` turns it into exit status 2.
+"""
+import argparse
+import contextlib
+import datetime
+import gc
+import hashlib
+import math
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+# Linux: memory for CPU tensors in pages of 2 MB. A training step takes and returns gigabytes, and each small page that
+# the kernel hands out costs time (4% of a step of the paper's transformer). Read by torch at its first allocation.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+def command_line(main):
+    """Runs a script's main(): a ValueError or OSError becomes one line on stderr and exit status 2.
+
+    TRACEBACK=1 in the environment shows where it came from."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        of_cuda, of_the_cpu = isinstance(error, torch.OutOfMemoryError), "allocate memory" in str(error)
+        if not of_cuda and not of_the_cpu:
+            raise
+        print("error: out of memory: in training lower --micro-batch (the result stays that of --batch) or the model's "
+              "sizes, else the number of images at once (--num, --batch)", file=sys.stderr)
+        sys.exit(2)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or float (kind) from `low` to `high`; says so where it is not."""
+    def parse(text):
+        bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or not math.isfinite(value):
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"it must be {what} {bounds}, not {text}")
+        return value
+    return parse
+
+
+count, whole = number(int, 1), number(int, 0)              # how many there are; how many, or none
+positive, share = number(float, 0), number(float, 0, 1)    # 0 or more; from none to all
+
+
+def yes_or_no(text):
+    """argparse type: yes or no."""
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"it must be yes or no, not {text}")
+    return text == "yes"
+
+
+def add_flags(parser, table):
+    """Adds flags in the order of a table {name: (kind, default, help)}.
+
+    kind: a type, a list of choices, or a dict of argparse's own options."""
+    for name, (kind, default, text) in table.items():
+        options = kind
+        if isinstance(kind, list):
+            options = {"choices": kind}
+        elif not isinstance(kind, dict):
+            options = {"type": kind, "metavar": name.split("_")[-1].upper()}
+        shown = "" if default is None else " (default: %(default)s)"
+        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text + shown, **options)
+
+
+def add_machine_flags(parser):
+    """The flags that say where to run, for every script."""
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "xla"),
+                        help="xla: TPU, through torch-xla (default: cuda where there is one, else cpu)")
+    parser.add_argument("--bf16", type=yes_or_no, metavar="YES_NO",
+                        help="bfloat16 matrix products and convolutions (default: yes on cuda and xla)")
+    parser.add_argument("--compile", type=yes_or_no, metavar="YES_NO", help="torch.compile (default: yes on cuda)")
+
+
+# ------------------------------------------------------------------------------------------------------- the machine
+
+def is_amd():
+    """Whether the CPU is AMD's, without AMX (Linux; elsewhere: no)."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            text = file.read()
+    except OSError:
+        return False
+    return "AuthenticAMD" in text and "amx" not in text
+
+
+class Machine:
+    """The device of this process, and the ranks beside it.
+
+    name: auto, cpu, cuda or xla. bf16: autocast to bfloat16; compiled: torch.compile; None: what suits the device.
+    Attributes: device; rank and world, the number of this process and of all; devices, how many share a batch; leads,
+    whether this process is the one that writes and prints. Raises ValueError where the device is absent."""
+
+    def __init__(self, name="auto", bf16=None, compiled=None):
+        self.mesh = None
+        if name == "xla":
+            self._open_xla()
+        else:
+            self._open_torch(name)
+        self.leads = self.rank == 0
+        on_cuda, on_xla = self.device.type == "cuda", self.device.type == "xla"
+        self.bf16 = on_cuda or on_xla if bf16 is None else bf16
+        self.compiled = on_cuda if compiled is None else compiled and not on_xla
+        self.fused = not on_xla                                            # one pass over memory in the optimizers
+        self.layout = torch.contiguous_format if on_xla else torch.channels_last                    # of images
+
+    def _open_torch(self, name):
+        if name == "cuda" and not torch.cuda.is_available():
+            raise ValueError("no CUDA device is available: use --device cpu, or install a CUDA build of torch")
+        if name == "cuda" or name == "auto" and torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")                     # TF32 where autocast leaves float32
+        else:
+            self.device = torch.device("cpu")
+            if is_amd():
+                # torch gives float32 products to MKL, which on AMD's CPUs uses half of AVX-512. Where bfloat16 would do
+                # it gives them to oneDNN, which without AMX computes in float32 all the same, and up to twice as fast.
+                torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        if "RANK" in os.environ and not dist.is_initialized():             # started by torchrun
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.devices = self.world
+
+    def _open_xla(self):
+        """All chips of all hosts as one device (SPMD): each has a part of every batch, and all that is no batch.
+
+        The program is that for one chip and the whole batch; torch-xla splits it. So losses, gradients and random draws
+        are those of the whole batch, whatever the number of chips, and nothing is averaged over ranks."""
+        # Or each compilation prints that GSPMD, which splits the program, will have a successor.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        import torch_xla.core.xla_model
+        import torch_xla.distributed.spmd
+        import torch_xla.runtime
+        self.xla, runtime = torch_xla, torch_xla.runtime
+        runtime.use_spmd()                                      # before anything is on the device, or it is moved again
+        self.mesh, self.device = torch_xla.distributed.spmd.get_1d_mesh("data"), torch_xla.device()
+        self.rank, self.world = runtime.process_index(), runtime.process_count()                     # of hosts
+        self.devices = runtime.global_runtime_device_count()
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def put(self, batch, own_share=False):
+        """A tensor (B, ...) -> on the device; with torch-xla, a part of its rows on each chip.
+
+        own_share: this process has but its share of the batch, as the data loader gives it in training. Otherwise every
+        process has the whole batch. On several TPU hosts it is the whole one that is returned, in either case."""
+        # Rows that do not divide evenly are put on every chip: torch-xla could not split all operations on them.
+        if self.mesh is None or not own_share and len(batch) % self.devices:
+            return batch.to(self.device, non_blocking=True)
+        rows = ("data",) + (None,) * (batch.ndim - 1)                    # split along the mesh's one axis, the first
+        sharding = self.xla.distributed.spmd.ShardingSpec(self.mesh, rows, minibatch=own_share)
+        return self.xla.core.xla_model.send_cpu_data_to_device(batch, self.device, sharding)[0]
+
+    def to_floats(self, images, own_share=False):
+        """uint8 images (B, 3, S, S) -> floats in [0, 1] on the device, in its layout. own_share: see put()."""
+        return self.put(images, own_share).float().div(255).contiguous(memory_format=self.layout)
+
+    def wrap(self, model):
+        """What to call in place of `model` in training: averages gradients over the ranks in backward, compiled."""
+        if dist.is_initialized() and self.world > 1:
+            model = torch.nn.parallel.DistributedDataParallel(model)
+        return torch.compile(model) if self.compiled else model
+
+    @contextlib.contextmanager
+    def accumulating(self, wrapped, more):
+        """Around a micro-batch's passes. more: others follow, so the ranks need not exchange gradients yet.
+
+        torch-xla gets a graph for each micro-batch: one for all of them needs the memory of the whole batch."""
+        with wrapped.no_sync() if more and hasattr(wrapped, "no_sync") else contextlib.nullcontext():
+            yield
+        if more:
+            self.sync()
+
+    def any(self, flag):
+        """Whether `flag` is true on any rank: all learn it, and wait for each other."""
+        if self.world == 1:
+            return flag
+        flags = torch.full((self.devices // self.world,), float(flag))          # one for each device of this process
+        return self.fetch(mean_over_ranks(self.put(flags, own_share=True)).mean()) > 0
+
+    def fetch(self, tensor):
+        """The value of a tensor, as Python numbers: waits for the device."""
+        self.sync()
+        return tensor.tolist()
+
+    def sync(self):
+        """Ends a step. torch-xla only records operations: here all of them are compiled as one graph, once, and run.
+
+        A value that is read without this is computed for itself: what it depends on runs again for the next one."""
+        if self.mesh is not None:
+            self.xla.sync()
+
+    def generator(self, seed):
+        """A random generator for tensors of the device, or None where the device has but one (torch-xla).
+
+        seed: its lower 32 bits count, which is all that torch-xla takes."""
+        seed %= 1 << 32
+        if self.mesh is not None:
+            self.xla.manual_seed(seed)
+            return None
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def seed_step(self, seed, step):
+        """Makes every draw of a step a function of (seed, step, rank). Returns a CPU generator, whose draws (the masks)
+        are the same on every device; dropout draws on the device.
+
+        With torch-xla every host draws for the whole batch, and all must draw the same: as the first one does."""
+        number = step_seed(seed, step, self.rank if self.mesh is None else 0)
+        torch.manual_seed(number)
+        self.generator(number)
+        return torch.Generator().manual_seed(number)
+
+
+def launch(function, args):
+    """Calls function(args, machine). Raises ValueError where --device xla is asked for without torch_xla."""
+    try:
+        machine = Machine(args.device, args.bf16, args.compile)
+    except ImportError:
+        raise ValueError("--device xla needs torch-xla: pip install torch==2.9.0 'torch_xla[tpu]==2.9.0'") from None
+    function(args, machine)
+    if dist.is_initialized():
+        leave_together()
+
+
+def leave_together():
+    """Ends the process group when all ranks are done, and with it its threads.
+
+    A thread of gloo may be the last to hold a tensor, and asks for the interpreter to free it. If that is gone by then,
+    the process is aborted ('terminate called without an active exception'). So no rank leaves before the others, and
+    the models, whose DistributedDataParallel keeps the threads alive in reference cycles, are collected first."""
+    dist.barrier()
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def step_seed(seed, step, rank=0):
+    """A 64-bit hash of (seed, step, rank)."""
+    return int.from_bytes(hashlib.blake2s(f"{seed} {step} {rank}".encode(), digest_size=8).digest(), "little") >> 1
+
+
+# ----------------------------------------------------------------------- what models call, and devices do differently
+
+def mean_over_ranks(tensor):
+    """The mean of a tensor over the ranks, on all of them, without a gradient. One process: the tensor, detached."""
+    tensor = tensor.detach()
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return tensor
+    tensor = tensor.clone()
+    dist.all_reduce(tensor)
+    return tensor / dist.get_world_size()
+
+
+def from_first_rank(tensor):
+    """The first rank's tensor, on all ranks."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def full_precision(tensor):
+    """Switches autocast off. The meta device, on which bench.py counts operations, has none."""
+    return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
+class Upsample(torch.nn.Module):
+    """Every pixel twice along both sides (nearest neighbour): (B, C, H, W) -> (B, C, 2 H, 2 W)."""
+
+    def forward(self, x):
+        if x.device.type == "xla":     # whose interpolate has no backward pass: its gradients would go through the host
+            return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        return F.interpolate(x, scale_factor=2)

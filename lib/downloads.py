@@ -1,0 +1,135 @@
+"""Fetches files into the cache folder: the folder MASKGIT_CACHE, by default ~/.cache/maskgit."""
+import contextlib
+import hashlib
+import http.client
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from lib.pictures import Progress
+
+TRIES = 4
+
+
+def cache_folder():
+    return Path(os.environ.get("MASKGIT_CACHE") or Path.home() / ".cache" / "maskgit")
+
+
+def download(url, name, sha256=None, size=None, offline=False, folder=None):
+    """A file of a folder (None: the cache folder), fetched where it is not there yet -> its path.
+
+    sha256: its checksum, or the first digits of it; size: its bytes; None: unknown, then the server's word is taken.
+    offline: never use the network. What arrived of a file before its connection broke off is kept, and the next try or
+    call goes on from there. Two processes may ask at once: one fetches, the other waits. Raises OSError where the file
+    is not to be had or cannot be written, ValueError for a wrong size or checksum."""
+    path = (folder or cache_folder()) / name
+    if path.exists():                                       # only a whole file gets its final name
+        return path
+    if offline:
+        raise OSError(f"{path} is not there, and the network is not to be used: fetch {url} elsewhere and put it there")
+    with locked(path, "--data-dir" if folder else "MASKGIT_CACHE"):
+        if path.exists():                                   # another process has fetched it meanwhile
+            return path
+        part = path.with_name(f"{name}.part")
+        fetch(url, part, size)
+        if sha256:
+            with open(part, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if not found.startswith(sha256):
+                part.unlink()
+                raise ValueError(f"{url} has a wrong checksum (SHA-256 {found}, expected {sha256}): what arrived was "
+                                 f"deleted; run this again, or put the right file at {path}")
+        os.replace(part, path)
+    return path
+
+
+@contextlib.contextmanager
+def locked(path, setting):
+    """Lets one process at a time fetch a file, the others wait. setting: what chooses the folder, for an error."""
+    import fcntl  # Windows has none: files are put there by hand
+
+    lock_file = path.with_name(f"{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock_file.touch()
+    except OSError as error:
+        raise OSError(f"cannot write to the folder {path.parent}: {error.strerror}; choose another with "
+                      f"{setting}") from error
+    with open(lock_file, "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process, which fetches {path.name}", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)                # let go when that process ends, however it ends
+        yield
+
+
+def fetch(url, part, size):
+    """Adds to the file `part` what it lacks, in several tries. Raises OSError and ValueError as download() does."""
+    for wait in range(TRIES):
+        time.sleep(wait)
+        try:
+            response = request_rest(url, part)
+            if response:
+                store(response, url, part, size)
+            return
+        except http.client.HTTPException as error:          # what another try may help against
+            reason = error
+    raise OSError(f"cannot fetch {url}: {reason}, {TRIES} times; run this again to go on from there")
+
+
+def request_rest(url, part):
+    """The server's response with what `part` lacks; None where it lacks nothing."""
+    name, have = part.with_suffix(""), part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        return urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise OSError(f"cannot fetch {url}: the server answers {error.code} {error.reason}; try again later, or "
+                          f"put the file at {name} yourself") from error
+        if error.headers.get("Content-Range") == f"bytes */{have}":
+            return None                                     # nothing lies beyond what is there
+        part.unlink()
+        raise http.client.HTTPException("the server has less of it than was there") from error
+    except urllib.error.URLError as error:
+        raise OSError(f"cannot reach {url} ({error.reason}): check the network, or put the file at {name} "
+                      f"yourself") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise http.client.HTTPException(f"the connection broke off ({error})") from error
+
+
+def store(response, url, part, size):
+    """Writes a response to `part`. Raises HTTPException where the connection breaks off."""
+    # A server that cannot send the rest alone (status 206) sends all of it.
+    have = part.stat().st_size if response.status == 206 else 0
+    length = response.headers.get("Content-Length")
+    total = have + int(length) if length else size
+    if size and total != size:
+        raise ValueError(f"{url} has {total} bytes, not {size}: put the right file at {part.with_suffix('')} yourself")
+    done, progress = have, Progress(f"fetching {part.stem}", (total or 0) / 1e6, "MB", have / 1e6, sys.stderr)
+    try:
+        with response, open(part, "ab" if have else "wb") as file:
+            while chunk := receive(response):
+                file.write(chunk)
+                done += len(chunk)
+                if total:
+                    progress.show(done / 1e6)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"cannot write {part}: {error.strerror}; free some space, or choose another folder "
+                      f"(MASKGIT_CACHE, --data-dir), and run this again") from error
+    if total is not None and done != total:
+        raise http.client.HTTPException(f"the connection broke off at {done} of {total} bytes")
+
+
+def receive(response):
+    """The next bytes, none at the end. Raises HTTPException, never the OSError that would mean the disk."""
+    try:
+        return response.read(1 << 17)
+    except OSError as error:
+        raise http.client.HTTPException(f"the connection broke off ({error})") from error

@@ -1,0 +1,140 @@
+"""Sums over many batches that survive an interruption, and the results that follow from them.
+
+    if condition not in ledger.results:
+        numbers = ledger.batches_left(condition, count)
+        sums = ledger.add_up(condition, count, what_each_of_them_adds(numbers))
+        ledger.keep(condition, figures_that_follow_from(sums))
+
+A condition is a line of text that says what is measured. Nothing here knows what a batch holds.
+"""
+import json
+import math
+import time
+
+import torch
+
+from lib.checkpoints import load_checkpoint, save_checkpoint, write_atomically
+from lib.devices import mean_over_ranks
+from lib.pictures import Progress
+
+
+def name_of(what, options, seed):
+    """A condition: what is measured, with which settings."""
+    return " ".join([what, *(f"{name}={value}" for name, value in options.items()), f"seed={seed}"])
+
+
+class Ledger:
+    """What an evaluation has found: results in eval.json, sums of what is under way in eval.resume.pt.
+
+    folder: of both files (None: keep nothing on disk). setup: the plain values that every result depends on; results
+    under another setup stay in the file. batch: images in a batch. again: use none of what is there; what is found anew
+    replaces it. Ranks share the batches and all know the sums; only rank 0 writes and shows progress.
+    Attributes: results, {condition: figures} under this setup."""
+    SAVE_SECONDS = 30
+
+    def __init__(self, folder, setup, machine, batch, again=False):
+        self.folder, self.setup, self.machine, self.batch = folder, setup, machine, batch
+        self.results, self.others, self.under_way = {}, [], {}
+        if folder and (folder / "eval.json").exists():
+            self._read_results(again)
+        if folder and (folder / "eval.resume.pt").exists() and not again:
+            self._read_sums()
+
+    # -------------------------------------------------------------------------------------------------- adding up
+
+    def batches_left(self, condition, count):
+        """The numbers of the batches that this rank has yet to add up, of those of `count` images: one in each round.
+
+        In the last round a rank may have no batch left: it repeats the last one, of which add_up() takes nothing."""
+        last = math.ceil(count / self.batch) - 1
+        return [min(first + self.machine.rank, last) for first in self._rounds_left(condition, count)]
+
+    def _rounds_left(self, condition, count):
+        """The number of the first rank's batch in each round that is left."""
+        done, _ = self.under_way.get(condition, (0, {}))
+        return range(done, math.ceil(count / self.batch), self.machine.world)
+
+    def add_up(self, condition, count, batches, keep=None):
+        """Adds up what the batches hold that batches_left() named -> {name: sum}, tensors on the CPU, on all ranks.
+
+        batches: an iterator over (sums, rows) of each: {name: tensor} to add, and {name: (n, ...)} with a row for every
+        image. keep: {name: m}, of which rows those of the first m images are kept, as (m, ...) beside the sums."""
+        rounds, world = self._rounds_left(condition, count), self.machine.world
+        done, sums = self.under_way.get(condition, (0, {}))
+        if rounds:
+            sums = self._of_first_rank(sums)
+        progress, saved = Progress(condition, count, done=done * self.batch), time.time()
+        for first, (more, rows) in zip(rounds, batches):
+            self.machine.sync()
+            self._add(sums, more, rows, keep or {}, (first + self.machine.rank) * self.batch, count)
+            finished = first == rounds[-1]
+            if finished or self.machine.any(self.machine.leads and time.time() - saved > self.SAVE_SECONDS):
+                sums, saved = self._over_ranks(sums), time.time()
+                self.under_way[condition] = first + world, sums
+                self._save_sums()
+                sums = sums if finished else self._of_first_rank(sums)
+            if self.machine.leads:
+                progress.show(min((first + world) * self.batch, count))
+        return sums
+
+    def _add(self, sums, more, rows, keep, place, count):
+        """Adds a batch to the sums, in place. place: that of its first image; beyond `count`, only zeros are added."""
+        for name, value in more.items():
+            sums[name] = sums.get(name, 0) + value.cpu() * (place < count)
+        for name, length in keep.items():
+            sums.setdefault(name, torch.zeros(min(length, count), *rows[name].shape[1:], dtype=rows[name].dtype))
+            kept = sums[name][place:place + len(rows[name])]              # fewer than in the batch, where `length` ends
+            kept += rows[name][:len(kept)].cpu()
+
+    def _of_first_rank(self, sums):
+        """What all ranks have added up so far counts once: the first goes on from a copy, the others from nothing."""
+        return {name: value.clone() for name, value in sums.items()} if self.machine.leads else {}
+
+    def _over_ranks(self, sums):
+        """{name: the sum over the ranks}, on all of them."""
+        total = {}
+        for name, value in sorted(sums.items()):                          # in the same order on all ranks
+            whole = mean_over_ranks(value.to(self.machine.device).double()).cpu() * self.machine.world
+            total[name] = whole.to(value.dtype) if value.is_floating_point() else whole.round().to(value.dtype)
+        return total
+
+    # -------------------------------------------------------------------------------------------- what stays on disk
+
+    def _read_results(self, again):
+        try:
+            records = json.loads((self.folder / "eval.json").read_text())["records"]
+        except (ValueError, KeyError, TypeError):                         # not of this class: it is replaced
+            records = []
+        self.others = [record for record in records if again or record["setup"] != self.setup]
+        self.results = {record["condition"]: record["result"] for record in records if record not in self.others}
+
+    def _read_sums(self):
+        try:
+            kept = load_checkpoint(self.folder / "eval.resume.pt", "sums of an evaluation")
+        except ValueError:                                                # damaged: what it held is done again
+            return
+        if kept["setup"] == self.setup:
+            self.under_way = kept["under way"]
+
+    def _save_sums(self):
+        if self.machine.leads and self.folder:
+            under_way = {condition: list(entry) for condition, entry in self.under_way.items()}
+            save_checkpoint(self.folder / "eval.resume.pt", {
+                "kind": "sums of an evaluation", "setup": self.setup, "under way": under_way})
+
+    def keep(self, condition, figures):
+        """Writes down the figures, {name: plain value}; the sums that they came from are no longer needed."""
+        self.results[condition] = figures
+        self.write()
+        self.under_way.pop(condition, None)
+        self._save_sums()
+
+    def write(self, **latest):
+        """Writes eval.json: what was asked for last (a dict), then every result with the setup it was found under."""
+        if self.machine.leads and self.folder:
+            records = [record for record in self.others
+                       if record["setup"] != self.setup or record["condition"] not in self.results]
+            records += [{"setup": self.setup, "condition": condition, "result": figures}
+                        for condition, figures in self.results.items()]
+            text = json.dumps({**latest, "setup": self.setup, "records": records}, indent=1)
+            write_atomically(self.folder / "eval.json", lambda file: file.write(text.encode()))

@@ -1,0 +1,130 @@
+"""The data set `shapes`: ten classes of objects, drawn on the fly. All can be tried without fetching a data set."""
+import numpy as np
+import torch
+
+SHAPES = ["ball", "box", "cone", "fish", "ring", "cross", "heart", "moon", "house", "tree"]
+
+
+def hashed_uniform(key, indices, count):
+    """Uniform numbers in [0, 1), float32 (len(indices), count): a pure function of (key, index, column).
+    A counter hashed by splitmix64 (Steele et al. 2014): no generator to seed, and vectorised over the images."""
+    with np.errstate(over="ignore"):
+        x = np.asarray(indices, np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
+        x = (x + np.uint64(key) * np.uint64(0xD1342543DE82EF95)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x = x ^ (x >> np.uint64(31))
+    return (x >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
+
+
+def outline(name, x, y):
+    """Signed distance to an object's outline, negative inside, in units of its size, y up; and to its second part.
+    The second part (a roof, a tail, a trunk) gets a colour of its own; it is far away where there is none."""
+    def box(x, y, w, h):
+        return np.maximum(np.abs(x) - w, np.abs(y) - h)
+
+    def wedge(x, y, top, bottom, w):                               # isosceles triangle of half width w
+        slope = np.hypot(top - bottom, w)
+        return np.maximum((np.abs(x) * (top - bottom) + (y - top) * w) / slope, bottom - y)
+
+    far = np.full_like(x, 9)
+    if name == "ball":
+        return np.hypot(x, y) - 0.85, far
+    if name == "box":
+        return box(x, y, 0.72, 0.72), far
+    if name == "cone":
+        return wedge(x, y, 0.95, -0.75, 0.9), far
+    if name == "fish":
+        tail = wedge(y, -x, -0.2, -0.95, 0.62)
+        return np.minimum((np.hypot((x + 0.22) / 0.74, y / 0.52) - 1) * 0.55, tail), tail
+    if name == "ring":
+        return np.abs(np.hypot(x, y) - 0.68) - 0.24, far
+    if name == "cross":
+        return np.minimum(box(x, y, 0.3, 0.9), box(x, y, 0.9, 0.3)), far
+    if name == "heart":                                            # a square on its corner with two half discs
+        u, v = (x + y + 0.12) * 0.7071, (y - x + 0.12) * 0.7071
+        discs = np.minimum(np.hypot(u - 0.55, v), np.hypot(u, v - 0.55)) - 0.55
+        return np.minimum(box(u, v, 0.55, 0.55), discs), far
+    if name == "moon":
+        return np.maximum(np.hypot(x, y) - 0.9, 0.8 - np.hypot(x - 0.6, y)), far
+    if name == "house":
+        roof = wedge(x, y, 0.95, 0.15, 0.95)
+        return np.minimum(box(x, y + 0.3, 0.68, 0.5), roof), roof
+    crown = np.minimum(wedge(x, y, 1.0, 0.15, 0.6), wedge(x, y, 0.6, -0.35, 0.8))
+    trunk = box(x, y + 0.65, 0.24, 0.33)
+    return np.minimum(crown, trunk), np.maximum(trunk, -crown)
+
+
+def outlines(labels, x, y):
+    """The two distances of outline() for a batch. x, y: (2, B, 32, 32), the object's coordinates of every pixel and of
+    what would shade it -> (2, B, 32, 32), and for the second part (B, 32, 32), which shades nothing."""
+    distance, second = np.empty_like(x), np.empty_like(x)
+    for label in np.unique(labels):
+        chosen = labels == label
+        distance[:, chosen], second[:, chosen] = outline(SHAPES[label], x[:, chosen], y[:, chosen])
+    # The distance beyond a sharp corner is too small, which would draw the soft shadow out into spikes.
+    distance[1] = np.maximum(distance[1], np.hypot(x[1], y[1]) - 1)
+    return distance, second[0]
+
+
+def hsv_to_rgb(h, s, v):
+    """Each (n,) in [0, 1] -> (n, 3), each in [0, 1]."""
+    k = (np.array([5, 3, 1], np.float32) + h[:, None] * 6) % 6
+    return v[:, None] * (1 - s[:, None] * np.clip(np.minimum(k, 4 - k), 0, 1))
+
+
+def colours(uniform):
+    """uniform: (7, B) in [0, 1) -> the colours of the background, the object and its second part, (B, 1, 1, 3) each."""
+    ground_hue, ground_saturation, ground_value, turn, saturation, value, second_turn = uniform
+    ground = hsv_to_rgb(ground_hue, 0.05 + 0.15 * ground_saturation, 0.6 + 0.2 * ground_value)
+    hue = ground_hue + 0.25 + 0.5 * turn                           # never the background's hue
+    first = hsv_to_rgb(hue, 0.75 + 0.2 * saturation, 0.85 + 0.15 * value)
+    second = hsv_to_rgb(hue + 0.33 + 0.33 * second_turn, np.full_like(hue, 0.7), np.full_like(hue, 0.6))
+    return [colour[:, None, None] for colour in (ground, first, second)]
+
+
+def draw_scenes(labels, uniform):
+    """labels: (B,) ints below 10. uniform: (B, 13) in [0, 1). -> images (B, 32, 32, 3) uint8."""
+    def between(low, high, column):
+        return (low + (high - low) * uniform[:, column])[:, None, None]
+
+    size, turn, light = between(0.7, 0.9, 0), between(-0.3, 0.3, 1), between(0, 2 * np.pi, 2)
+    center_x, center_y = between(-1, 1, 3) * (1 - size), between(-1, 1, 4) * (1 - size)
+    reach = size * between(0.25, 0.45, 5)                          # of the shadow
+    light_x, light_y = np.cos(light), np.sin(light)
+    # Pixel centres in [-1, 1], y up. What would shade a pixel lies `reach` away from it, towards the light.
+    pixel_x = (np.arange(32, dtype=np.float32) + 0.5) / 16 - 1
+    pixel_y = -pixel_x[:, None]
+    dx = np.stack([pixel_x - center_x, pixel_x - center_x + light_x * reach]) / size           # (2, B, 1, 32)
+    dy = np.stack([pixel_y - center_y, pixel_y - center_y + light_y * reach]) / size           # (2, B, 32, 1)
+    x, y = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx        # (2, B, 32, 32)
+    (distance, shading), second = outlines(labels, x, y)
+    # Anti-aliasing: a pixel is covered in proportion to its distance from the outline, within half a pixel.
+    cover = np.clip(0.5 - distance * size * 16, 0, 1)[..., None]
+    cover_second = np.clip(0.5 - second * size * 16, 0, 1)[..., None]
+    shadow = np.clip(0.5 - shading * size * 4, 0, 1)[..., None] * 0.5                          # soft: 4 pixels wide
+
+    ground_colour, first_colour, second_colour = colours(uniform.T[6:])
+    ground = ground_colour * (1 + 0.35 * (pixel_x * light_x + pixel_y * light_y))[..., None] * (1 - shadow)
+    shade = (0.85 + 0.4 * (dx[0] * light_x + dy[0] * light_y))[..., None]
+    body = (first_colour + cover_second * (second_colour - first_colour)) * shade
+    return (np.clip(ground + cover * (body - ground), 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+class Shapes:
+    """50,000 training and 5,000 validation images, 32 x 32: image i is a pure function of (split, i), of class i % 10.
+    One light falls from a random side: it grades the background, shades the object and casts its shadow the other
+    way, so tokens far apart have to agree. Colour, size, position and rotation vary."""
+    classes, image_size, workers = SHAPES, 32, 0
+
+    def __init__(self, split):
+        self.key, self.length = {"train": (0, 50_000), "val": (1, 5_000)}[split]
+
+    def __len__(self):
+        return self.length
+
+    def batch(self, indices, draws=None):
+        """indices: (B,) ints. Nothing is augmented, so `draws` changes nothing."""
+        labels = np.asarray(indices) % len(SHAPES)
+        images = torch.from_numpy(draw_scenes(labels, hashed_uniform(self.key, indices, 13)))
+        return images.permute(0, 3, 1, 2), torch.from_numpy(labels).long()
