@@ -133,10 +133,10 @@ def likeliest_class(model, known, seed):
 
     The known tokens come in a random order in four parts, and each part is predicted from those before it; after each,
     the likelier quarter of the classes goes on. Raises ValueError where nothing is known."""
-    places = (known != model.mask_id).nonzero()[:, 0]
+    places = (known.cpu() != model.mask_id).nonzero()[:, 0]
     if not len(places):
         raise ValueError("nothing of the image is kept that could tell its class: name one with --class")
-    places = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(seed)).to(known.device)]
+    places = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))].to(known.device)
     classes = torch.arange(model.config.num_classes, device=known.device)
     score = torch.zeros(len(classes), device=known.device)                      # the log-likelihood of each class
     shown = torch.full_like(known, model.mask_id)

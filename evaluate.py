@@ -47,7 +47,7 @@ def evaluate(args, machine):
     if args.folders:
         return compare_folders(args, machine)
     task = Task(args, machine)
-    task.features.announce(f"{task.title}, on {machine.device} x {machine.world}", [len(task.real), args.num])
+    task.features.announce(f"{task.title}, on {machine.device} x {machine.devices}", [len(task.real), args.num])
     name, count = name_of("real images", {}, args.seed), len(task.real)
     batches = reconstructed_images(task, task.ledger.batches_left(name, count))
     real = task.ledger.add_up(name, count, sums_of_stages(task, batches), FEATURES)
@@ -84,7 +84,8 @@ def table1(task, real):
         pictures.print_table("beside the real images", rows, [name for name in BESIDE_REAL if name in samples])
         pictures.print_table("both stages", {"": stages})
         pictures.print_table("negative log-likelihood of tokens", {"": stages["NLL"]})
-        pictures.print_table(BY_CLASS, {"": dict(list(samples.get(BY_CLASS, {}).items())[:20])})
+        if BY_CLASS in samples:
+            pictures.print_table(BY_CLASS, {"": dict(list(samples[BY_CLASS].items())[:20])})
         if not task.transformer.config.causal:
             pictures.draw_accuracy(task.folder / "eval.accuracy.png", stages["accuracy by mask ratio"])
     return {"rows": rows, "stages": stages}
@@ -144,6 +145,7 @@ def mean_over_seeds(task, real, changed):
 
 
 def row_of_samples(task, real, what, options, seed, keep=None):
+    """Of --num images drawn with these options of the decoding function. keep: as for row_of()."""
     name, count = name_of(what, options, seed), task.args.num
     batches = sampled_images(task, task.ledger.batches_left(name, count), options, seed)
     return row_of(task, real, name, count, batches, keep)
@@ -250,10 +252,11 @@ def sums_of_stages(task, batches):
     for batch, (sums, rows), (others, _) in zip(batches, task.features.sums(images, count, size),
                                                 task.features.sums(restored, count, size)):
         sums |= {RESTORED + name: value for name, value in others.items()}
-        sums |= token_sums(task, batch.tokens, task.machine.put(batch.labels),
-                           devices.step_seed(task.args.seed, batch.number))
+        labels, seed = task.machine.put(batch.labels), devices.step_seed(task.args.seed, batch.number)
+        sums |= token_sums(task, batch.tokens, labels, seed)
         sums["psnr"] = metrics.psnr(task.machine.to_floats(batch.images), batch.restored).sum()
-        sums["codes"] = torch.bincount(batch.tokens.flatten(), minlength=codebook_size).double()
+        ones = torch.ones_like(batch.tokens, dtype=torch.float64).flatten()      # torch-xla has no bincount of its own
+        sums["codes"] = ones.new_zeros(codebook_size).index_add_(0, batch.tokens.flatten(), ones)
         yield sums, rows
 
 
@@ -324,8 +327,7 @@ def check_options(task):
     """Raises ValueError, before anything takes long, where decode() could not do what is asked of it."""
     args, config = task.args, task.transformer.config
     if config.causal and (args.ablate or args.sweep or args.manipulate):
-        raise ValueError("--ablate, --sweep and --manipulate are about parallel decoding: add --decoder parallel, or "
-                         "name another run")
+        raise ValueError("--ablate, --sweep and --manipulate need a parallel decoder: add --decoder parallel")
     if args.ablate and min(args.ablate_steps) > config.num_tokens:
         raise ValueError(f"--ablate-steps must be from 1 to the number of tokens, {config.num_tokens}")
     if not config.causal:
@@ -346,7 +348,6 @@ def sweep_values(args):
 def parse_flags(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser)
-    shown = "; ".join(f"{name}: {' '.join(map(str, values))}" for name, values in SWEEPS.items())
     add_sampler_flags(parser, SCHEDULES, ORDERS)
     devices.add_flags(parser, {
         "features": (["classifier", "inception"], "classifier", "of images"),
@@ -354,10 +355,9 @@ def parse_flags(arguments=None):
         "num": (devices.whole, 2000, "images to sample; the paper: 50000"),
         "batch": (devices.count, 100, "images at a time"),
         "classifier_steps": (devices.whole, 600, "training steps of each classifier; 0, with Inception: none, no CAS"),
-        "ablate_steps": ({"type": devices.count, "nargs": "+", "metavar": "T"}, [4, 8, 12, 16, 32, 64],
-                         "steps of --ablate, those up to the number of tokens"),
+        "ablate_steps": ({"type": devices.count, "nargs": "+"}, [4, 8, 12, 16, 32, 64], "decoding steps of --ablate"),
         "sweep": (list(SWEEPS), None, "one setting of the sampler at several values"),
-        "values": ({"nargs": "+"}, None, f"of --sweep (default: {shown})"),
+        "values": ({"nargs": "+"}, None, f"of --sweep (default: {SWEEPS})"),
         "seeds": (devices.count, 3, "of --ablate and --sweep, from --seed upwards"),
         "folders": ({"nargs": 2, "metavar": ("GENERATED", "REAL")}, None, "compare two folders of images"),
         "data_dir": (str, "data", "where cifar10, imagenet and places2 are")})

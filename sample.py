@@ -86,7 +86,7 @@ def sample(args, machine):
         images, frames = draw(tokenizer, transformer, labels, film=args.film, generator=machine.generator(args.seed),
                               **options)
     machine.sync()
-    images = images.cpu()
+    images, frames = images.cpu(), [frame.cpu() for frame in frames]
     seconds = time.time() - started
     if not machine.leads:
         return

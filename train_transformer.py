@@ -90,12 +90,13 @@ def train_step(nets, tokens, labels, step, args, machine, generator):
 
 
 @torch.no_grad()
-def validation_loss(args, model, tokens, labels):
-    """Of validation tokens (n, N) under fixed random masks: the same at every call."""
+def validation_loss(args, model, tokens, labels, machine):
+    """Of validation tokens (n, N), on the CPU, under fixed random masks: the same at every call."""
     generator, losses = torch.Generator().manual_seed(0), []
     for part, label in zip(tokens.split(64), labels.split(64), strict=True):
+        part, label = machine.put(part), machine.put(label)
         seen, mask = mask_for_training(args, model, part, generator)
-        losses.append(mvtm_loss(model(seen, label), part, mask, args.label_smoothing))
+        losses.append(mvtm_loss(model(seen, label), part, mask, args.label_smoothing).cpu())
     return torch.stack(losses).mean().item()
 
 
@@ -163,25 +164,26 @@ def open_tokenizer(args, machine):
 
 
 @torch.no_grad()
-def tokenize(images, tokenizer, args, machine):
+def tokenize(images, tokenizer, args, machine, own_share=False):
     """(n, 3, S, S) uint8 -> tokens (n, N), on the device."""
     with machine.autocast():
-        parts = machine.to_floats(images).split(args.micro_batch or 64)
+        parts = machine.to_floats(images, own_share).split(args.micro_batch or 64)
         return torch.cat([tokenizer.encode(part).flatten(1) for part in parts])
 
 
 @torch.no_grad()
-def preview(model, tokenizer, classes, generator):
+def preview(model, tokenizer, classes, machine):
     """A picture of samples: eight of each of the first ten classes; in 8 steps, where the decoder is parallel."""
-    rows = []
+    generator, rows = machine.generator(0), []
     for label in range(min(10, len(classes))):
-        labels = torch.full((8,), label, device=model.head_bias.device)
+        labels = machine.put(torch.full((8,), label))
         if model.config.causal:
             tokens = decode_sequential(model, labels, generator=generator)
         else:
             tokens = decode(model, labels, min(8, model.config.num_tokens), generator=generator)
         rows.append(tokenizer.decode(as_grid(tokens)))
-    return pictures.grid(rows, classes)
+        machine.sync()                                  # torch-xla then makes one small program for all rows
+    return pictures.grid([row.cpu() for row in rows], classes)
 
 
 def train(args, machine):
@@ -199,19 +201,19 @@ def train(args, machine):
     run.restore({"model": nets.model, "ema": nets.ema.model, "optimizer": nets.optimizer})
     run.introduce(nets.model, f"{config.num_tokens} tokens of {config.codebook_size}, {config.num_classes} classes")
 
-    def encode(images):
-        return tokenize(images, tokenizer, args, machine)
+    def encode(images, own_share=False):
+        return tokenize(images, tokenizer, args, machine, own_share)
 
     if args.cache_tokens:
         data = CachedTokens(run.folder / "tokens", data, args.cache_tokens, settings["tokenizer"], config.num_tokens)
         data.encode(encode, machine.rank, machine.world)
         machine.any(False)                                                        # waits until all ranks have encoded
     val_images, val_labels = val.batch(torch.linspace(0, len(val) - 1, min(512, len(val))).long().numpy())
-    val_tokens, val_labels = encode(val_images), machine.put(val_labels)
+    val_tokens = encode(val_images).cpu()
 
     def draw_preview():
-        figures = {"val_loss": validation_loss(args, nets.ema.model, val_tokens, val_labels)}
-        return figures, preview(nets.ema.model, tokenizer, data.classes, machine.generator(0))
+        figures = {"val_loss": validation_loss(args, nets.ema.model, val_tokens, val_labels, machine)}
+        return figures, preview(nets.ema.model, tokenizer, data.classes, machine)
 
     def checkpoint():
         return {"config": asdict(config), "model": nets.ema.model.state_dict(), "data": args.data, "image_size": size,
@@ -220,8 +222,9 @@ def train(args, machine):
     stream = batches(data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
     for step, (images, labels) in enumerate(stream, run.step):
         generator = machine.seed_step(args.seed, step)
-        tokens = machine.put(images).long() if args.cache_tokens else encode(images)
-        metrics = train_step(nets, tokens, machine.put(labels), step, args, machine, generator)
+        tokens = machine.put(images, own_share=True).long() if args.cache_tokens else encode(images, own_share=True)
+        labels = machine.put(labels, own_share=True)
+        metrics = train_step(nets, tokens, labels, step, args, machine, generator)
         run.finish_step(step + 1, metrics, draw_preview, checkpoint)
     run.say_the_end(f"python sample.py --run {run.folder}")
 

@@ -172,12 +172,14 @@ def train_step(nets, images, step, args, machine):
 
 
 @torch.no_grad()
-def preview(model, images, batch):
-    """Validation images (n, 3, S, S) in [0, 1], `batch` at a time -> figures, and a picture of some reconstructions.
+def preview(model, images, batch, machine):
+    """Validation images (n, 3, S, S) uint8, `batch` at a time -> figures, and a picture of some reconstructions.
 
     The figures: PSNR in dB (mean over images), the share of the codebook in use, sharpness relative to the images."""
-    indices = torch.cat([model.encode(part) for part in images.split(batch)])
-    restored = torch.cat([model.decode(part) for part in indices.split(batch)])
+    # Each part comes back at once, so that torch-xla makes one small program for all parts.
+    indices = torch.cat([model.encode(machine.to_floats(part)).cpu() for part in images.split(batch)])
+    restored = torch.cat([model.decode(machine.put(part)).cpu() for part in indices.split(batch)])
+    images = images.float() / 255
     usage = torch.bincount(indices.flatten(), minlength=model.config.codebook_size).gt(0).float().mean()
     figures = {"psnr": metrics.psnr(images, restored).mean().item(), "usage": usage.item(),
                "sharpness": (metrics.sharpness(restored) / metrics.sharpness(images)).item()}
@@ -207,14 +209,14 @@ def train(args, machine):
     run = training.Run("vqgan", training.decisive_settings(args, FLAGS, "init"), LOGGED, args, machine)
     data, val = open_data(args.data, args.image_size, args.data_dir)
     shown = min(512 if args.image_size <= 64 else 64, len(val))
-    sample = machine.to_floats(val.batch(torch.linspace(0, len(val) - 1, shown).long().numpy())[0])
+    sample, _ = val.batch(torch.linspace(0, len(val) - 1, shown).long().numpy())
     nets = build(args, config, machine, load_lpips() if args.perceptual == "lpips" else None, start)
     run.restore({"model": nets.model, "disc": nets.disc, "ema": nets.ema.model,
                  "optimizer": nets.optimizer, "disc_optimizer": nets.disc_optimizer})
     run.introduce(nets.model, f"{(args.image_size // config.stride) ** 2} tokens of {config.codebook_size}")
 
     def draw_preview():
-        return preview(nets.ema.model, sample, args.micro_batch or 64)
+        return preview(nets.ema.model, sample, args.micro_batch or 64, machine)
 
     def checkpoint():
         return {"config": asdict(config), "model": nets.ema.model.state_dict(), "data": args.data,
@@ -223,7 +225,7 @@ def train(args, machine):
     stream = batches(data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
     for step, (images, _) in enumerate(stream, run.step):
         generator = machine.seed_step(args.seed, step)
-        images = machine.to_floats(images)
+        images = machine.to_floats(images, own_share=True)
         if step == 0 and args.codebook_lr > 1 and not args.init:
             nets.model.start_codebook(images, generator)
         losses = train_step(nets, images, step, args, machine)

@@ -90,10 +90,10 @@ def decisive_settings(args, flags, *others):
 
 def micro_batches(args, machine):
     """Into how many parts each rank's share of --batch is split. Raises ValueError where it does not divide evenly."""
-    own_share, rest = divmod(args.batch, machine.world)
+    own_share, rest = divmod(args.batch, machine.devices)
     size = min(args.micro_batch or own_share, own_share)
     if rest or own_share % size:
-        raise ValueError(f"--batch {args.batch} on {machine.world} devices does not split into micro-batches of "
+        raise ValueError(f"--batch {args.batch} on {machine.devices} devices does not split into micro-batches of "
                          f"{size}: choose --micro-batch so that it does")
     return own_share // size
 
@@ -215,7 +215,7 @@ class Run:
     def introduce(self, model, what):
         """Says what is about to be trained. what: anything besides the number of parameters and the devices."""
         parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        where = f"{self.machine.device} x {self.machine.world}"
+        where = f"{self.machine.device} x {self.machine.devices}"
         self._say(f"{self.folder}: {parameters:.2f} M parameters, {what}, on {where}")
 
     def say_the_end(self, following):
