@@ -50,8 +50,6 @@ def configuration(preset):
     return SimpleNamespace(stage1=one, stage2=two, vqgan=vqgan, maskgit=maskgit, image_size=size, side=side)
 
 
-# ---------------------------------------------------------------------------------------------------------- measuring
-
 def flops(function):
     """FLOPs of function() on the meta device, where nothing is computed and no memory is taken."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -96,8 +94,6 @@ def peak_memory(machine):
     status = Path("/proc/self/status")
     return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 if status.exists() else 0
 
-
-# ------------------------------------------------------ the rows: each returns seconds, and FLOPs, of a batch of images
 
 def time_train_transformer(machine, sizes, batch, repeats):
     args, config = sizes.stage2, sizes.maskgit
@@ -156,18 +152,12 @@ def time_decode(machine, sizes, batch, repeats):
     return seconds(machine, step, repeats), steps * flops(one_pass)
 
 
-def time_encode(machine, sizes, batch, repeats):
-    images = torch.randint(256, (batch, 3, sizes.image_size, sizes.image_size), dtype=torch.uint8)
-    return time_tokenizer(machine, sizes, repeats, VQGAN.encode, machine.to_floats(images))
-
-
-def time_restore(machine, sizes, batch, repeats):
-    tokens = torch.randint(sizes.vqgan.codebook_size, (batch, sizes.side, sizes.side))
-    return time_tokenizer(machine, sizes, repeats, VQGAN.decode, machine.put(tokens))
-
-
 @torch.no_grad()
-def time_tokenizer(machine, sizes, repeats, method, given):
+def time_tokenizer(method, machine, sizes, batch, repeats):
+    """method: VQGAN.encode, of images, or VQGAN.decode, of tokens."""
+    images = torch.randint(256, (batch, 3, sizes.image_size, sizes.image_size), dtype=torch.uint8)
+    tokens = torch.randint(sizes.vqgan.codebook_size, (batch, sizes.side, sizes.side))
+    given = machine.to_floats(images) if method is VQGAN.encode else machine.put(tokens)
     model = VQGAN(sizes.vqgan).to(machine.device, memory_format=machine.layout).eval()
     compiled = torch.compile(method) if machine.compiled else method
 
@@ -177,13 +167,14 @@ def time_tokenizer(machine, sizes, repeats, method, given):
     return seconds(machine, step, repeats), flops(lambda: method(VQGAN(sizes.vqgan), given.to("meta")))
 
 
-# By row: the function; images at once for the presets of the paper's size on a CPU, for `shapes` there, and on a GPU.
+# By row: a function that returns seconds and FLOPs of a batch; how many images that is, for the presets of the paper's
+# size on a CPU, for `shapes` there, and on a GPU.
 ROWS = {
     "train-transformer": (time_train_transformer, [4], [32], [256]),
     "decode": (time_decode, [1, 4, 16], [1, 16, 64, 256], [1, 16, 64, 256]),
     "train-vq": (time_train_vq, [1], [16], [32]),
-    "encode": (time_encode, [1], [64], [64]),
-    "restore": (time_restore, [1], [64], [64]),
+    "encode": (functools.partial(time_tokenizer, VQGAN.encode), [1], [64], [64]),
+    "restore": (functools.partial(time_tokenizer, VQGAN.decode), [1], [64], [64]),
 }
 
 
@@ -206,8 +197,6 @@ def measure(machine, args):
                   f"{peak / 1e12:7.4g} {count / took / peak:6.1%} {memory / 2 ** 30:5.2f} GB", flush=True)
     return results
 
-
-# -------------------------------------------------------------------------------------- both decoders beside each other
 
 @torch.no_grad()
 def compare(machine, args):

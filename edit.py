@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter
 from lib import devices
 from lib.checkpoints import add_run_flags, add_sampler_flags, load_run, sampler_options
 from lib.data import find_class, read_image
-from lib.pictures import grey_out, grid, save_film, save_image, to_pil
+from lib.pictures import grey_out, grid, picture_path, save_film, save_image, to_pil
 from maskgit import ORDERS, SCHEDULES, MaskGIT, decode
 from vqgan import VQGAN, as_grid, to_pixels
 
@@ -39,8 +39,6 @@ FLAGS = {
     "out": (str, None, "the grid to write (default: in the run's folder, the photo's name and what was done)"),
 }
 
-
-# --------------------------------------- what is painted anew: booleans (side, side), one for each token of the photo
 
 def fit_square(image, size, fit, padding="edge"):
     """Brings a PIL image to size x size. fit: crop its centre, or pad its shorter side (padding: as for numpy.pad).
@@ -114,8 +112,6 @@ def outpaint_region(args, photo, size, side):
 
 REGIONS = {"box": box_region, "mask": mask_region, "inpaint": inpaint_region, "outpaint": outpaint_region}
 
-
-# ------------------------------------------------------------------------------------------------------- painting
 
 def choose_class(args, transformer, names, known):
     """The class that is painted -> (its index, its name and why it was chosen). Raises ValueError."""
@@ -222,9 +218,7 @@ def edit(args, machine):
         raise ValueError(f"{folder} holds an autoregressive transformer, which can only go on in raster order: to edit "
                          f"images, use a run trained with --decoder parallel")
     task, = [name for name in TASKS if getattr(args, name) is not None]
-    out = Path(args.out or folder / f"{Path(args.photo).stem}.{task}.png")
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"--out {out} must end in .png, .jpg or .webp")
+    out = picture_path(args.out or folder / f"{Path(args.photo).stem}.{task}.png")
     options = sampler_options(args, transformer.config)
     options |= {"start_step": args.start_step, "generator": machine.generator(args.seed)}
 

@@ -9,10 +9,8 @@
     torchrun --nproc_per_node 8 -- evaluate.py --run runs/imagenet --num 50000 --features inception
 
 Distances between classifier features are called FCD, never FID. Results go to eval.json in the run's folder; what is
-there already is not done again, and an interrupted evaluation goes on where it was.
-
-The file descends: tables, their rows, the batches of images behind a row, what is summed over a batch. lib/ledger.py
-adds up; the figures follow in lib/classifier.py, by the formulas of lib/metrics.py.
+there already is not done again, and an interrupted evaluation goes on where it was. The file descends: tables, rows,
+the batches of images behind a row, what is summed over a batch.
 """
 import argparse
 import functools

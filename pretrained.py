@@ -26,8 +26,6 @@ from lib.downloads import download
 from maskgit import MaskGIT
 from vqgan import VQGAN, ResBlock
 
-# ------------------------------------------------------------------------------------- the released models' names
-
 # Inside a residual block of the tokenizer: our name, that in the released file, that in the PyTorch port.
 RES_BLOCK = [("norm1", "GroupNorm_0", "norm1"), ("conv1", "Conv_0", "conv1"), ("norm2", "GroupNorm_1", "norm2"),
              ("conv2", "Conv_1", "conv2"), ("shortcut", "Conv_2", "nin_shortcut")]
@@ -119,8 +117,6 @@ def port_arrays(model):
         for name, parameter in model.get_submodule(ours).named_parameters():
             yield f"{ours}.{name}", [f"{port}.{name}"], tuple(parameter.shape)
 
-
-# ------------------------------------------------------------------------------------------- reading and writing
 
 DTYPES = {b"float32": torch.float32, b"float16": torch.float16, b"bfloat16": torch.bfloat16, b"float64": torch.float64}
 
@@ -292,8 +288,6 @@ def write_released(model, path):
 
     checkpoints.write_atomically(path, partial(write, tree))
 
-
-# ---------------------------------------------------------------------------------------------------------- runs
 
 URL = "https://storage.googleapis.com/maskgit-public/checkpoints/"
 MODELS = ["imagenet256", "imagenet512"]

@@ -9,14 +9,13 @@ edit.py does the same with a photo of which a part is kept.
 """
 import argparse
 import time
-from pathlib import Path
 
 import torch
 
 from lib import devices
 from lib.checkpoints import add_run_flags, add_sampler_flags, load_run, sampler_options
 from lib.data import find_class
-from lib.pictures import grey_out, grid, save_film, save_image
+from lib.pictures import grey_out, grid, picture_path, save_film, save_image
 from maskgit import ORDERS, SCHEDULES, MaskGIT, decode, decode_sequential
 from vqgan import VQGAN, as_grid, to_pixels
 
@@ -40,21 +39,17 @@ def draw(tokenizer, transformer, labels, batch=64, film=False, **options):
     return frames[-1], frames
 
 
-def sequential_steps(tokens, moments=8):
-    """Tokens (B, N), decoded in raster order -> (tokens, mask of those not decoded yet), both (B, N), `moments` times.
-
-    They are what decode() returns for each of its steps."""
-    N = tokens.shape[1]
-    places = torch.arange(N, device=tokens.device)
-    return [(tokens, (places >= round(i * N / moments)).expand_as(tokens)) for i in range(1, moments + 1)]
+def sequential_steps(tokens):
+    """Tokens (B, N), decoded in raster order -> as decode() returns its steps: (tokens, mask of those not decoded yet),
+    both (B, N), at eight moments."""
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    return [(tokens, (places >= round(i * tokens.shape[1] / 8)).expand_as(tokens)) for i in range(1, 9)]
 
 
 def show_step(tokenizer, predicted, masked, grey):
     """Predicted tokens (B, N) as images (B, 3, H, W), a share `grey` of grey over those in the mask (B, N)."""
     return grey_out(tokenizer.decode(as_grid(predicted)), to_pixels(as_grid(masked), tokenizer.config.stride), grey)
 
-
-# ------------------------------------------------------------------------------------------------ what is asked for
 
 def announce(args, machine, folder, what, options):
     """The first line that is printed: which run draws, and how."""
@@ -63,19 +58,11 @@ def announce(args, machine, folder, what, options):
         print(f"{folder}: {what}, {how}, seed {args.seed}, on {machine.device}", flush=True)
 
 
-def picture_path(args, folder, name):
-    """Where the picture goes: --out, or a file of this name in the run's folder. Raises ValueError."""
-    path = Path(args.out or folder / name)
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"--out {path} must end in .png, .jpg or .webp")
-    return path
-
-
 def sample(args, machine):
     """Draws a row of images for each class. Every rank draws the same, and the first one writes it."""
     folder, tokenizer, transformer, checkpoint = load_run(args.run, machine.device, VQGAN, MaskGIT, args.vqgan,
                                                           args.decoder)
-    out, names = picture_path(args, folder, "samples.png"), checkpoint["classes"]
+    out, names = picture_path(args.out or folder / "samples.png"), checkpoint["classes"]
     classes = [find_class(text, names) for text in args.classes] if args.classes else list(range(min(10, len(names))))
     options = sampler_options(args, transformer.config)
     announce(args, machine, folder, "samples", options)
@@ -103,7 +90,7 @@ def compare(args, machine):
     for what, decoder in (("sequential", "autoregressive"), ("parallel", "parallel")):
         folder, tokenizer, models[what], checkpoint = load_run(args.run, machine.device, VQGAN, MaskGIT, args.vqgan,
                                                                decoder)
-    out, names = picture_path(args, folder, "compare.png"), checkpoint["classes"]
+    out, names = picture_path(args.out or folder / "compare.png"), checkpoint["classes"]
     label = find_class(args.classes[0], names) if args.classes else 0
     labels = machine.put(torch.full((args.num,), label))
     options = sampler_options(args, models["parallel"].config)

@@ -1,7 +1,6 @@
 """Trains stage 2, the bidirectional transformer, by masked visual token modelling (§3.2).
 
     python train_transformer.py                     # from runs/shapes/vqgan.pt: about 9 minutes on two cores
-    python train_transformer.py --data cifar10
     python train_transformer.py --data FOLDER --vqgan OTHER/vqgan.pt
     python train_transformer.py --resume            # go on after an interruption
     python train_transformer.py --cache-tokens 1    # encode every image once, train from the tokens
@@ -11,7 +10,7 @@
 
 Writes runs/NAME/transformer.pt (autoregressive.pt), beside it the log, the loss curves and the latest samples.
 """
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,7 @@ import torch
 
 from lib import devices, pictures, training
 from lib.checkpoints import STAGES, fingerprint, rebuild, write_atomically
-from lib.data import batches, open_data
+from lib.data import batches, open_data, spread
 from lib.devices import count, positive, share, whole, yes_or_no
 from lib.tokens import CachedTokens
 from maskgit import SCHEDULES, MaskGIT, MaskGITConfig, decode, decode_sequential, mask_tokens, mvtm_loss
@@ -198,7 +197,9 @@ def train(args, machine):
     data, val = open_data(args.data, size, args.data_dir)
     config, start, same_classes = configuration(args, tokenizer, size, data.classes)
     nets = build(args, config, machine, start, same_classes)
-    run.restore({"model": nets.model, "ema": nets.ema.model, "optimizer": nets.optimizer})
+    run.restore({"model": nets.model, "ema": nets.ema.model, "optimizer": nets.optimizer},
+                {"data": args.data, "image_size": size, "classes": list(data.classes),
+                 "tokenizer": settings["tokenizer"]})
     run.introduce(nets.model, f"{config.num_tokens} tokens of {config.codebook_size}, {config.num_classes} classes")
 
     def encode(images, own_share=False):
@@ -208,16 +209,12 @@ def train(args, machine):
         data = CachedTokens(run.folder / "tokens", data, args.cache_tokens, settings["tokenizer"], config.num_tokens)
         data.encode(encode, machine.rank, machine.world)
         machine.any(False)                                                        # waits until all ranks have encoded
-    val_images, val_labels = val.batch(torch.linspace(0, len(val) - 1, min(512, len(val))).long().numpy())
+    val_images, val_labels = spread(val, 512)
     val_tokens = encode(val_images).cpu()
 
     def draw_preview():
         figures = {"val_loss": validation_loss(args, nets.ema.model, val_tokens, val_labels, machine)}
         return figures, preview(nets.ema.model, tokenizer, data.classes, machine)
-
-    def checkpoint():
-        return {"config": asdict(config), "model": nets.ema.model.state_dict(), "data": args.data, "image_size": size,
-                "classes": list(data.classes), "tokenizer": settings["tokenizer"]}
 
     stream = batches(data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
     for step, (images, labels) in enumerate(stream, run.step):
@@ -225,7 +222,7 @@ def train(args, machine):
         tokens = machine.put(images, own_share=True).long() if args.cache_tokens else encode(images, own_share=True)
         labels = machine.put(labels, own_share=True)
         metrics = train_step(nets, tokens, labels, step, args, machine, generator)
-        run.finish_step(step + 1, metrics, draw_preview, checkpoint)
+        run.finish_step(step + 1, metrics, draw_preview)
     run.say_the_end(f"python sample.py --run {run.folder}")
 
 

@@ -9,7 +9,7 @@
 
 Writes runs/NAME/vqgan.pt, and beside it the log, the loss curves and the latest reconstructions.
 """
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from lib import devices, metrics, pictures, training
 from lib.checkpoints import rebuild
-from lib.data import batches, open_data
+from lib.data import batches, open_data, spread
 from lib.devices import count, positive, share, whole, yes_or_no
 from lib.lpips import load_lpips
 from vqgan import VQGAN, Discriminator, VQGANConfig, discriminator_loss, generator_loss, r1_penalty
@@ -208,19 +208,15 @@ def train(args, machine):
     args.parts = training.micro_batches(args, machine)
     run = training.Run("vqgan", training.decisive_settings(args, FLAGS, "init"), LOGGED, args, machine)
     data, val = open_data(args.data, args.image_size, args.data_dir)
-    shown = min(512 if args.image_size <= 64 else 64, len(val))
-    sample, _ = val.batch(torch.linspace(0, len(val) - 1, shown).long().numpy())
+    sample, _ = spread(val, 512 if args.image_size <= 64 else 64)
     nets = build(args, config, machine, load_lpips() if args.perceptual == "lpips" else None, start)
     run.restore({"model": nets.model, "disc": nets.disc, "ema": nets.ema.model,
-                 "optimizer": nets.optimizer, "disc_optimizer": nets.disc_optimizer})
+                 "optimizer": nets.optimizer, "disc_optimizer": nets.disc_optimizer},
+                {"data": args.data, "image_size": args.image_size, "classes": list(data.classes)})
     run.introduce(nets.model, f"{(args.image_size // config.stride) ** 2} tokens of {config.codebook_size}")
 
     def draw_preview():
         return preview(nets.ema.model, sample, args.micro_batch or 64, machine)
-
-    def checkpoint():
-        return {"config": asdict(config), "model": nets.ema.model.state_dict(), "data": args.data,
-                "image_size": args.image_size, "classes": list(data.classes)}
 
     stream = batches(data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
     for step, (images, _) in enumerate(stream, run.step):
@@ -229,7 +225,7 @@ def train(args, machine):
         if step == 0 and args.codebook_lr > 1 and not args.init:
             nets.model.start_codebook(images, generator)
         losses = train_step(nets, images, step, args, machine)
-        run.finish_step(step + 1, losses, draw_preview, checkpoint)
+        run.finish_step(step + 1, losses, draw_preview)
     run.say_the_end("python train_transformer.py")
 
 

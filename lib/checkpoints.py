@@ -36,8 +36,6 @@ def write_atomically(path, write):
         raise
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
-
 def to_cpu(value):
     """Nested dicts and lists of tensors and plain values, with every tensor on the CPU."""
     if isinstance(value, dict):
@@ -124,8 +122,6 @@ def fingerprint(model):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
-
-# ----------------------------------------------------------------------------------------------------------- runs
 
 STAGES = {"parallel": "transformer", "autoregressive": "autoregressive"}       # by decoder: the name of its file
 

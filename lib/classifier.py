@@ -29,8 +29,6 @@ BESIDE_REAL = ["sharpness / real", "spread within a class / real", "classifier n
 BY_CLASS = "classifier names the class, by class"
 
 
-# ------------------------------------------------------------------------------------------------------- networks
-
 class Classifier(nn.Module):
     """(B, 3, S, S) in [0, 1] -> class logits (B, classes): four residual stages, each halving the resolution."""
 
@@ -130,8 +128,6 @@ def load_inception(path, machine):
     return model.to(machine.device)
 
 
-# ------------------------------------------------------------------------------------------------- sets of images
-
 @dataclass
 class Batch:
     """Some images of a set: its batch of this number."""
@@ -218,8 +214,6 @@ def enough_images(count, what):
         raise ValueError(f"{what}: precision and recall, with {NEIGHBOURS} neighbours, need at least "
                          f"{NEIGHBOURS + 1} images")
 
-
-# -------------------------------------------------------------------------------------------------- what is seen
 
 def open_features(args, machine, example, train=None, folder=None):
     """The Features that the flags ask for. train, folder: images and place of the run, where there is one. example: see

@@ -63,8 +63,6 @@ def read_cifar(path, split):
     return classes.decode().split(), records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
 
 
-# ----------------------------------------------------------------------------------------------- a folder of images
-
 def to_rgb(image):
     """A PIL image of any mode -> RGB; transparency is composited on white, 16-bit greys are scaled to 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":
@@ -270,8 +268,6 @@ def open_folder(root, size, check=True):
     return tuple(opened)
 
 
-# ------------------------------------------------------------------------------------- opening, classes, the stream
-
 def open_data(name, size=None, folder="data"):
     """-> (train, validation). name: shapes, cifar10, imagenet, places2, or the path of a folder of images. size: S, for
     folders (32). folder: where the named data sets are.
@@ -295,6 +291,11 @@ def open_data(name, size=None, folder="data"):
         for data in pair:
             data.classes = imagenet_classes()
     return pair
+
+
+def spread(data, count):
+    """Images and labels of up to `count` images, evenly spread over a data set, which may be sorted by class."""
+    return data.batch(torch.linspace(0, len(data) - 1, min(count, len(data))).long().numpy())
 
 
 def imagenet_classes():

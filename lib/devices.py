@@ -89,11 +89,10 @@ def add_flags(parser, table):
 
 def add_machine_flags(parser):
     """The flags that say where to run, for every script."""
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "xla"),
-                        help="xla: TPU, through torch-xla (default: cuda where there is one, else cpu)")
-    parser.add_argument("--bf16", type=yes_or_no, metavar="YES_NO",
-                        help="bfloat16 matrix products and convolutions (default: yes on cuda and xla)")
-    parser.add_argument("--compile", type=yes_or_no, metavar="YES_NO", help="torch.compile (default: yes on cuda)")
+    add_flags(parser, {
+        "device": (["auto", "cpu", "cuda", "xla"], "auto", "auto: cuda where there is one, else cpu; xla: TPU"),
+        "bf16": (yes_or_no, None, "yes or no: bfloat16 products and convolutions (default: yes on cuda and xla)"),
+        "compile": (yes_or_no, None, "yes or no: torch.compile (default: yes on cuda)")})
 
 
 # ------------------------------------------------------------------------------------------------------- the machine

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-# --------------------------------------------------------------------------------- Fréchet distance (FID)
 
 def moments(features, shift):
     """Sums from which mean and covariance follow. features: (n, D). shift: (D,), the same for all that is added up.
@@ -49,8 +48,6 @@ def square_root(covariance):
     return vectors[:, some] * values[some].sqrt()
 
 
-# ------------------------------------------------------------------------------------- Inception Score (IS)
-
 def split_of(count, splits=10):
     """Which of the splits each of `count` images belongs to -> (count,) int64; no more splits than images.
 
@@ -79,8 +76,6 @@ def inception_score(sums):
     return scores.mean().item(), scores.std(correction=0).item()
 
 
-# ------------------------------------------------------------------------------------- precision and recall
-
 def precision_recall(generated, real, k=3, rows=1000):
     """Precision: the share of generated images near a real one; recall: of real images near a generated one.
 
@@ -102,8 +97,6 @@ def precision_recall(generated, real, k=3, rows=1000):
 
     return share_near(generated, real), share_near(real, generated)
 
-
-# ------------------------------------------------------------------------------------- by pixels
 
 def class_sums(images, labels, classes):
     """Sums for spread(). images: (n, 3, H, W), compared at 16 x 16 pixels. labels: (n,), below `classes`."""

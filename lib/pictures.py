@@ -92,6 +92,13 @@ def grid(rows, captions=(), scale=None, titles=()):
     return canvas
 
 
+def picture_path(path):
+    """The path of a picture that is to be written. Raises ValueError for an ending that is none of a picture's."""
+    if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--out {path} must end in .png, .jpg or .webp")
+    return Path(path)
+
+
 def save_image(path, image, **options):
     """Writes a PIL image atomically, in the format of the path's ending. Raises OSError."""
     write_atomically(path, lambda file: image.save(file, format=Path(path).suffix[1:].upper(), **options))

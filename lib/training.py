@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,10 +23,6 @@ from lib.devices import add_flags, add_machine_flags, count, mean_over_ranks, wh
 from lib.pictures import clock, draw_log, save_image, show_line
 
 # ------------------------------------------------------------------------------------------------- flags and presets
-
-# The hyperparameters that change the memory a run takes, not its result: it may be resumed with others.
-FREE = ("micro_batch",)
-
 
 def presets(flags, others):
     """{name: {flag: value}} of every preset.
@@ -43,13 +40,13 @@ def parse_training_flags(description, own_flags, flags, presets):
     own_flags: as for add_flags. flags, presets: as above. A preset's value stands unless its flag is given. The preset
     is that of the data set, `folder` for any folder of images, or the one named by --preset."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="shapes", help="shapes, cifar10, imagenet or places2 (in --data-dir), or a "
-                        "folder of images with a subfolder for each class (default: %(default)s)")
-    parser.add_argument("--preset", choices=presets, help="take another data set's settings, such as its sizes "
-                        "(default: the data's own; folder, for a folder of images)")
-    parser.add_argument("--run", help="the run's folder (default: runs/NAME, after the data)")
-    parser.add_argument("--resume", action="store_true", help="go on where the run stopped; start, if there is none")
-    parser.add_argument("--overwrite", action="store_true", help="start again, replacing what the run folder holds")
+    switch = {"action": "store_true"}
+    add_flags(parser, {
+        "data": (str, "shapes", "shapes, cifar10, imagenet, places2, or a folder with a subfolder for each class"),
+        "preset": (list(presets), None, "the data set whose settings to take (default: the data's own, or folder)"),
+        "run": (str, None, "the run's folder (default: runs/NAME, after the data)"),
+        "resume": (switch, None, "go on where the run stopped; start, if there is none"),
+        "overwrite": (switch, None, "start again, replacing what the run folder holds")})
     add_flags(parser, own_flags)
     for name, (kind, *_, text) in flags.items():
         add_flags(parser, {name: (kind, None, f"{text} (default: {shown_default(name, presets)})")})
@@ -73,9 +70,11 @@ def parse_training_flags(description, own_flags, flags, presets):
 def shown_default(flag, presets):
     """What --help says of a flag's default: its value, or, where the presets differ, that of each."""
     def show(value):
+        if value is None:
+            return "all"
         if isinstance(value, bool):
             return "yes" if value else "no"
-        return " ".join(map(str, value)) if isinstance(value, tuple) else "all" if value is None else str(value)
+        return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
     values = {name: show(preset[flag]) for name, preset in presets.items()}
     if len(set(values.values())) == 1:
@@ -84,8 +83,9 @@ def shown_default(flag, presets):
 
 
 def decisive_settings(args, flags, *others):
-    """The plain values that decide a run's result, which a resumed run must share: those of `flags` and of `others`."""
-    return {name: getattr(args, name) for name in (*flags, "data", "seed", *others) if name not in FREE}
+    """The plain values that decide a run's result, which a resumed run must share: of all of `flags` and `others` but
+    --micro-batch, which decides the memory alone."""
+    return {name: getattr(args, name) for name in (*flags, "data", "seed", *others) if name != "micro_batch"}
 
 
 def micro_batches(args, machine):
@@ -165,11 +165,12 @@ class Run:
         self.folder = folder_of(args)
         self.model_file, self.resume_file, self.picture, self.curve = (
             self.folder / f"{stage}.{ending}" for ending in ("pt", "resume.pt", "png", "curve.png"))
-        self.step, self.state, self.parts = 0, None, {}
+        self.step, self.state = 0, None
         if self.model_file.exists() or self.resume_file.exists():
             self._resume_or_refuse()
-        if machine.leads:
-            self._check_that_the_folder_can_be_written()
+        if machine.leads:                                      # a folder that cannot be written shows here, not later
+            write_atomically(self.folder / ".writable", lambda file: file.write(b"test"))
+            (self.folder / ".writable").unlink()
         self.log = Log(self.folder / f"{stage}.log.csv", columns, self.step, args, machine)
         self.stop = StopSignal(machine)
 
@@ -194,19 +195,12 @@ class Run:
                                  f"resume with the same settings, or use --overwrite or another --run")
         self.step, self.state = state["step"], state
 
-    def _check_that_the_folder_can_be_written(self):
-        trial = self.folder / ".writable"
-        try:
-            write_atomically(trial, lambda file: file.write(b"test"))
-            trial.unlink()
-        except OSError as error:
-            reason = error.__cause__.strerror if error.__cause__ else error
-            raise OSError(f"cannot write to the run folder {self.folder}: {reason}; "
-                          f"choose another with --run") from error
+    def restore(self, parts, about):
+        """Takes what is to be saved from now on, and brings it to where the run stopped.
 
-    def restore(self, parts):
-        """Takes the models and optimizers that are to be saved, by name, and brings them to where the run stopped."""
-        self.parts = parts
+        parts: models and optimizers by name, of which "ema" is the model for use. about: the plain values that the
+        latter's file holds besides its weights and configuration."""
+        self.parts, self.about = parts, about
         if self.state:
             for name, part in parts.items():
                 part.load_state_dict(self.state[name])
@@ -225,12 +219,11 @@ class Run:
         if self.machine.leads:
             print(text, flush=True)
 
-    def finish_step(self, step, metrics, preview, checkpoint):
+    def finish_step(self, step, metrics, preview):
         """Ends a step: logs, draws and saves where it is time to, and ends the process where a signal asked for it.
 
         step: how many are done now. metrics: scalar tensors by name. preview() -> figures of validation by name, and a
-        picture (PIL). checkpoint() -> what the file of the model for use holds. Raises ValueError where a metric is not
-        finite; the files on disk are then the last good ones."""
+        picture (PIL). Raises ValueError where a metric is not finite; the files on disk are then the last good ones."""
         self.log.add(metrics)
         self.machine.sync()
         stopping = self.stop.requested(step)
@@ -239,18 +232,19 @@ class Run:
         if save or step % self.args.log_every == 0:
             self.log.write(step, figures, self.resume_file)
         if save:
-            self._save(step, picture, checkpoint())
+            self._save(step, picture)
         if stopping:
             self.stop.exit(step, self.args.steps)
 
-    def _save(self, step, picture, checkpoint):
+    def _save(self, step, picture):
         """The model for use first, then the training state: who finds a finished state finds its model as well."""
         if not self.machine.leads:
             return
         common = {"step": step, "settings": self.settings}
         state = {name: part.state_dict() for name, part in self.parts.items()}
+        model = {"config": asdict(self.parts["ema"].config), "model": state["ema"], **self.about}
         save_image(self.picture, picture)
-        save_checkpoint(self.model_file, {"kind": self.stage, **common, **checkpoint})
+        save_checkpoint(self.model_file, {"kind": self.stage, **common, **model})
         save_checkpoint(self.resume_file, {"kind": f"{self.stage} training state", **common, **state})
         draw_log(self.curve, self.log.path)
 
@@ -280,11 +274,8 @@ class Log:
         means, self.pending = dict(zip(self.names, values, strict=True)), []
         for name, value in means.items():
             if not math.isfinite(value):
-                last = "no checkpoint was written yet"
-                if resume_file.exists():
-                    last = f"the last good checkpoint is {resume_file}"
-                raise ValueError(f"{name} became {value} at or before step {step}: training was stopped, {last}; "
-                                 f"go on from it with a lower --lr")
+                raise ValueError(f"{name} became {value} at or before step {step}: training was stopped; the last good "
+                                 f"checkpoint, if any, is {resume_file}: go on from it with a lower --lr")
         if not self.machine.leads:
             return
         speed = self._images_per_second(step)
@@ -294,10 +285,10 @@ class Log:
         with open(self.path, "a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(
                 {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
-        shown = [f"{name} {value:.4g}" for name, value in row.items() if name not in ("step", "images/s")]
+        shown = [f"{name} {value:.4g}" for name, value in (means | figures).items()]
         left = clock((self.args.steps - step) * self.args.batch / speed) if speed else "?"
-        show_line("  ".join([f"step {step}/{self.args.steps}", *shown, f"{speed or 0:.0f} images/s", f"{left} left"]),
-                  last=step == self.args.steps)
+        text = "  ".join([f"step {step}/{self.args.steps}", *shown, f"{speed or 0:.0f} images/s", f"{left} left"])
+        show_line(text, last=step == self.args.steps)
 
     def _images_per_second(self, step):
         """Over the last ten lines; None where no time has passed."""

@@ -39,7 +39,7 @@ def plain(images, tmp_path_factory):
     """The run of the plain CPU that the others are compared with, evaluated."""
     folder = tmp_path_factory.mktemp("plain") / "run"
     run("train_vq.py", "--data", images, "--run", folder, *VQ, *STEPS)
-    run("train_transformer.py", "--data", images, "--run", folder, *TRANSFORMER, *STEPS)
+    run("train_transformer.py", "--data", images, "--run", folder, *TRANSFORMER, *STEPS, "--micro-batch", 4)
     run("evaluate.py", "--run", folder, *EVALUATE)
     return folder
 
