@@ -101,7 +101,8 @@ def picture_path(path):
 
 def save_image(path, image, **options):
     """Writes a PIL image atomically, in the format of the path's ending. Raises OSError."""
-    write_atomically(path, lambda file: image.save(file, format=Path(path).suffix[1:].upper(), **options))
+    kind = Image.registered_extensions()[Path(path).suffix.lower()]
+    write_atomically(path, lambda file: image.save(file, format=kind, **options))
 
 
 def grey_out(images, mask, grey=0.85):

@@ -10,6 +10,7 @@ from PIL import Image
 
 import sample
 from lib import devices
+from lib.pictures import picture_path, save_image
 from maskgit import MaskGIT, MaskGITConfig, decode, decode_sequential, mask_counts
 from vqgan import as_grid, to_pixels
 
@@ -113,6 +114,14 @@ def test_no_run_at_all(tmp_path):
     assert "/example: samples" in run("sample.py", "--steps", 2, "--num", 1, "--out", "a.png", cwd=tmp_path)
     assert (tmp_path / "a.png").exists()
     refused("train_transformer.py", says=["vqgan.pt", "does not exist"], cwd=tmp_path)
+
+
+def test_pictures_of_every_kind(tmp_path):
+    for ending in (".png", ".jpg", ".jpeg", ".webp", ".JPG"):
+        path = picture_path(tmp_path / f"a{ending}")
+        save_image(path, Image.new("RGB", (8, 8), "red"))
+        with Image.open(path) as image:
+            assert image.size == (8, 8)
 
 
 def test_an_unwritable_output(trained, call, tmp_path):

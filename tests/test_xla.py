@@ -13,24 +13,29 @@ import sys
 
 import pytest
 from conftest import ROOT, run
-from test_data import make_folder
+
+from lib.pictures import save_image, to_pil
+from lib.shapes import SHAPES, Shapes
 
 pytest.importorskip("torch_xla")
 
 # R1 at every step: one with it and one without are two programs. No dropout: its random numbers are the device's own.
-VQ = ["--image-size", 16, "--multipliers", 1, 1, "--filters", 8, "--codebook-size", 32, "--codebook-dim", 4,
+VQ = ["--image-size", 8, "--multipliers", 1, 1, "--filters", 8, "--codebook-size", 32, "--codebook-dim", 4,
       "--disc-width", 1, "--disc-max-width", 8, "--gan-start", 0, "--r1-every", 1]
 TRANSFORMER = ["--dropout", 0, "--dim", 16, "--depth", 1, "--heads", 2, "--mlp-dim", 32]
-STEPS = ["--bf16", "no", "--batch", 8, "--steps", 5, "--log-every", 1, "--save-every", 4]   # previews after 4 and 5
-EVALUATE = ["--bf16", "no", "--num", 36, "--batch", 32, "--classifier-steps", 2]            # 36 - 32 is less than 8
+STEPS = ["--bf16", "no", "--batch", 16, "--steps", 5, "--log-every", 1, "--save-every", 4]  # previews after 4 and 5
+EVALUATE = ["--bf16", "no", "--steps", 3, "--num", 32, "--batch", 16, "--classifier-steps", 1]
+PARTS = 2       # micro-batches of the transformer
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Of three classes, 27 to learn from and 9 for validation."""
+    """A folder of drawn shapes of three classes: 30 images to learn from and 30 for validation."""
     folder = tmp_path_factory.mktemp("images")
-    for part, count in (("train", 9), ("val", 3)):
-        make_folder(folder / part, dict.fromkeys("abc", count), size=(20, 24))
+    for part in ("train", "val"):
+        for number, (image, label) in enumerate(zip(*Shapes(part).batch(range(100)), strict=True)):
+            if label < 3:
+                save_image(folder / part / SHAPES[label] / f"{number}.png", to_pil(image / 255))
     return folder
 
 
@@ -39,7 +44,7 @@ def plain(images, tmp_path_factory):
     """The run of the plain CPU that the others are compared with, evaluated."""
     folder = tmp_path_factory.mktemp("plain") / "run"
     run("train_vq.py", "--data", images, "--run", folder, *VQ, *STEPS)
-    run("train_transformer.py", "--data", images, "--run", folder, *TRANSFORMER, *STEPS, "--micro-batch", 4)
+    run("train_transformer.py", "--data", images, "--run", folder, *TRANSFORMER, *STEPS, "--micro-batch", 16 // PARTS)
     run("evaluate.py", "--run", folder, *EVALUATE)
     return folder
 
@@ -78,7 +83,7 @@ def assert_same_log(ours, theirs):
 
 @pytest.mark.parametrize("chips", [1, 2, 8])
 def test_training(chips, images, plain, tmp_path):
-    micro_batch = max(1, 4 // chips)                                      # of the 8 images, at once on each chip
+    micro_batch = 16 // PARTS // chips                                        # images at once on each chip
     flags = {"vqgan": VQ, "transformer": [*TRANSFORMER, "--vqgan", plain / "vqgan.pt", "--micro-batch", micro_batch]}
     for stage, script in (("vqgan", "train_vq.py"), ("transformer", "train_transformer.py")):
         output = on_chips(chips, tmp_path / f"{stage}.txt",
@@ -94,11 +99,11 @@ def test_training(chips, images, plain, tmp_path):
 @pytest.mark.parametrize("chips", [1, 2, 8])
 def test_a_run_in_use(chips, images, plain, tmp_path):
     """Sampling, editing and evaluation of what the plain CPU has trained."""
-    folder, report, photo = tmp_path / "run", tmp_path / "report.txt", images / "train" / "a" / "000.png"
+    folder, report, photo = tmp_path / "run", tmp_path / "report.txt", images / "train" / "ball" / "0.png"
     shutil.copytree(plain, folder)
-    on_chips(chips, report, "sample.py", "--run", folder, "--num", 1)
-    on_chips(chips, report, "edit.py", photo, "--run", folder, "--inpaint", "centre", "--num", 2)
-    assert (folder / "samples.png").exists() and (folder / "000.inpaint.2.png").exists()
+    on_chips(chips, report, "sample.py", "--run", folder, "--num", 1, "--steps", 3)
+    on_chips(chips, report, "edit.py", photo, "--run", folder, "--inpaint", "centre", "--num", 2, "--steps", 3)
+    assert (folder / "samples.png").exists() and (folder / "0.inpaint.2.png").exists()
     on_chips(chips, report, "evaluate.py", "--run", folder, *EVALUATE)
     ours, theirs = (json.loads((path / "eval.json").read_text()) for path in (folder, plain))
     # What is drawn is another, as the random numbers are the device's own. The rest is the same.
