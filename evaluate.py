@@ -253,7 +253,7 @@ def sums_of_stages(task, batches):
         labels, seed = task.machine.put(batch.labels), devices.step_seed(task.args.seed, batch.number)
         sums |= token_sums(task, batch.tokens, labels, seed)
         sums["psnr"] = metrics.psnr(task.machine.to_floats(batch.images), batch.restored).sum()
-        ones = torch.ones_like(batch.tokens, dtype=torch.float64).flatten()      # torch-xla has no bincount of its own
+        ones = torch.ones_like(batch.tokens, dtype=torch.float64).flatten()      # bincount, which TPUs do not have
         sums["codes"] = ones.new_zeros(codebook_size).index_add_(0, batch.tokens.flatten(), ones)
         yield sums, rows
 

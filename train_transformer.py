@@ -181,7 +181,7 @@ def preview(model, tokenizer, classes, machine):
         else:
             tokens = decode(model, labels, min(8, model.config.num_tokens), generator=generator)
         rows.append(tokenizer.decode(as_grid(tokens)))
-        machine.sync()                                  # torch-xla then makes one small program for all rows
+        machine.sync()                                  # a TPU then gets one small program for all rows
     return pictures.grid([row.cpu() for row in rows], classes)
 
 

@@ -176,7 +176,7 @@ def preview(model, images, batch, machine):
     """Validation images (n, 3, S, S) uint8, `batch` at a time -> figures, and a picture of some reconstructions.
 
     The figures: PSNR in dB (mean over images), the share of the codebook in use, sharpness relative to the images."""
-    # Each part comes back at once, so that torch-xla makes one small program for all parts.
+    # Each part comes back at once, so that a TPU gets one small program for all parts.
     indices = torch.cat([model.encode(machine.to_floats(part)).cpu() for part in images.split(batch)])
     restored = torch.cat([model.decode(machine.put(part)).cpu() for part in indices.split(batch)])
     images = images.float() / 255
