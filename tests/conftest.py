@@ -11,6 +11,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from lib import devices
+
 torch.set_num_threads(1)      # the models are tiny: a second thread would only wait
 os.environ["MASKGIT_CACHE"] = tempfile.mkdtemp(prefix="maskgit-tests-")
 atexit.register(shutil.rmtree, os.environ["MASKGIT_CACHE"], ignore_errors=True)
@@ -40,6 +42,25 @@ def refused(script, *arguments, says, **options):
     for word in [says] if isinstance(says, str) else says:
         assert word in last, f"'{word}' is not in: {last}"
     return last
+
+
+@pytest.fixture
+def call_main(monkeypatch, capsys):
+    """Calls a script's main() in this process (a new one takes seconds to start), in a folder -> what it printed.
+
+    Where a code is expected, it must end with that: -> its last line on stderr."""
+    def call(script, folder, *arguments, code=0):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, arguments)])
+        status = 0
+        try:
+            devices.command_line(script.main)
+        except SystemExit as end:
+            status = end.code
+        printed = capsys.readouterr()
+        assert status == code, printed
+        return printed.out if code == 0 else printed.err.strip().splitlines()[-1]
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from PIL import Image
 
 import edit
 from edit import box_region, composite, extrapolate, likeliest_class, panorama, repaint
-from lib import devices
 from lib.checkpoints import load_checkpoint, load_run, load_weights
 from lib.classifier import Classifier
 from lib.shapes import Shapes, hashed_uniform
@@ -26,20 +25,11 @@ def photo(tmp_path):
 
 
 @pytest.fixture
-def call(trained, photo, monkeypatch, capsys):
-    """Calls edit.py's main in this process (a new one takes seconds to start), beside the photo: -> what it printed."""
+def call(trained, photo, call_main):
+    """Calls edit.py's main beside the photo: -> what it printed."""
     def call(*flags, code=0, image=photo, feather=("--feather", 0)):
         arguments = [image, "--run", trained, "--num", 1, "--steps", 8, *feather, "--out", "out.png", *flags]
-        monkeypatch.chdir(photo.parent)
-        monkeypatch.setattr("sys.argv", ["edit.py", *map(str, arguments)])
-        try:
-            devices.command_line(edit.main)
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        printed = capsys.readouterr()
-        assert status == code, printed
-        return printed.out if code == 0 else printed.err.strip().splitlines()[-1]
+        return call_main(edit, photo.parent, *arguments, code=code)
     return call
 
 

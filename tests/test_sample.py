@@ -9,7 +9,6 @@ from conftest import ROOT, TINY_TRANSFORMER, TINY_VQ, refused, run
 from PIL import Image
 
 import sample
-from lib import devices
 from lib.pictures import picture_path, save_image
 from maskgit import MaskGIT, MaskGITConfig, decode, decode_sequential, mask_counts
 from vqgan import as_grid, to_pixels
@@ -36,19 +35,10 @@ def toy(request):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """Calls sample.py's main in this process (a new one takes seconds to start), in tmp_path: -> what it printed."""
+def call(call_main, tmp_path):
+    """Calls sample.py's main in tmp_path: -> what it printed."""
     def call(*flags, code=0):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("sys.argv", ["sample.py", *map(str, flags)])
-        try:
-            devices.command_line(sample.main)
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        printed = capsys.readouterr()
-        assert status == code, printed
-        return printed.out if code == 0 else printed.err.strip().splitlines()[-1]
+        return call_main(sample, tmp_path, *flags, code=code)
     return call
 
 
