@@ -35,7 +35,8 @@ from lib.pictures import new_figure, save_figure
 from maskgit import MaskGIT, MaskGITConfig, decode, sample_tokens
 from vqgan import VQGAN, Discriminator, VQGANConfig
 
-PRESETS = {"imagenet256": ("imagenet", 256), "imagenet512": ("imagenet", 512), "shapes": ("shapes", 32)}
+PRESETS = {"imagenet256": ("imagenet", 256), "imagenet512": ("imagenet", 512), "cifar10": ("cifar10", 32),
+           "shapes": ("shapes", 32)}
 
 
 def configuration(preset):
@@ -45,7 +46,7 @@ def configuration(preset):
     one.image_size = size
     vqgan = VQGANConfig(one.codebook_size, one.codebook_dim, one.filters, one.multipliers, one.res_blocks, one.groups)
     classes, side = 1000 if name == "imagenet" else 10, size // vqgan.stride
-    maskgit = MaskGITConfig(vqgan.codebook_size, classes, side ** 2, two.dim, two.depth, two.heads, two.mlp_dim,
+    maskgit = MaskGITConfig(vqgan.codebook_size, classes, side ** 2, two.dim, two.depth, two.heads, 4 * two.dim,
                             two.dropout)
     return SimpleNamespace(stage1=one, stage2=two, vqgan=vqgan, maskgit=maskgit, image_size=size, side=side)
 

@@ -5,45 +5,43 @@
     python evaluate.py --manipulate                               # Table 2: outpainting and inpainting
     python evaluate.py --ablate                                   # Table 3: seven mask schedules x steps, three seeds
     python evaluate.py --sweep choice_temperature                 # one setting of the sampler
-    python evaluate.py --folders GENERATED REAL --features inception
     torchrun --nproc_per_node 8 -- evaluate.py --run runs/imagenet --num 50000 --features inception
 
 Distances between classifier features are called FCD, never FID. Results go to eval.json in the run's folder; what is
-there already is not done again, and an interrupted evaluation goes on where it was. The file descends: tables, rows,
-the batches of images behind a row, what is summed over a batch.
+there is not done again. The file descends: tables, rows, the batches behind a row, what is summed over a batch.
 """
 import argparse
 import functools
 import itertools
 import math
 import platform
-import sys
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from lib import classifier, devices, metrics, pictures
-from lib.checkpoints import add_run_flags, add_sampler_flags, fingerprint, load_run, sampler_options
+from lib.checkpoints import add_run_flags, add_sampler_flags, fingerprint, load_run, rebuild, sampler_options
 from lib.classifier import BESIDE_REAL, BY_CLASS, Batch, SampledImages, Subset
 from lib.data import open_data
 from lib.ledger import Ledger, name_of
 from maskgit import ORDERS, SCHEDULES, MaskGIT, decode, decode_sequential, mask_tokens, mvtm_loss
 from vqgan import VQGAN, as_grid, to_pixels
 
+LIKELIHOODS = ("negative log-likelihood of tokens, nats (linear: a bound on -log p(image) / tokens, which the next "
+               "token's is exactly;\nhow far it lies above is what the parallel decoder lacks, whatever the sampler)")
 FEATURES = {"features": classifier.FEATURES_KEPT}
 RESTORED = "restored "    # before the names of sums over reconstructions
 BINS = 20                 # of mask ratios
-DEVIATION = "± over seeds"
-SWEEPS = {"choice_temperature": [0, 1, 2, 4.5, 8, 12], "cfg": [0, 0.5, 1, 2, 4], "order": ORDERS}
+DEVIATION, NEXT_TOKEN = "± over seeds", "next token"
+SWEEPS = {"choice_temperature": [0, 1, 2, 4.5, 8, 12], "temperature": [0.6, 0.7, 0.8, 0.9, 1, 1.1],
+          "cfg": [0, 0.5, 1, 2, 4], "order": ORDERS}
 
 
 def evaluate(args, machine):
     """Measures what the flags ask for, prints it, writes eval.json. Raises ValueError or OSError for bad input."""
     if not args.classifier_steps and args.features == "classifier":
         raise ValueError("--classifier-steps 0 leaves nothing to measure with: add --features inception")
-    if args.folders:
-        return compare_folders(args, machine)
     task = Task(args, machine)
     task.features.announce(f"{task.title}, on {machine.device} x {machine.devices}", [len(task.real), args.num])
     name, count = name_of("real images", {}, args.seed), len(task.real)
@@ -81,7 +79,7 @@ def table1(task, real):
         pictures.print_table(title, rows, [name for name in samples if name not in (*BESIDE_REAL, BY_CLASS)])
         pictures.print_table("beside the real images", rows, [name for name in BESIDE_REAL if name in samples])
         pictures.print_table("both stages", {"": stages})
-        pictures.print_table("negative log-likelihood of tokens", {"": stages["NLL"]})
+        pictures.print_table(LIKELIHOODS, {"": stages["NLL"]})
         if BY_CLASS in samples:
             pictures.print_table(BY_CLASS, {"": dict(list(samples[BY_CLASS].items())[:20])})
         if not task.transformer.config.causal:
@@ -125,7 +123,7 @@ def table3(task, real):
 def sweep(task, real):
     """One setting of the sampler at each of its values; draws a curve. Returns {value: row}."""
     name, distance = task.args.sweep, task.features.distance
-    curve = {value: mean_over_seeds(task, real, {name: value}) for value in sweep_values(task.args)}
+    curve = {value: mean_over_seeds(task, real, {name: value}) for value in SWEEPS[name]}
     rows = {str(value): row for value, row in curve.items()}
     if task.machine.leads:
         pictures.draw_curves(task.folder / f"eval.{name}.png", {name: curve}, name, distance, DEVIATION)
@@ -167,31 +165,6 @@ def row_of(task, real, name, count, batches, keep=None, images=None):
             figures["CAS top-1"], figures["CAS top-5"] = classifier.accuracy(model, task.real, task.machine)
         task.ledger.keep(name, figures)
     return task.ledger.results[name]
-
-
-def compare_folders(args, machine):
-    """FID (or FCD) between two folders of images; IS, precision and recall of the first. Returns the row."""
-    sets = [Subset(files, np.arange(len(files)), args.batch) for files in map(classifier.ImageFiles, args.folders)]
-    if args.features == "inception":
-        features = classifier.open_features(args, machine, sets[1][0][0])
-    elif not args.run:
-        raise ValueError("classifier features need a run whose classifier to use: add --run or --features inception")
-    else:
-        task = Task(args, machine)
-        features, size = task.features, "{0} x {0}".format(task.real[0][0].shape[-1])
-        for folder, images in zip(args.folders, sets):
-            if images.data.image_size != size:
-                raise ValueError(f"the images in {folder} are {images.data.image_size}, those of the run {size}")
-    counts, sums, ledger = [len(images) for images in sets], [], Ledger(None, None, machine, args.batch)
-    title = f"{counts[0]} images in {args.folders[0]}, {counts[1]} in {args.folders[1]}, features: {features.name}"
-    features.announce(title, counts)
-    for folder, images, count in zip(args.folders, sets, counts):
-        batches = images.read(ledger.batches_left(folder, count))
-        sums.append(ledger.add_up(folder, count, features.sums(batches, count, args.batch), FEATURES))
-    figures = features.figures(*sums)
-    if machine.leads:
-        pictures.print_table(title, {"generated": figures})
-    return figures
 
 
 # ----------------------------------------------------------------------------------------- batches of images
@@ -262,31 +235,31 @@ def token_sums(task, tokens, labels, seed):
     """How likely masked tokens are under each schedule (Table 3), and how many are predicted right at each mask ratio.
 
     tokens (n, N), labels (n,): real ones. seed: of the masks. Causal: of each token after those before it."""
-    model, N, generator = task.transformer, tokens.shape[1], torch.Generator().manual_seed(seed)
+    N, generator = tokens.shape[1], torch.Generator().manual_seed(seed)
     nll, by_ratio = [], torch.zeros(BINS, 3, dtype=torch.float64, device=tokens.device)
-    for schedule in ["none"] if model.config.causal else SCHEDULES:
+    for name, model in task.likelihoods.items():
         masked, mask = tokens, torch.ones_like(tokens, dtype=torch.bool)
         if not model.config.causal:
-            masked, mask = mask_tokens(tokens, schedule, model.mask_id, generator)
+            masked, mask = mask_tokens(tokens, name, model.mask_id, generator)
         with task.machine.autocast():
             logits = model(masked, labels)
         nll.append(mvtm_loss(logits, tokens, mask, label_smoothing=0).double() * len(tokens))
-        right, count = ((logits.argmax(-1) == tokens) & mask).sum(1), mask.sum(1)
-        bins = F.one_hot((count * BINS + N - 1) // N - 1, BINS).double()                # ratios up to 1/20, 2/20, ...
-        by_ratio += bins.T @ torch.stack([right, count, torch.ones_like(count)], 1).double()
+        if model is task.transformer:
+            right, count = ((logits.argmax(-1) == tokens) & mask).sum(1), mask.sum(1)
+            bins = F.one_hot((count * BINS + N - 1) // N - 1, BINS).double()            # ratios up to 1/20, 2/20, ...
+            by_ratio += bins.T @ torch.stack([right, count, torch.ones_like(count)], 1).double()
     return {"nll": torch.stack(nll), "by_ratio": by_ratio}
 
 
 def figures_of_stages(task, real):
     """Of both stages on validation images: reconstruction, codebook, likelihood of tokens (Table 3), accuracy."""
     codes = real["codes"] / real["codes"].sum()
-    schedules = ["next token"] if task.transformer.config.causal else SCHEDULES
     right, masked, images = real["by_ratio"][real["by_ratio"][:, 2] > 0].T
     ratios = (masked / images / task.transformer.config.num_tokens).tolist()
     return {"PSNR, dB": (real["psnr"] / real["count"]).item(),
             "codebook usage": (codes > 0).double().mean().item(),
             "codebook perplexity": torch.exp(-torch.xlogy(codes, codes).sum()).item(),
-            "NLL": dict(zip(schedules, (real["nll"] / real["count"]).tolist())),
+            "NLL": dict(zip(task.likelihoods, (real["nll"] / real["count"]).tolist())),
             "accuracy by mask ratio": [[round(r, 4), a] for r, a in zip(ratios, (right / masked).tolist())]}
 
 
@@ -303,6 +276,7 @@ class Task:
         classifier.enough_images(args.num, f"--num {args.num}")
         self.folder, self.tokenizer, self.transformer, checkpoint = load_run(
             args.run, machine.device, VQGAN, MaskGIT, args.vqgan, args.decoder)
+        self.likelihoods = self._likelihoods(checkpoint["tokenizer"])
         self.data, self.options = checkpoint["data"], sampler_options(args, self.transformer.config)
         self.train, val = open_data(self.data, checkpoint["image_size"], args.data_dir)
         if list(self.train.classes) != list(checkpoint["classes"]):
@@ -313,12 +287,24 @@ class Task:
         check_options(self)
         self.features = classifier.open_features(args, machine, self.real[0][0], self.train, self.folder)
         setup = {"tokenizer": fingerprint(self.tokenizer), "transformer": fingerprint(self.transformer),
+                 NEXT_TOKEN: fingerprint(self.likelihoods.get(NEXT_TOKEN, self.transformer)),
                  "features": self.features.name, "generated images": args.num, "real images": len(self.real),
                  "batch": args.batch, "classifier steps": args.classifier_steps, "device": machine.device.type,
                  "bf16": machine.bf16, "torch": str(torch.__version__), "python": platform.python_version()}
         self.ledger = Ledger(self.folder, setup, machine, args.batch, args.again)
         self.title = (f"{self.folder}: {args.num} generated and {len(self.real)} real validation images, "
                       f"{args.features} features, seed {args.seed}")
+
+    def _likelihoods(self, tokenizer):
+        """{what is measured: of which transformer}: beside the schedules, the run's autoregressive decoder, if any."""
+        found, path = dict.fromkeys(SCHEDULES, self.transformer), self.folder / "autoregressive.pt"
+        if self.transformer.config.causal:
+            return {NEXT_TOKEN: self.transformer}
+        if path.exists():
+            causal, checkpoint = rebuild(path, "autoregressive", MaskGIT)
+            if checkpoint["tokenizer"] == tokenizer:
+                found[NEXT_TOKEN] = causal.to(self.machine.device)
+        return found
 
 
 def check_options(task):
@@ -329,18 +315,8 @@ def check_options(task):
     if args.ablate and min(args.ablate_steps) > config.num_tokens:
         raise ValueError(f"--ablate-steps must be from 1 to the number of tokens, {config.num_tokens}")
     if not config.causal:
-        for changed in [{args.sweep: value} for value in sweep_values(args)] if args.sweep else [{}]:
-            decode(task.transformer, task.machine.put(torch.tensor([0])), **task.options | changed)
-
-
-def sweep_values(args):
-    """The values of --sweep: those of --values, else sensible ones. Raises ValueError where one is no number."""
-    if not args.values or args.sweep == "order":
-        return args.values or SWEEPS[args.sweep]
-    try:
-        return [devices.positive(value) for value in args.values]
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(f"--values of {args.sweep}: {error}") from None
+        changed = {args.sweep: SWEEPS[args.sweep][-1]} if args.sweep else {}
+        decode(task.transformer, task.machine.put(torch.tensor([0])), **task.options | changed)
 
 
 def parse_flags(arguments=None):
@@ -355,9 +331,7 @@ def parse_flags(arguments=None):
         "classifier_steps": (devices.whole, 600, "training steps of each classifier; 0, with Inception: none, no CAS"),
         "ablate_steps": ({"type": devices.count, "nargs": "+"}, [4, 8, 12, 16, 32, 64], "decoding steps of --ablate"),
         "sweep": (list(SWEEPS), None, "one setting of the sampler at several values"),
-        "values": ({"nargs": "+"}, None, f"of --sweep (default: {SWEEPS})"),
         "seeds": (devices.count, 3, "of --ablate and --sweep, from --seed upwards"),
-        "folders": ({"nargs": 2, "metavar": ("GENERATED", "REAL")}, None, "compare two folders of images"),
         "data_dir": (str, "data", "where cifar10, imagenet and places2 are")})
     parser.add_argument("--manipulate", action="store_true", help="outpainting and inpainting of validation images")
     parser.add_argument("--ablate", action="store_true", help="every mask schedule at several T")
@@ -367,11 +341,7 @@ def parse_flags(arguments=None):
 
 
 def main():
-    try:
-        devices.launch(evaluate, parse_flags())
-    except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    devices.launch(evaluate, parse_flags())
 
 
 if __name__ == "__main__":

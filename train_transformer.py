@@ -3,20 +3,20 @@
     python train_transformer.py                     # from runs/shapes/vqgan.pt: about 9 minutes on two cores
     python train_transformer.py --data FOLDER --vqgan OTHER/vqgan.pt
     python train_transformer.py --resume            # go on after an interruption
-    python train_transformer.py --cache-tokens 1    # encode every image once, train from the tokens
     python train_transformer.py --decoder autoregressive    # the raster-scan baseline that the paper compares with
     torchrun --nproc_per_node 8 train_transformer.py --data imagenet --cache-tokens 10       # eight GPUs
     python train_transformer.py --data imagenet --device xla                                 # all TPU chips of a host
 
 Writes runs/NAME/transformer.pt (autoregressive.pt), beside it the log, the loss curves and the latest samples.
 """
+import functools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from lib import devices, pictures, training
+from lib import devices, optimizers, pictures, training
 from lib.checkpoints import STAGES, fingerprint, rebuild, write_atomically
 from lib.data import batches, open_data, spread
 from lib.devices import count, positive, share, whole, yes_or_no
@@ -24,39 +24,40 @@ from lib.tokens import CachedTokens
 from maskgit import SCHEDULES, MaskGIT, MaskGITConfig, decode, decode_sequential, mask_tokens, mvtm_loss
 from vqgan import VQGAN, as_grid
 
-# Each hyperparameter: its type, its value for `shapes` and for `imagenet` (the paper's, as released), and what it is.
+# Each hyperparameter: its type; its value for `shapes` (a CPU), `cifar10` (a GPU), `imagenet` (the paper's); its help.
 FLAGS = {
-    "dim": (count, 128, 768, "width of the transformer"),
-    "depth": (count, 4, 24, "layers"),
-    "heads": (count, 4, 8, "attention heads"),
-    "mlp_dim": (count, 512, 3072, "width of the perceptron in each layer"),
-    "dropout": (share, 0.0, 0.1, "dropout probability"),
-    "schedule": (SCHEDULES, "cosine", "cosine", "mask schedule in training"),
-    "label_smoothing": (share, 0.0, 0.1, "label smoothing of the loss"),
-    "class_dropout": (share, 0.0, 0.0, "share of the labels replaced by the null class, for classifier-free guidance"),
-    "steps": (count, 4200, 1_501_000, "training steps"),                                 # imagenet: 300 epochs
-    "batch": (count, 32, 256, "images in a step, over all devices"),
-    "micro_batch": (count, None, 64, "images in memory at once on each device; gradients add up to --batch"),
-    "lr": (positive, 4e-3, 1e-4, "learning rate of AdamW (betas 0.9, 0.96)"),
-    "weight_decay": (positive, 0.045, 0.045, "weight decay of AdamW"),
-    "warmup": (whole, 100, 5000, "steps of linear warm-up"),
-    "decay": (yes_or_no, True, False, "yes: cosine decay to 1%%; no: constant learning rate"),
-    "ema": (share, 0.995, 0.999, "decay of the averaged weights"),
+    "dim": (count, 128, 384, 768, "width of the transformer; that of its perceptrons is four times this"),
+    "depth": (count, 4, 12, 24, "layers"),
+    "heads": (count, 4, 6, 8, "attention heads"),
+    "dropout": (share, 0.0, 0.1, 0.1, "dropout probability"),
+    "schedule": (SCHEDULES, "cosine", "cosine", "cosine", "mask schedule in training"),
+    "label_smoothing": (share, 0.0, 0.0, 0.1, "label smoothing of the loss"),
+    "class_dropout": (share, 0.0, 0.1, 0.0, "share of the labels replaced by the null class, for guidance"),
+    "steps": (count, 4200, 60_000, 1_501_000, "training steps"),                         # imagenet: 300 epochs
+    "batch": (count, 64, 256, 256, "images in a step, over all devices"),
+    "micro_batch": (count, None, None, 64, "images in memory at once on each device; gradients add up to --batch"),
+    "optimizer": (["muon", "adamw"], "muon", "muon", "adamw", "muon: for the blocks' matrices; the rest has AdamW"),
+    "muon_lr": (positive, 0.02, 0.02, 0.02, "learning rate of Muon"),
+    "lr": (positive, 4e-3, 2e-3, 1e-4, "learning rate of AdamW (betas 0.9, 0.96)"),
+    "weight_decay": (positive, 0.045, 0.045, 0.045, "weight decay of the optimizers"),
+    "warmup": (whole, 100, 1000, 5000, "steps of linear warm-up"),
+    "decay": (yes_or_no, True, True, False, "yes: cosine decay to 1%%; no: constant learning rate"),
+    "ema": (share, 0.995, 0.9995, 0.999, "decay of the averaged weights"),
+    "cache_tokens": (whole, 1, 4, 0, "encode every training image once, in so many views; 0: encode on the fly"),
 }
-PRESETS = training.presets(FLAGS, {
-    "cifar10": ("shapes", {"steps": 20_000}), "folder": ("shapes", {}),
-    "places2": ("imagenet", {"steps": 1_409_000})})                                       # 200 epochs
+PRESETS = training.presets(FLAGS, {"folder": ("shapes", {}), "places2": ("imagenet", {"steps": 1_409_000})})
+LOGGED = ["loss", "accuracy", "gradient", "val_loss", "val_nll"]
 
 
 # ------------------------------------------------------------------------------------------------------- one step
 
-def mask_for_training(args, model, tokens, generator):
+def mask_for_training(schedule, model, tokens, generator):
     """§3.2: masks γ(r)·N tokens of each image -> what the model sees and which tokens it is to predict, both (B, N).
 
     The autoregressive baseline sees all tokens, each position those before it, and predicts all of them."""
     if model.config.causal:
         return tokens, torch.ones_like(tokens, dtype=torch.bool)
-    return mask_tokens(tokens, args.schedule, model.mask_id, generator)
+    return mask_tokens(tokens, schedule, model.mask_id, generator)
 
 
 def drop_labels(labels, null_label, probability, generator):
@@ -69,10 +70,11 @@ def train_step(nets, tokens, labels, step, args, machine, generator):
     """One step on tokens (B, N) and labels (B,): mask some tokens, predict them from the others (Eq. 1).
 
     generator: of the CPU, for the masks. Returns the metrics by name, on the device."""
-    training.set_learning_rate(nets.optimizer, step, args.lr, args.warmup, args.steps, args.decay)
+    for optimizer in nets.optimizers.values():
+        optimizers.set_learning_rate(optimizer, step, args.lr, args.warmup, args.steps, args.decay)
     if args.class_dropout > 0:
         labels = drop_labels(labels, nets.model.null_label, args.class_dropout, generator)
-    seen, mask = mask_for_training(args, nets.model, tokens, generator)
+    seen, mask = mask_for_training(args.schedule, nets.model, tokens, generator)
 
     def masked_token_loss(seen, mask, tokens, labels):
         logits = nets.wrapped(seen, labels)
@@ -81,22 +83,30 @@ def train_step(nets, tokens, labels, step, args, machine, generator):
         return loss, {"loss": loss, "accuracy": right.sum() / mask.sum()}
 
     batch = [seen, mask, tokens, labels]
-    metrics = training.accumulate(machine, nets.wrapped, nets.optimizer, masked_token_loss, batch, args.parts)
+    metrics = training.accumulate(machine, nets.wrapped, masked_token_loss, batch, args.parts)
     metrics["gradient"] = torch.nn.utils.clip_grad_norm_(nets.model.parameters(), 1.0)
-    nets.optimizer.step()
+    for optimizer in nets.optimizers.values():
+        optimizer.step()
     nets.ema.update(nets.model, step)
     return metrics
 
 
 @torch.no_grad()
-def validation_loss(args, model, tokens, labels, machine):
-    """Of validation tokens (n, N), on the CPU, under fixed random masks: the same at every call."""
-    generator, losses = torch.Generator().manual_seed(0), []
-    for part, label in zip(tokens.split(64), labels.split(64), strict=True):
-        part, label = machine.put(part), machine.put(label)
-        seen, mask = mask_for_training(args, model, part, generator)
-        losses.append(mvtm_loss(model(seen, label), part, mask, args.label_smoothing).cpu())
-    return torch.stack(losses).mean().item()
+def validation(args, model, tokens, labels, machine):
+    """Of tokens (n, N), on the CPU, under fixed masks: the loss as in training, and the NLL that bounds the likelihood.
+
+    Under the linear schedule all shares of masked tokens are equally frequent. The mean loss is then a bound on
+    -log p(image) / N (Uria et al. 2014), in nats, and compares with the loss of the autoregressive decoder."""
+    found = {}
+    for name, schedule, smoothing in (("val_loss", args.schedule, args.label_smoothing), ("val_nll", "linear", 0.0)):
+        generator, losses = torch.Generator().manual_seed(0), []
+        for part, label in zip(tokens.split(64), labels.split(64), strict=True):
+            part, label = machine.put(part), machine.put(label)
+            seen, mask = mask_for_training(schedule, model, part, generator)
+            with machine.autocast():
+                losses.append(mvtm_loss(model(seen, label), part, mask, smoothing).cpu())
+        found[name] = torch.stack(losses).mean().item()
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- building
@@ -110,11 +120,8 @@ def build(args, config, machine, start=None, same_classes=False):
     if start is not None:
         adopt(model, start, same_classes)
     model.to(machine.device)
-    # Weight decay for matrices; biases, LayerNorms and the output's bias are left alone.
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": args.weight_decay},
-              {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.96), fused=machine.fused)
-    return SimpleNamespace(model=model, ema=training.EMA(model, args.ema), optimizer=optimizer,
+    return SimpleNamespace(model=model, ema=optimizers.EMA(model, args.ema),
+                           optimizers=optimizers.transformer_optimizers(model, args, machine),
                            wrapped=machine.wrap(model))             # as training calls it: compiled, on all ranks
 
 
@@ -135,7 +142,7 @@ def configuration(args, tokenizer, size, classes):
     belongs to another tokenizer or another number of tokens."""
     num_tokens = (size // tokenizer.config.stride) ** 2
     config = MaskGITConfig(tokenizer.config.codebook_size, len(classes), num_tokens, args.dim, args.depth, args.heads,
-                           args.mlp_dim, args.dropout, causal=args.decoder == "autoregressive",
+                           4 * args.dim, args.dropout, causal=args.decoder == "autoregressive",
                            null_class=args.class_dropout > 0)
     if not args.init:
         return config, None, False
@@ -163,7 +170,7 @@ def open_tokenizer(args, machine):
 
 
 @torch.no_grad()
-def tokenize(images, tokenizer, args, machine, own_share=False):
+def tokenize(tokenizer, args, machine, images, own_share=False):
     """(n, 3, S, S) uint8 -> tokens (n, N), on the device."""
     with machine.autocast():
         parts = machine.to_floats(images, own_share).split(args.micro_batch or 64)
@@ -188,32 +195,31 @@ def preview(model, tokenizer, classes, machine):
 def train(args, machine):
     args.parts = training.micro_batches(args, machine)
     tokenizer, size = open_tokenizer(args, machine)
-    settings = training.decisive_settings(args, FLAGS, "cache_tokens", "init")
+    settings = training.decisive_settings(args, FLAGS, "init")
     settings |= {"image_size": size, "tokenizer": fingerprint(tokenizer)}
-    run = training.Run(STAGES[args.decoder], settings, ["loss", "accuracy", "gradient", "val_loss"], args, machine)
+    run = training.Run(STAGES[args.decoder], settings, LOGGED, args, machine)
     own_tokenizer = run.folder / "vqgan.pt"                                # a run holds all that sampling needs
-    if args.vqgan and machine.leads and not own_tokenizer.exists():
+    if args.vqgan and machine.leads and (args.overwrite or not own_tokenizer.exists()):
         write_atomically(own_tokenizer, lambda file: file.write(Path(args.vqgan).read_bytes()))
     data, val = open_data(args.data, size, args.data_dir)
     config, start, same_classes = configuration(args, tokenizer, size, data.classes)
     nets = build(args, config, machine, start, same_classes)
-    run.restore({"model": nets.model, "ema": nets.ema.model, "optimizer": nets.optimizer},
+    run.restore({"model": nets.model, "ema": nets.ema.model, **nets.optimizers},
                 {"data": args.data, "image_size": size, "classes": list(data.classes),
                  "tokenizer": settings["tokenizer"]})
     run.introduce(nets.model, f"{config.num_tokens} tokens of {config.codebook_size}, {config.num_classes} classes")
 
-    def encode(images, own_share=False):
-        return tokenize(images, tokenizer, args, machine, own_share)
-
+    encode = functools.partial(tokenize, tokenizer, args, machine)
     if args.cache_tokens:
-        data = CachedTokens(run.folder / "tokens", data, args.cache_tokens, settings["tokenizer"], config.num_tokens)
+        folder = run.folder / "tokens" / settings["tokenizer"]          # another tokenizer's tokens have another place
+        data = CachedTokens(folder, data, args.cache_tokens, config.num_tokens)
         data.encode(encode, machine.rank, machine.world)
         machine.any(False)                                                        # waits until all ranks have encoded
     val_images, val_labels = spread(val, 512)
     val_tokens = encode(val_images).cpu()
 
     def draw_preview():
-        figures = {"val_loss": validation_loss(args, nets.ema.model, val_tokens, val_labels, machine)}
+        figures = validation(args, nets.ema.model, val_tokens, val_labels, machine)
         return figures, preview(nets.ema.model, tokenizer, data.classes, machine)
 
     stream = batches(data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
@@ -232,7 +238,6 @@ def main():
         "init": (str, None, "a run whose transformer to start from, sizes included, such as runs/imagenet256"),
         "vqgan": (str, None, "tokenizer file (default: vqgan.pt in the run's folder)"),
         "image_size": (count, None, "pixels along each side (default: what the tokenizer was trained at)"),
-        "cache_tokens": (whole, 0, "encode every training image once, in so many views; 0: encode on the fly"),
     }, FLAGS, PRESETS))
 
 

@@ -16,51 +16,49 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from lib import devices, metrics, pictures, training
+from lib import devices, metrics, optimizers, pictures, training
 from lib.checkpoints import rebuild
 from lib.data import batches, open_data, spread
 from lib.devices import count, positive, share, whole, yes_or_no
 from lib.lpips import load_lpips
 from vqgan import VQGAN, Discriminator, VQGANConfig, discriminator_loss, generator_loss, r1_penalty
 
-# Each hyperparameter: its type, its value for `shapes` and for `imagenet` (the paper's, as released), and what it is.
+# Each hyperparameter: its type; its value for `shapes` (a CPU), `cifar10` (a GPU), `imagenet` (the paper's); its help.
 FLAGS = {
-    "image_size": (count, 32, 256, "pixels along each side"),
-    "filters": (count, 32, 128, "width of the tokenizer at full resolution"),
-    "multipliers": ({"type": count, "nargs": "+"}, (1, 1, 1), (1, 1, 2, 2, 4),
+    "image_size": (count, 32, 32, 256, "pixels along each side"),
+    "filters": (count, 32, 64, 128, "width of the tokenizer at full resolution"),
+    "multipliers": ({"type": count, "nargs": "+"}, (1, 1, 1), (1, 2), (1, 1, 2, 2, 4),
                     "widths at each resolution, finest first, in units of --filters; one more halves the token grid"),
-    "res_blocks": (count, 1, 2, "residual blocks at each resolution"),
-    "groups": (count, 1, 32, "groups of each GroupNorm"),
-    "codebook_size": (count, 256, 1024, "entries in the codebook"),
-    "codebook_dim": (count, 8, 256, "numbers in each entry"),
-    "codebook_lr": (positive, 3.0, 1.0, "of the codebook, in units of --lr; over 1: it starts from encoded images"),
-    "disc_width": (count, 2, 64, "width of the discriminator at 256 pixels, doubling at each halving"),
-    "disc_max_width": (count, 64, 512, "and its largest width"),
-    "steps": (count, 3000, 1_000_000, "training steps"),
-    "batch": (count, 16, 256, "images in a step, over all devices"),
-    "micro_batch": (count, None, 32, "images in memory at once on each device; gradients add up to --batch"),
-    "lr": (positive, 3e-3, 1e-4, "learning rate of Adam, for the tokenizer"),
-    "disc_lr": (positive, 1e-3, 1e-4, "and for the discriminator"),
-    "beta1": (share, 0.9, 0.0, "Adam's first beta; the second is 0.99"),
-    "warmup": (whole, 100, 0, "steps of linear warm-up"),
-    "decay": (yes_or_no, True, False, "yes: cosine decay to 1%%; no: constant learning rate"),
-    "ema": (share, 0.995, 0.999, "decay of the averaged weights"),
-    "reconstruction": (positive, 20.0, 1.0, "weight of the squared error"),
-    "perceptual": (["auto", "lpips", "none"], "auto", "auto",
+    "res_blocks": (count, 1, 2, 2, "residual blocks at each resolution"),
+    "groups": (count, 1, 1, 32, "groups of each GroupNorm"),
+    "codebook_size": (count, 256, 1024, 1024, "entries in the codebook"),
+    "codebook_dim": (count, 8, 8, 256, "numbers in each entry"),
+    "codebook_lr": (positive, 3.0, 3.0, 1.0, "of the codebook, in units of --lr; over 1: starts from encoded images"),
+    "disc_width": (count, 2, 8, 64, "width of the discriminator at 256 pixels, doubling at each halving"),
+    "disc_max_width": (count, 64, 256, 512, "and its largest width"),
+    "steps": (count, 3000, 50_000, 1_000_000, "training steps"),
+    "batch": (count, 16, 128, 256, "images in a step, over all devices"),
+    "micro_batch": (count, None, None, 32, "images in memory at once on each device; gradients add up to --batch"),
+    "lr": (positive, 3e-3, 1e-3, 1e-4, "learning rate of Adam, for the tokenizer"),
+    "disc_lr": (positive, 1e-3, 5e-4, 1e-4, "and for the discriminator"),
+    "beta1": (share, 0.9, 0.9, 0.0, "Adam's first beta; the second is 0.99"),
+    "warmup": (whole, 100, 500, 0, "steps of linear warm-up"),
+    "decay": (yes_or_no, True, True, False, "yes: cosine decay to 1%%; no: constant learning rate"),
+    "ema": (share, 0.995, 0.999, 0.999, "decay of the averaged weights"),
+    "reconstruction": (positive, 20.0, 20.0, 1.0, "weight of the squared error"),
+    "perceptual": (["auto", "lpips", "none"], "auto", "auto", "auto",
                    "loss on VGG16's features (528 MB, fetched once); auto: lpips from 128 pixels on"),
-    "perceptual_weight": (positive, 0.1, 0.1, "weight of the perceptual loss"),
-    "entropy": (positive, 0.1, 0.1, "weight of the codebook entropy loss"),
-    "adversarial": (positive, 0.4, 0.1, "weight of the adversarial loss; 0 switches the discriminator off"),
-    "gan_start": (share, 0.5, 0.0, "share of the steps after which the discriminator sets in"),
-    "gan_ramp": (count, 100, 1, "steps over which the adversarial weight then grows to its full value"),
-    "gan_loss": (["non-saturating", "hinge"], "non-saturating", "non-saturating", "adversarial loss"),
-    "r1": (positive, 0.1, 10.0, "cost of the discriminator's gradient penalty"),
-    "r1_every": (count, 16, 16, "steps between applications of the penalty, which is scaled up by as much"),
-    "recompute": (yes_or_no, False, False, "activations in the backward pass, to save memory; always from 512 pixels"),
+    "perceptual_weight": (positive, 0.1, 0.1, 0.1, "weight of the perceptual loss"),
+    "entropy": (positive, 0.1, 0.1, 0.1, "weight of the codebook entropy loss"),
+    "adversarial": (positive, 0.4, 0.4, 0.1, "weight of the adversarial loss; 0 switches the discriminator off"),
+    "gan_start": (share, 0.5, 0.5, 0.0, "share of the steps after which the discriminator sets in"),
+    "gan_ramp": (count, 100, 1000, 1, "steps over which the adversarial weight then grows to its full value"),
+    "gan_loss": (["non-saturating", "hinge"], *["non-saturating"] * 3, "adversarial loss"),
+    "r1": (positive, 0.1, 0.1, 10.0, "cost of the discriminator's gradient penalty"),
+    "r1_every": (count, 16, 16, 16, "steps between applications of the penalty, which is scaled up by as much"),
+    "recompute": (yes_or_no, False, False, False, "activations in the backward pass, for memory; always from 512 px"),
 }
-PRESETS = training.presets(FLAGS, {
-    "cifar10": ("shapes", {"codebook_size": 1024, "steps": 20_000, "batch": 32}),
-    "folder": ("shapes", {"codebook_size": 1024}), "places2": ("imagenet", {})})
+PRESETS = training.presets(FLAGS, {"folder": ("shapes", {"codebook_size": 1024}), "places2": ("imagenet", {})})
 LOGGED = ["reconstruction", "perceptual", "commitment", "codebook", "entropy", "generator", "discriminator", "gradient",
           "psnr", "usage", "sharpness"]
 
@@ -126,7 +124,7 @@ def build(args, config, machine, lpips=None, start=None):
               {"params": [codebook], "base": args.lr * args.codebook_lr}]
     adam = {"betas": (args.beta1, 0.99), "fused": machine.fused}
     return SimpleNamespace(
-        model=model, disc=disc, lpips=lpips, ema=training.EMA(model, args.ema),
+        model=model, disc=disc, lpips=lpips, ema=optimizers.EMA(model, args.ema),
         optimizer=torch.optim.Adam(groups, lr=args.lr, **adam),
         disc_optimizer=torch.optim.Adam(disc.parameters(), lr=args.disc_lr, **adam),
         wrapped=machine.wrap(model), wrapped_disc=machine.wrap(disc))   # as training calls them: compiled, on all ranks
@@ -138,7 +136,7 @@ def train_step(nets, images, step, args, machine):
     Returns the losses by name, on the device."""
     steps_of_gan = step - int(args.gan_start * args.steps)           # since the discriminator set in; below 0: not yet
     adversarial = args.adversarial * min(1, (steps_of_gan + 1) / args.gan_ramp) if steps_of_gan >= 0 else 0
-    training.set_learning_rate(nets.optimizer, step, args.lr, args.warmup, args.steps, args.decay)
+    optimizers.set_learning_rate(nets.optimizer, step, args.lr, args.warmup, args.steps, args.decay)
     reconstructions = []
 
     def tokenizer_loss(images):
@@ -148,7 +146,7 @@ def train_step(nets, images, step, args, machine):
         return total, losses
 
     nets.disc.requires_grad_(False)
-    losses = training.accumulate(machine, nets.wrapped, nets.optimizer, tokenizer_loss, [images], args.parts)
+    losses = training.accumulate(machine, nets.wrapped, tokenizer_loss, [images], args.parts)
     losses["gradient"] = torch.nn.utils.clip_grad_norm_(nets.model.parameters(), 1.0)
     nets.optimizer.step()
     nets.ema.update(nets.model, step)
@@ -156,7 +154,7 @@ def train_step(nets, images, step, args, machine):
         return losses | {"discriminator": torch.zeros_like(losses["generator"])}
 
     # The discriminator warms up as well, or its first steps overshoot.
-    training.set_learning_rate(nets.disc_optimizer, steps_of_gan, args.disc_lr, args.gan_ramp, args.steps, decay=False)
+    optimizers.set_learning_rate(nets.disc_optimizer, steps_of_gan, args.disc_lr, args.gan_ramp, args.steps, False)
     penalty = args.r1 > 0 and step % args.r1_every == 0
 
     def disc_loss(images, restored):
@@ -166,7 +164,7 @@ def train_step(nets, images, step, args, machine):
 
     nets.disc.requires_grad_(True)
     both = [images, torch.cat(reconstructions)]
-    losses |= training.accumulate(machine, nets.wrapped_disc, nets.disc_optimizer, disc_loss, both, args.parts)
+    losses |= training.accumulate(machine, nets.wrapped_disc, disc_loss, both, args.parts)
     nets.disc_optimizer.step()
     return losses
 

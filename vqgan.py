@@ -116,14 +116,14 @@ def entropy_loss(affinity, temperature):
     """Low entropy for each feature, high entropy for their average: sure choices, and every code in use.
 
     affinity: (..., codebook_size), larger is nearer; temperature > 0. Returns a scalar. Source: released code
-    (`entropy_loss`, type softmax), whose 1e-5 inside the logarithms is kept so that the numbers agree."""
-    logits = affinity.flatten(0, -2) / temperature
-    probs = logits.softmax(-1)
+    (`entropy_loss`, type softmax), whose 1e-5 inside the logarithm is kept so that the numbers agree."""
+    log_probs = (affinity.flatten(0, -2) / temperature).log_softmax(-1)
+    probs = log_probs.exp()
     average = probs.mean(0)
     # Where several processes train together: the usage of codes in the joint batch, with the gradient of the own part.
     average = average + (mean_over_ranks(average) - average.detach())
     average_entropy = -(average * (average + 1e-5).log()).sum()
-    sample_entropy = -(probs * (logits + 1e-5).log_softmax(-1)).sum(-1).mean()
+    sample_entropy = -(probs * log_probs).sum(-1).mean()
     return sample_entropy - average_entropy
 
 
@@ -227,9 +227,8 @@ def init_weights(module):
 
 def blur_downsample(x):
     """[1 3 3 1] blur in both directions, then every second pixel: (B, C, H, W) -> (B, C, H / 2, W / 2)."""
-    kernel = torch.tensor([1., 3., 3., 1.], device=x.device, dtype=x.dtype) / 8
-    kernel = (kernel[:, None] * kernel).expand(x.shape[1], 1, 4, 4)
-    return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])  # one pixel a side is 'SAME' for even sizes
+    # As three averages of pairs: a convolution of each channel by itself has a slow backward pass, and R1 takes two.
+    return F.avg_pool2d(F.avg_pool2d(F.avg_pool2d(x, 2, 1, padding=1), 2, 1), 2)
 
 
 class DiscriminatorBlock(nn.Module):

@@ -5,22 +5,20 @@ Inception's weights are not always at hand, and say little about drawn shapes. T
 classification accuracy score (CAS).
 """
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from lib import metrics
 from lib.checkpoints import fingerprint, load_checkpoint, load_tensors, load_weights, save_checkpoint
-from lib.data import batches, loader, read_image
+from lib.data import batches, loader
 from lib.devices import mean_over_ranks
+from lib.optimizers import set_learning_rate
 from lib.pictures import Progress
-from lib.training import set_learning_rate
 
 SPLITS = 10               # of the Inception Score
 NEIGHBOURS = 3            # k of precision and recall, which need the features themselves:
@@ -165,30 +163,6 @@ class Subset:
             yield Batch(number, images, labels)
 
 
-class ImageFiles:
-    """The images of a folder and those in it, by name. Raises ValueError where they are few, or of several sizes."""
-    classes, workers = (), os.cpu_count()
-
-    def __init__(self, folder):
-        endings, sizes = (".png", ".jpg", ".jpeg", ".webp", ".bmp"), {}
-        self.paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings)
-        enough_images(len(self.paths), f"{folder} holds {len(self.paths)} images")
-        for path in self.paths:
-            with Image.open(path) as image:                   # raises an OSError that names the file where it is none
-                sizes.setdefault(f"{image.width} x {image.height}", path)
-        if len(sizes) > 1:
-            listed = " and ".join(f"{path} is {size}" for size, path in list(sizes.items())[:2])
-            raise ValueError(f"{folder} holds images of several sizes: {listed}; resize them first")
-        self.image_size, = sizes
-
-    def __len__(self):
-        return len(self.paths)
-
-    def batch(self, indices, draws=None):
-        images = [np.asarray(read_image(self.paths[i])) for i in indices]
-        return torch.from_numpy(np.stack(images)).movedim(-1, 1), None
-
-
 class SampledImages:
     """Samples as a data set: tokens (n, N) and labels (n,), which to_images() turns into uint8 images when asked for.
 
@@ -215,14 +189,14 @@ def enough_images(count, what):
                          f"{NEIGHBOURS + 1} images")
 
 
-def open_features(args, machine, example, train=None, folder=None):
-    """The Features that the flags ask for. train, folder: images and place of the run, where there is one. example: see
-    Features. Raises as load_inception does."""
+def open_features(args, machine, example, train, folder):
+    """The Features that the flags ask for. train, folder: images and place of the run. example: see Features. Raises as
+    load_inception does."""
     inception = load_inception(args.inception, machine) if args.features == "inception" else None
     classifier = None
-    if train is not None and args.classifier_steps:
+    if args.classifier_steps:
         classifier = load_classifier(folder / "classifier.pt", train, args.classifier_steps, machine)
-    return Features(machine, getattr(train, "classes", ()), classifier, inception, example)
+    return Features(machine, train.classes, classifier, inception, example)
 
 
 class Features:

@@ -38,6 +38,9 @@ def command_line(main):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped: started again, an evaluation goes on from here", file=sys.stderr)
+        sys.exit(130)
     except RuntimeError as error:
         of_cuda, of_the_cpu = isinstance(error, torch.OutOfMemoryError), "allocate memory" in str(error)
         if not of_cuda and not of_the_cpu:
@@ -91,20 +94,16 @@ def add_machine_flags(parser):
     """The flags that say where to run, for every script."""
     add_flags(parser, {
         "device": (["auto", "cpu", "cuda", "xla"], "auto", "auto: cuda where there is one, else cpu; xla: TPU"),
-        "bf16": (yes_or_no, None, "yes or no: bfloat16 products and convolutions (default: yes on cuda and xla)"),
+        "bf16": (yes_or_no, None, "yes or no: products and convolutions in bfloat16 (default: no on a CPU without it)"),
         "compile": (yes_or_no, None, "yes or no: torch.compile (default: yes on cuda)")})
 
 
 # ------------------------------------------------------------------------------------------------------- the machine
 
-def is_amd():
-    """Whether the CPU is AMD's, without AMX (Linux; elsewhere: no)."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            text = file.read()
-    except OSError:
-        return False
-    return "AuthenticAMD" in text and "amx" not in text
+def computes_bfloat16():
+    """Whether the CPU has instructions for it: AVX512-BF16 or AMX, or Arm's. torch before 2.10 does not tell: no."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 class Machine:
@@ -122,7 +121,7 @@ class Machine:
             self._open_torch(name)
         self.leads = self.rank == 0
         on_cuda, on_xla = self.device.type == "cuda", self.device.type == "xla"
-        self.bf16 = on_cuda or on_xla if bf16 is None else bf16
+        self.bf16 = (on_cuda or on_xla or computes_bfloat16()) if bf16 is None else bf16
         self.compiled = on_cuda if compiled is None else compiled and not on_xla
         self.fused = not on_xla                                            # one pass over memory in the optimizers
         self.layout = torch.contiguous_format if on_xla else torch.channels_last                    # of images
@@ -136,10 +135,10 @@ class Machine:
             torch.set_float32_matmul_precision("high")                     # TF32 where autocast leaves float32
         else:
             self.device = torch.device("cpu")
-            if is_amd():
-                # torch gives float32 products to MKL, which on AMD's CPUs uses half of AVX-512. Where bfloat16 would do
-                # it gives them to oneDNN, which without AMX computes in float32 all the same, and up to twice as fast.
-                torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+            # Attention as two matrix products: a CPU's fused kernel has a backward pass that takes four times as long
+            # in bfloat16. (Both settings hold for the CPU, too, whatever their names say.)
+            torch.backends.cuda.enable_flash_sdp(False)
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
         if "RANK" in os.environ and not dist.is_initialized():             # started by torchrun
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))

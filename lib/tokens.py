@@ -22,15 +22,15 @@ class CachedTokens:
     """Every training image as tokens, encoded once in several augmented views; `batch` gives (tokens (B, N), labels).
 
     folder: where the chunks are; one has CHUNK rows, uint16, a row being the N tokens and the label of one view of one
-    image. BATCH rows are encoded together. data: the images. fingerprint: of the tokenizer.
-    Raises ValueError where the folder was made with another tokenizer, other data or another number of views."""
+    image. BATCH rows are encoded together. data: the images. Raises ValueError where the folder holds other data, or
+    another number of views."""
     CHUNK, BATCH, workers = 4096, 256, 0
 
-    def __init__(self, folder, data, views, fingerprint, num_tokens):
+    def __init__(self, folder, data, views, num_tokens):
         self.folder, self.data, self.views, self.classes = Path(folder), data, views, data.classes
         self.rows = len(data) * views
         self.paths = [self.folder / f"{i:05}.npy" for i in range(math.ceil(self.rows / self.CHUNK))]
-        index = {"tokenizer": fingerprint, "images": len(data), "views": views, "tokens": num_tokens,
+        index = {"images": len(data), "views": views, "tokens": num_tokens,
                  "classes": list(data.classes)}
         try:
             found = json.loads((self.folder / "index.json").read_text())

@@ -1,4 +1,4 @@
-"""The frame of a training loop: flags and presets, learning rate, averaged weights, micro-batches; the run and its log.
+"""The frame of a training loop: flags and presets, micro-batches; the run and its log.
 
 A run is a folder, `runs/NAME`. For each stage (`vqgan`, `transformer`) it holds
     STAGE.pt             for use: EMA weights, configuration, class names; loads with weights_only=True
@@ -6,7 +6,6 @@ A run is a folder, `runs/NAME`. For each stage (`vqgan`, `transformer`) it holds
     STAGE.log.csv, STAGE.curve.png, STAGE.png    log, loss curves, latest reconstructions or samples
 """
 import argparse
-import copy
 import csv
 import math
 import shlex
@@ -27,10 +26,10 @@ from lib.pictures import clock, draw_log, save_image, show_line
 def presets(flags, others):
     """{name: {flag: value}} of every preset.
 
-    flags: {flag: (type, its value for `shapes`, for `imagenet`, help)}. others: {name: (the preset that it follows,
-    {flag: value} where it does not)}."""
+    flags: {flag: (type, its value for `shapes`, `cifar10` and `imagenet`, help)}. others: {name: (the preset that it
+    follows, {flag: value} where it does not)}."""
     table = {name: {flag: row[column] for flag, row in flags.items()}
-             for name, column in (("shapes", 1), ("imagenet", 2))}
+             for column, name in enumerate(("shapes", "cifar10", "imagenet"), 1)}
     return table | {name: table[base] | changes for name, (base, changes) in others.items()}
 
 
@@ -98,29 +97,12 @@ def micro_batches(args, machine):
     return own_share // size
 
 
-# ------------------------------------------------------------------------------------------------------ of each step
-
-def learning_rate(step, base, warmup, total, decay):
-    """Linear warm-up over `warmup` steps, then constant, or a cosine down to 1% of `base` at step `total`."""
-    if step < warmup:
-        return base * (step + 1) / warmup
-    if not decay:
-        return base
-    return base * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))))
-
-
-def set_learning_rate(optimizer, step, base, warmup, total, decay):
-    """learning_rate() for every group of parameters, with the group's own "base" where it has one."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, group.get("base", base), warmup, total, decay)
-
-
-def accumulate(machine, wrapped, optimizer, loss_of, batch, parts):
+def accumulate(machine, wrapped, loss_of, batch, parts):
     """The gradients of a batch, taken in `parts` micro-batches; ranks exchange them with the last one.
 
     batch: tensors of equal length. loss_of(*part of each) -> (the loss to minimise, metrics by name), scalars. Returns
     the means of the metrics, on the device."""
-    optimizer.zero_grad(set_to_none=True)
+    wrapped.zero_grad(set_to_none=True)
     means = {}
     for i, part in enumerate(zip(*(tensor.chunk(parts) for tensor in batch), strict=True)):
         with machine.accumulating(wrapped, more=i + 1 < parts):
@@ -130,19 +112,6 @@ def accumulate(machine, wrapped, optimizer, loss_of, batch, parts):
         for name, value in metrics.items():
             means[name] = means.get(name, 0) + value.detach() / parts
     return means
-
-
-class EMA:
-    """Exponential moving average of a model's weights; `model` is the averaged copy, for evaluation."""
-
-    def __init__(self, model, decay):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, model, step):
-        decay = min(self.decay, (1 + step) / (10 + step))  # the first, poor weights are forgotten faster
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -161,7 +130,7 @@ class Run:
     match, OSError where the folder cannot be written."""
 
     def __init__(self, stage, settings, columns, args, machine):
-        self.stage, self.settings, self.args, self.machine = stage, settings, args, machine
+        self.stage, self.settings, self.args, self.machine = stage, settings | {"bf16": machine.bf16}, args, machine
         self.folder = folder_of(args)
         self.model_file, self.resume_file, self.picture, self.curve = (
             self.folder / f"{stage}.{ending}" for ending in ("pt", "resume.pt", "png", "curve.png"))

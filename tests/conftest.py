@@ -18,13 +18,21 @@ os.environ["MASKGIT_CACHE"] = tempfile.mkdtemp(prefix="maskgit-tests-")
 atexit.register(shutil.rmtree, os.environ["MASKGIT_CACHE"], ignore_errors=True)
 
 TINY_VQ = ["--filters", 8, "--codebook-size", 32, "--codebook-dim", 4, "--steps", 6, "--batch", 4, "--disc-width", 1,
-           "--disc-max-width", 8, "--save-every", 2, "--log-every", 1, "--r1-every", 2]
-TINY_TRANSFORMER = ["--dropout", 0.1, "--dim", 16, "--depth", 1, "--heads", 2, "--mlp-dim", 32, "--steps", 6,
-                    "--batch", 4, "--save-every", 2, "--log-every", 1]
+           "--disc-max-width", 8, "--save-every", 2, "--log-every", 1, "--r1-every", 2, "--bf16", "no"]
+TINY_TRANSFORMER = ["--cache-tokens", 0, "--dropout", 0.1, "--dim", 16, "--depth", 1, "--heads", 2, "--steps", 6,
+                    "--batch", 4, "--save-every", 2, "--log-every", 1, "--bf16", "no"]
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """What is compared is compared in float32, also on a CPU that would compute in bfloat16."""
+    monkeypatch.setattr(devices, "computes_bfloat16", lambda: False)
 
 
 def run(script, *arguments, code=0, env=None, **options):
-    """Runs a script as a user would -> stdout + stderr. `code`: the exit status it must have."""
+    """Runs a script as a user would, but in float32 -> stdout + stderr. `code`: the exit status it must have."""
+    if script != "pretrained.py" and "--bf16" not in arguments:
+        arguments = (*arguments, "--bf16", "no")
     result = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True,
                             stdin=subprocess.DEVNULL, timeout=300, check=False,
                             env=(env or os.environ) | {"OMP_NUM_THREADS": "1"}, **options)

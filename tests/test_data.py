@@ -425,7 +425,7 @@ def test_cached_tokens_hold_each_view_of_each_image_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(CachedTokens, "CHUNK", 40)
     monkeypatch.setattr(CachedTokens, "BATCH", 16)
-    cached, encoded = CachedTokens(tmp_path, Images(), 4, "abc", 2), []
+    cached, encoded = CachedTokens(tmp_path, Images(), 4, 2), []
     for rank, rows in ((0, 120), (1, 80)):                  # three of the five chunks, then the other two
         cached.encode(lambda images: encoded.append(images) or images, rank, 2)
         assert sum(map(len, encoded)) == rows

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_TRANSFORMER, refused, run
+from conftest import TINY_TRANSFORMER, run
 from PIL import Image
-from test_data import make_folder
 
 import evaluate
 from lib import classifier, devices, ledger, metrics, pictures
@@ -55,7 +54,7 @@ def load(folder, decoder=None):
 def evaluated(folder, *flags):
     """Runs evaluate.py on a run in this process -> what it wrote to eval.json."""
     args = evaluate.parse_flags(["--run", str(folder), *QUICK, *map(str, flags)])
-    evaluate.evaluate(args, devices.Machine("cpu"))
+    evaluate.evaluate(args, devices.Machine("cpu", bf16=False))
     return json.loads((folder / "eval.json").read_text())
 
 
@@ -396,6 +395,7 @@ def task(monkeypatch):
     args = SimpleNamespace(num=25, batch=8, seed=0, seeds=2, classifier_steps=5)
     real = Subset(Drawn(), fair_choice(Drawn(), 25), 8)
     return SimpleNamespace(args=args, machine=machine, ledger=Ledger(None, None, machine, 8), title="", options={},
+                           likelihoods=dict.fromkeys(SCHEDULES, transformer),
                            tokenizer=Painter(), transformer=transformer, train=Drawn(), real=real,
                            features=Features(machine, Drawn.classes, ByShade(), None, real[0][0]))
 
@@ -503,9 +503,10 @@ def test_table_3_takes_each_schedule_at_its_best(task, monkeypatch, tmp_path, ca
         assert rows[name]["± over seeds"] == pytest.approx(0.1 / 2 ** 0.5)
     assert "11.05 ± 0.071" in capsys.readouterr().out and (tmp_path / "eval.ablation.png").exists()
 
-    task.args.sweep, task.args.values = "steps", ["1", "2"]
+    task.args.sweep = "steps"
+    monkeypatch.setitem(evaluate.SWEEPS, "steps", [1, 2])
     rows = evaluate.sweep(task, None)
-    assert {value: row["FCD"] for value, row in rows.items()} == pytest.approx({"1.0": 10.05, "2.0": 11.05})
+    assert {value: row["FCD"] for value, row in rows.items()} == pytest.approx({"1": 10.05, "2": 11.05})
     assert (tmp_path / "eval.steps.png").exists()
 
 
@@ -562,11 +563,16 @@ def test_likelihood_and_accuracy_of_tokens():
 
         def forward(self, tokens, labels):
             return bias.expand(*tokens.shape, 8)
-    task = SimpleNamespace(machine=devices.Machine("cpu"), transformer=Constant())
+    model, causal = Constant(), Constant()
+    causal.config = SimpleNamespace(causal=True, num_tokens=16)
+    task = SimpleNamespace(machine=devices.Machine("cpu"), transformer=model,
+                           likelihoods=dict.fromkeys(SCHEDULES, model) | {"next token": causal})
     tokens, zeros = torch.randint(0, 3, (400, 16), generator=torch.Generator().manual_seed(1)), torch.zeros(400).long()
     sums = evaluate.token_sums(task, tokens, zeros, 0)
     same = evaluate.token_sums(task, torch.zeros_like(tokens), zeros, 0)
-    assert np.allclose(same["nll"] / 400, -bias.log_softmax(0)[0]) and len(same["nll"]) == 7
+    assert np.allclose(same["nll"] / 400, -bias.log_softmax(0)[0]) and len(same["nll"]) == 8
+    exact = F.cross_entropy(bias.expand(6400, 8), tokens.flatten()).item()     # of all tokens: no schedule masks
+    assert sums["nll"][7].item() / 400 == pytest.approx(exact)
     right, count, images = sums["by_ratio"].T
     edges = 16 * torch.arange(21) / 20
     assert images.sum() == 7 * 400
@@ -660,11 +666,13 @@ def test_an_autoregressive_run(folder):
     expected = F.cross_entropy(transformer(tokens, labels).flatten(0, 1), tokens.flatten()).item()
     assert found["stages"]["NLL"] == {"next token": pytest.approx(expected, rel=1e-5)}
     assert found["rows"]["samples"]["FCD"] > 0
+    beside = evaluated(folder, "--num", 10)["stages"]["NLL"]                        # in the parallel decoder's table
+    assert list(beside) == [*SCHEDULES, "next token"] and beside["next token"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="--decoder parallel"):
         evaluated(folder, "--decoder", "autoregressive", "--ablate")
 
 
-# ---- folders of images, Inception, bad input
+# ---- Inception, bad input
 
 def inception_weights(path):
     """Untrained weights of torch-fidelity's Inception, under which signals neither vanish nor explode."""
@@ -683,57 +691,41 @@ def inception_weights(path):
     torch.save(weights, path)
 
 
-def test_two_folders_as_torch_fidelity_measures_them(tmp_path):
-    fidelity = pytest.importorskip("torch_fidelity")
+def test_features_as_torch_fidelity_measures_them(tmp_path):
+    fidelity, sets = pytest.importorskip("torch_fidelity"), []
     inception_weights(tmp_path / "inception.pth")
-    g = np.random.default_rng(0)
+    g, machine = np.random.default_rng(0), devices.Machine("cpu", bf16=False)
     for name, shade in (("a", 100), ("b", 110)):
         (tmp_path / name).mkdir()
-        for i in range(12):
-            blocks = g.integers(0, 2 * shade, (4, 4, 3)).repeat(10, 0).repeat(10, 1)
-            Image.fromarray(blocks.astype(np.uint8)).save(tmp_path / name / f"{i}.png")
+        blocks = g.integers(0, 2 * shade, (12, 4, 4, 3)).repeat(10, 1).repeat(10, 2).astype(np.uint8)
+        for i, pixels in enumerate(blocks):
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+        images = torch.from_numpy(blocks[np.array(sorted(range(12), key=str))]).movedim(-1, 1)    # as files are sorted
+        sets.append([Batch(i, part) for i, part in enumerate(images.split(5))])
     theirs = fidelity.calculate_metrics(
         input1=str(tmp_path / "a"), input2=str(tmp_path / "b"), fid=True, isc=True, prc=True, cuda=False,
         feature_extractor="inception-v3-compat", cache=False, verbose=False, save_cpu_ram=True,
         feature_extractor_weights_path=str(tmp_path / "inception.pth"))
-    flags = ["--folders", str(tmp_path / "a"), str(tmp_path / "b"), "--features", "inception", "--batch", "5"]
-    args = evaluate.parse_flags([*flags, "--inception", str(tmp_path / "inception.pth")])
-    ours = evaluate.evaluate(args, devices.Machine("cpu"))
+    inception = classifier.load_inception(str(tmp_path / "inception.pth"), machine)
+    features, book, sums = classifier.Features(machine, (), None, inception, sets[1][0].images), [], []
+    for name, batches in zip("ab", sets):
+        book = Ledger(None, None, machine, 5)
+        sums.append(book.add_up(name, 12, features.sums(batches, 12, 5), {"features": 12}))
+    ours = features.figures(*sums)
     assert ours["FID"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3) and ours["FID"] > 1e-4
     assert ours["IS"] == pytest.approx(theirs["inception_score_mean"], rel=1e-3)
     assert ours["± over splits"] == pytest.approx(theirs["inception_score_std"], rel=1e-3, abs=1e-5)
     assert (ours["precision"], ours["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-3)
     assert theirs["inception_score_mean"] > 1.01 and 0 < min(theirs["precision"], theirs["recall"]) < 1
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
-    args = evaluate.parse_flags([*flags, "--inception", str(tmp_path / "other.pth")])
     with pytest.raises(ValueError, match="other.pth does not hold the weights"):
-        evaluate.evaluate(args, devices.Machine("cpu"))
-
-
-def test_two_folders_by_the_classifier_of_a_run(folder, tmp_path):
-    for name in "ab":
-        make_folder(tmp_path / name, {"x": 5}, size=(32, 32))
-    flags = ["--folders", str(tmp_path / "a"), str(tmp_path / "b")]
-    args = evaluate.parse_flags([*flags, "--run", str(folder), *QUICK])
-    found = evaluate.evaluate(args, devices.Machine("cpu"))
-    assert found["FCD"] < 1e-6 and found["precision"] == found["recall"] == 1
-    make_folder(tmp_path / "b", {"y": 1}, size=(40, 32))
-    make_folder(tmp_path / "c", {"x": 5}, size=(48, 48))
-    make_folder(tmp_path / "d", {"x": 3}, size=(32, 32))
-    refused("evaluate.py", *flags, "--run", folder, says=["several sizes", "32 x 32", "40 x 32"])
-    for name, more, says in (("c", ["--run", str(folder)], "48 x 48, those of the run 32 x 32"),
-                             ("d", [], "at least 4"), ("c", [], "add --run")):
-        flags = ["--folders", str(tmp_path / "a"), str(tmp_path / name), *more, *QUICK]
-        with pytest.raises(ValueError, match=says):
-            evaluate.evaluate(evaluate.parse_flags(flags), devices.Machine("cpu"))
+        classifier.load_inception(str(tmp_path / "other.pth"), machine)
 
 
 @pytest.mark.parametrize("flags, says", [
     (["--num", 3], "--num 3: .* at least 4"),
     (["--steps", 65], "steps must be from 1"),
     (["--sweep", "cfg"], "--class-dropout"),
-    (["--sweep", "order", "--values", "spiral"], "unknown order"),
-    (["--sweep", "choice_temperature", "--values", "warm"], "--values .* warm"),
     (["--ablate", "--ablate-steps", 99], "--ablate-steps"),
     (["--decoder", "autoregressive"], "autoregressive.pt does not exist"),
     (["--classifier-steps", 0], "--features inception"),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import train_transformer
 import train_vq
-from lib import training
+from lib import optimizers, training
 from lib.devices import Machine
 from maskgit import MaskGIT, MaskGITConfig, decode, halton_order
 from vqgan import VQGAN, Discriminator, VectorQuantizer, VQGANConfig, r1_penalty
@@ -138,12 +138,12 @@ def test_the_codebook_starts_near_features(tokenizer, images):
 # ---- the frame of both stages
 
 def test_the_learning_rate_warms_up_and_decays():
-    rates = [training.learning_rate(step, 2.0, 10, 110, decay=True) for step in range(110)]
+    rates = [optimizers.learning_rate(step, 2.0, 10, 110, decay=True) for step in range(110)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert rates[10] == 2 and rates[60] == pytest.approx(2 * (0.01 + 0.99 / 2)) and rates[-1] < 0.03
-    assert training.learning_rate(100_000, 2.0, 10, 110, decay=False) == 2
+    assert optimizers.learning_rate(100_000, 2.0, 10, 110, decay=False) == 2
     optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "base": 6.0}, {"params": [torch.zeros(1)]}], lr=1.0)
-    training.set_learning_rate(optimizer, 60, 2.0, 10, 110, decay=True)
+    optimizers.set_learning_rate(optimizer, 60, 2.0, 10, 110, decay=True)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([3 * rates[60], rates[60]])
 
 
@@ -151,7 +151,7 @@ def test_averaged_weights_lag_behind():
     """At step t by (1 + t) / (10 + t), at most by the decay asked for."""
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(0)
-    ema = training.EMA(model, 0.9)
+    ema = optimizers.EMA(model, 0.9)
     model.weight.data.fill_(1)
     ema.update(model, 0)
     assert ema.model.weight.item() == pytest.approx(0.9)                   # 1 - 1/10 of the way
@@ -163,12 +163,12 @@ def test_averaged_weights_lag_behind():
 def test_micro_batches_are_means_of_the_batch():
     """Gradients and metrics of two parts are those of the whole; the whole is what the optimizer sees once."""
     model, x = torch.nn.Linear(3, 1), torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
-    optimizer, found = torch.optim.SGD(model.parameters(), lr=1.0), {}
+    found = {}
     for parts in (1, 2, 4):
         def loss_of(part):
             loss = model(part).square().mean()
             return loss, {"loss": loss}
-        metrics = training.accumulate(Machine("cpu"), model, optimizer, loss_of, [x], parts)
+        metrics = training.accumulate(Machine("cpu"), model, loss_of, [x], parts)
         found[parts] = [metrics["loss"], *(parameter.grad.clone() for parameter in model.parameters())]
     for parts in (2, 4):
         for ours, theirs in zip(found[parts], found[1], strict=True):
@@ -214,10 +214,44 @@ def test_a_step_of_stage_2_is_the_formula():
     averaged = list(nets.ema.model.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(before, averaged, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(nets.model.parameters(), averaged, strict=True))
-    assert nets.optimizer.param_groups[0]["lr"] == pytest.approx(args.lr * 51 / 100)
+    adamw, muon = nets.optimizers["adamw"], nets.optimizers["muon"]
+    assert adamw.param_groups[0]["lr"] == pytest.approx(args.lr * 51 / 100)
+    assert muon.param_groups[0]["lr"] == pytest.approx(args.muon_lr * 51 / 100)
     assert any(not torch.equal(a, b) for a, b in zip(before, nets.model.parameters(), strict=True))
-    decays = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in nets.optimizer.param_groups}
+    decays = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in adamw.param_groups}
     assert min(decays[args.weight_decay]) == 2 and max(decays[0.0]) == 1
+    shapes = [sorted(tuple(p.shape) for p in group["params"]) for group in muon.param_groups]
+    assert shapes == [[(96, 32)], [(32, 32), (32, 64), (64, 32)]]               # of the one block, and of nothing else
+
+
+def test_muon_is_the_formula_in_float64():
+    """Against Jordan et al. 2024, written out, and torch's own: two steps of a wide, a tall and a threefold matrix."""
+    shapes, generator = {(8, 24): 1, (24, 8): 1, (24, 7): 3}, torch.Generator().manual_seed(0)
+    matrices = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in matrices]
+    expected, momenta = [p.detach().double() for p in matrices], [0, 0, 0]
+    groups = [{"params": [p], "parts": parts} for p, parts in zip(matrices, shapes.values(), strict=True)]
+    muon = optimizers.Muon(groups, 0.02, 0.1, torch.float32)
+    theirs = torch.optim.Muon(copies[:2], lr=0.02, weight_decay=0.1, momentum=0.95)
+    for _ in range(2):
+        for i, (p, parts) in enumerate(zip(matrices, shapes.values(), strict=True)):
+            p.grad = torch.randn(p.shape, generator=generator)
+            copies[i].grad, g = p.grad.clone(), p.grad.double()
+            momenta[i] = 0.95 * momenta[i] + g
+            expected[i] = (1 - 0.02 * 0.1) * expected[i]
+            for x, target in zip((g + 0.95 * momenta[i]).chunk(parts), expected[i].chunk(parts), strict=True):
+                x = x / x.norm()
+                for _ in range(5):
+                    gram = x @ x.mT
+                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+                target -= 0.02 * max(1, x.shape[0] / x.shape[1]) ** 0.5 * x
+        muon.step()
+        theirs.step()
+    for p, value in zip(matrices, expected, strict=True):
+        torch.testing.assert_close(p.detach().double(), value, rtol=0, atol=1e-6)
+    for p, other in zip(matrices, copies[:2], strict=False):
+        assert (p - other).abs().max() < 0.05 * 0.02                           # theirs iterates in bfloat16
+
 
 
 def test_gelu_is_the_tanh_form():

@@ -397,7 +397,7 @@ def test_training_with_the_perceptual_loss(tmp_path):
 def test_training_goes_on_from_a_run(trained, tmp_path):
     """--init takes weights and sizes over, the rows of classes only where both have the same."""
     output = run("train_transformer.py", "--run", tmp_path / "same", "--vqgan", trained / "vqgan.pt", "--init", trained,
-                 *TINY_TRANSFORMER, "--steps", 1, "--lr", 0, "--dim", 999)
+                 *TINY_TRANSFORMER, "--steps", 1, "--lr", 0, "--muon-lr", 0, "--dim", 999)
     assert "10 classes" in output
     ours = load_checkpoint(tmp_path / "same" / "transformer.resume.pt", "transformer training state")["model"]
     theirs = load_checkpoint(trained / "transformer.pt", "transformer")["model"]
