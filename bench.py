@@ -47,7 +47,7 @@ def configuration(preset):
     vqgan = VQGANConfig(one.codebook_size, one.codebook_dim, one.filters, one.multipliers, one.res_blocks, one.groups)
     classes, side = 1000 if name == "imagenet" else 10, size // vqgan.stride
     maskgit = MaskGITConfig(vqgan.codebook_size, classes, side ** 2, two.dim, two.depth, two.heads, 4 * two.dim,
-                            two.dropout)
+                            two.dropout, null_class=two.class_dropout > 0)
     return SimpleNamespace(stage1=one, stage2=two, vqgan=vqgan, maskgit=maskgit, image_size=size, side=side)
 
 

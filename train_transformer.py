@@ -33,7 +33,7 @@ FLAGS = {
     "schedule": (SCHEDULES, "cosine", "cosine", "cosine", "mask schedule in training"),
     "label_smoothing": (share, 0.0, 0.0, 0.1, "label smoothing of the loss"),
     "class_dropout": (share, 0.0, 0.1, 0.0, "share of the labels replaced by the null class, for guidance"),
-    "steps": (count, 4200, 60_000, 1_501_000, "training steps"),                         # imagenet: 300 epochs
+    "steps": (count, 3300, 60_000, 1_501_000, "training steps"),                         # imagenet: 300 epochs
     "batch": (count, 64, 256, 256, "images in a step, over all devices"),
     "micro_batch": (count, None, None, 64, "images in memory at once on each device; gradients add up to --batch"),
     "optimizer": (["muon", "adamw"], "muon", "muon", "adamw", "muon: for the blocks' matrices; the rest has AdamW"),

@@ -26,7 +26,7 @@ from vqgan import VQGAN, Discriminator, VQGANConfig, discriminator_loss, generat
 # Each hyperparameter: its type; its value for `shapes` (a CPU), `cifar10` (a GPU), `imagenet` (the paper's); its help.
 FLAGS = {
     "image_size": (count, 32, 32, 256, "pixels along each side"),
-    "filters": (count, 32, 64, 128, "width of the tokenizer at full resolution"),
+    "filters": (count, 48, 64, 128, "width of the tokenizer at full resolution"),
     "multipliers": ({"type": count, "nargs": "+"}, (1, 1, 1), (1, 2), (1, 1, 2, 2, 4),
                     "widths at each resolution, finest first, in units of --filters; one more halves the token grid"),
     "res_blocks": (count, 1, 2, 2, "residual blocks at each resolution"),
@@ -36,7 +36,7 @@ FLAGS = {
     "codebook_lr": (positive, 3.0, 3.0, 1.0, "of the codebook, in units of --lr; over 1: starts from encoded images"),
     "disc_width": (count, 2, 8, 64, "width of the discriminator at 256 pixels, doubling at each halving"),
     "disc_max_width": (count, 64, 256, 512, "and its largest width"),
-    "steps": (count, 3000, 50_000, 1_000_000, "training steps"),
+    "steps": (count, 5000, 50_000, 1_000_000, "training steps"),
     "batch": (count, 16, 128, 256, "images in a step, over all devices"),
     "micro_batch": (count, None, None, 32, "images in memory at once on each device; gradients add up to --batch"),
     "lr": (positive, 3e-3, 1e-3, 1e-4, "learning rate of Adam, for the tokenizer"),
