@@ -5,7 +5,6 @@
     python train_transformer.py --resume            # go on after an interruption
     python train_transformer.py --decoder autoregressive    # the raster-scan baseline that the paper compares with
     torchrun --nproc_per_node 8 train_transformer.py --data imagenet --cache-tokens 10       # eight GPUs
-    python train_transformer.py --data imagenet --device xla                                 # all TPU chips of a host
 
 Writes runs/NAME/transformer.pt (autoregressive.pt), beside it the log, the loss curves and the latest samples.
 """
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 
 import torch
 
-from lib import devices, optimizers, pictures, training
+from lib import devices, pictures, training
 from lib.checkpoints import STAGES, fingerprint, rebuild, write_atomically
 from lib.data import batches, open_data, spread
 from lib.devices import count, positive, share, whole, yes_or_no
@@ -33,7 +32,7 @@ FLAGS = {
     "schedule": (SCHEDULES, "cosine", "cosine", "cosine", "mask schedule in training"),
     "label_smoothing": (share, 0.0, 0.0, 0.1, "label smoothing of the loss"),
     "class_dropout": (share, 0.0, 0.1, 0.0, "share of the labels replaced by the null class, for guidance"),
-    "steps": (count, 3300, 60_000, 1_501_000, "training steps"),                         # imagenet: 300 epochs
+    "steps": (count, 4000, 60_000, 1_501_000, "training steps"),                                # imagenet: 300 epochs
     "batch": (count, 64, 256, 256, "images in a step, over all devices"),
     "micro_batch": (count, None, None, 64, "images in memory at once on each device; gradients add up to --batch"),
     "optimizer": (["muon", "adamw"], "muon", "muon", "adamw", "muon: for the blocks' matrices; the rest has AdamW"),
@@ -45,11 +44,12 @@ FLAGS = {
     "ema": (share, 0.995, 0.9995, 0.999, "decay of the averaged weights"),
     "cache_tokens": (whole, 1, 4, 0, "encode every training image once, in so many views; 0: encode on the fly"),
 }
-PRESETS = training.presets(FLAGS, {"folder": ("shapes", {}), "places2": ("imagenet", {"steps": 1_409_000})})
+PRESETS = training.presets(FLAGS, {"folder": ("shapes", {"dropout": 0.1, "cache_tokens": 10, "steps": 3500}),
+                                   "places2": ("imagenet", {"steps": 1_409_000})})
 LOGGED = ["loss", "accuracy", "gradient", "val_loss", "val_nll"]
 
 
-# ------------------------------------------------------------------------------------------------------- one step
+# --------------------------------------------------------------------------------------------- one step, building
 
 def mask_for_training(schedule, model, tokens, generator):
     """§3.2: masks γ(r)·N tokens of each image -> what the model sees and which tokens it is to predict, both (B, N).
@@ -69,9 +69,9 @@ def drop_labels(labels, null_label, probability, generator):
 def train_step(nets, tokens, labels, step, args, machine, generator):
     """One step on tokens (B, N) and labels (B,): mask some tokens, predict them from the others (Eq. 1).
 
-    generator: of the CPU, for the masks. Returns the metrics by name, on the device."""
+    generator: of the CPU, for masks and dropped labels. Returns the metrics by name, on the device."""
     for optimizer in nets.optimizers.values():
-        optimizers.set_learning_rate(optimizer, step, args.lr, args.warmup, args.steps, args.decay)
+        training.set_learning_rate(optimizer, step, args.lr, args.warmup, args.steps, args.decay)
     if args.class_dropout > 0:
         labels = drop_labels(labels, nets.model.null_label, args.class_dropout, generator)
     seen, mask = mask_for_training(args.schedule, nets.model, tokens, generator)
@@ -109,8 +109,6 @@ def validation(args, model, tokens, labels, machine):
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------- building
-
 def build(args, config, machine, start=None, same_classes=False):
     """What stage 2 trains: the model, on the machine, its averaged weights and its optimizer.
 
@@ -120,8 +118,8 @@ def build(args, config, machine, start=None, same_classes=False):
     if start is not None:
         adopt(model, start, same_classes)
     model.to(machine.device)
-    return SimpleNamespace(model=model, ema=optimizers.EMA(model, args.ema),
-                           optimizers=optimizers.transformer_optimizers(model, args, machine),
+    return SimpleNamespace(model=model, ema=training.EMA(model, args.ema),
+                           optimizers=training.transformer_optimizers(model, args, machine),
                            wrapped=machine.wrap(model))             # as training calls it: compiled, on all ranks
 
 
@@ -149,11 +147,10 @@ def configuration(args, tokenizer, size, classes):
     stage = STAGES[args.decoder]
     start, checkpoint = rebuild(Path(args.init, f"{stage}.pt"), stage, MaskGIT)
     if checkpoint["tokenizer"] != fingerprint(tokenizer):
-        raise ValueError(f"the transformer of {args.init} belongs to another tokenizer: "
-                         f"add --vqgan {args.init}/vqgan.pt")
+        raise ValueError(f"{args.init} has another tokenizer: add --vqgan {args.init}/vqgan.pt")
     if start.config.num_tokens != config.num_tokens:
-        raise ValueError(f"the transformer of {args.init} draws {start.config.num_tokens} tokens, not "
-                         f"{config.num_tokens}: add --image-size {checkpoint['image_size']}")
+        raise ValueError(f"{args.init} draws {start.config.num_tokens} tokens, not {config.num_tokens}: add "
+                         f"--image-size {checkpoint['image_size']}")
     config = replace(start.config, num_classes=config.num_classes, dropout=config.dropout, null_class=config.null_class)
     return config, start, list(classes) == checkpoint["classes"]
 
@@ -195,26 +192,25 @@ def preview(model, tokenizer, classes, machine):
 def train(args, machine):
     args.parts = training.micro_batches(args, machine)
     tokenizer, size = open_tokenizer(args, machine)
-    settings = training.decisive_settings(args, FLAGS, "init")
-    settings |= {"image_size": size, "tokenizer": fingerprint(tokenizer)}
+    tokenizer_id = fingerprint(tokenizer)
+    settings = training.decisive_settings(args, FLAGS, "init") | {"image_size": size, "tokenizer": tokenizer_id}
     run = training.Run(STAGES[args.decoder], settings, LOGGED, args, machine)
     own_tokenizer = run.folder / "vqgan.pt"                                # a run holds all that sampling needs
     if args.vqgan and machine.leads and (args.overwrite or not own_tokenizer.exists()):
         write_atomically(own_tokenizer, lambda file: file.write(Path(args.vqgan).read_bytes()))
     data, val = open_data(args.data, size, args.data_dir)
-    config, start, same_classes = configuration(args, tokenizer, size, data.classes)
-    nets = build(args, config, machine, start, same_classes)
+    config, *start = configuration(args, tokenizer, size, data.classes)
+    nets = build(args, config, machine, *start)
     run.restore({"model": nets.model, "ema": nets.ema.model, **nets.optimizers},
-                {"data": args.data, "image_size": size, "classes": list(data.classes),
-                 "tokenizer": settings["tokenizer"]})
+                {"data": args.data, "image_size": size, "classes": list(data.classes), "tokenizer": tokenizer_id})
     run.introduce(nets.model, f"{config.num_tokens} tokens of {config.codebook_size}, {config.num_classes} classes")
 
     encode = functools.partial(tokenize, tokenizer, args, machine)
     if args.cache_tokens:
-        folder = run.folder / "tokens" / settings["tokenizer"]          # another tokenizer's tokens have another place
+        folder = run.folder / "tokens" / tokenizer_id                     # another tokenizer's have another place
         data = CachedTokens(folder, data, args.cache_tokens, config.num_tokens)
         data.encode(encode, machine.rank, machine.world)
-        machine.any(False)                                                        # waits until all ranks have encoded
+        machine.any(False)                                              # waits until all ranks have encoded
     val_images, val_labels = spread(val, 512)
     val_tokens = encode(val_images).cpu()
 

@@ -1,6 +1,6 @@
 """Trains stage 1, the VQGAN tokenizer (§3.1).
 
-    python train_vq.py                              # the drawn shapes, on a laptop: about 4 minutes on two cores
+    python train_vq.py                              # the drawn shapes, on a laptop: about 5 minutes on two cores
     python train_vq.py --data cifar10
     python train_vq.py --data FOLDER                # a subfolder of images for each class
     python train_vq.py --resume                     # go on after an interruption
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from lib import devices, metrics, optimizers, pictures, training
+from lib import devices, metrics, pictures, training
 from lib.checkpoints import rebuild
 from lib.data import batches, open_data, spread
 from lib.devices import count, positive, share, whole, yes_or_no
@@ -124,7 +124,7 @@ def build(args, config, machine, lpips=None, start=None):
               {"params": [codebook], "base": args.lr * args.codebook_lr}]
     adam = {"betas": (args.beta1, 0.99), "fused": machine.fused}
     return SimpleNamespace(
-        model=model, disc=disc, lpips=lpips, ema=optimizers.EMA(model, args.ema),
+        model=model, disc=disc, lpips=lpips, ema=training.EMA(model, args.ema),
         optimizer=torch.optim.Adam(groups, lr=args.lr, **adam),
         disc_optimizer=torch.optim.Adam(disc.parameters(), lr=args.disc_lr, **adam),
         wrapped=machine.wrap(model), wrapped_disc=machine.wrap(disc))   # as training calls them: compiled, on all ranks
@@ -136,7 +136,7 @@ def train_step(nets, images, step, args, machine):
     Returns the losses by name, on the device."""
     steps_of_gan = step - int(args.gan_start * args.steps)           # since the discriminator set in; below 0: not yet
     adversarial = args.adversarial * min(1, (steps_of_gan + 1) / args.gan_ramp) if steps_of_gan >= 0 else 0
-    optimizers.set_learning_rate(nets.optimizer, step, args.lr, args.warmup, args.steps, args.decay)
+    training.set_learning_rate(nets.optimizer, step, args.lr, args.warmup, args.steps, args.decay)
     reconstructions = []
 
     def tokenizer_loss(images):
@@ -154,7 +154,7 @@ def train_step(nets, images, step, args, machine):
         return losses | {"discriminator": torch.zeros_like(losses["generator"])}
 
     # The discriminator warms up as well, or its first steps overshoot.
-    optimizers.set_learning_rate(nets.disc_optimizer, steps_of_gan, args.disc_lr, args.gan_ramp, args.steps, False)
+    training.set_learning_rate(nets.disc_optimizer, steps_of_gan, args.disc_lr, args.gan_ramp, args.steps, False)
     penalty = args.r1 > 0 and step % args.r1_every == 0
 
     def disc_loss(images, restored):

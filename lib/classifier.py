@@ -17,8 +17,8 @@ from lib import metrics
 from lib.checkpoints import fingerprint, load_checkpoint, load_tensors, load_weights, save_checkpoint
 from lib.data import batches, loader
 from lib.devices import mean_over_ranks
-from lib.optimizers import set_learning_rate
 from lib.pictures import Progress
+from lib.training import set_learning_rate
 
 SPLITS = 10               # of the Inception Score
 NEIGHBOURS = 3            # k of precision and recall, which need the features themselves:

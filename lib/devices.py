@@ -103,7 +103,7 @@ def add_machine_flags(parser):
 def computes_bfloat16():
     """Whether the CPU has instructions for it: AVX512-BF16 or AMX, or Arm's. torch before 2.10 does not tell: no."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 class Machine:
@@ -121,7 +121,7 @@ class Machine:
             self._open_torch(name)
         self.leads = self.rank == 0
         on_cuda, on_xla = self.device.type == "cuda", self.device.type == "xla"
-        self.bf16 = (on_cuda or on_xla or computes_bfloat16()) if bf16 is None else bf16
+        self.bf16 = on_cuda or on_xla or computes_bfloat16() if bf16 is None else bf16
         self.compiled = on_cuda if compiled is None else compiled and not on_xla
         self.fused = not on_xla                                            # one pass over memory in the optimizers
         self.layout = torch.contiguous_format if on_xla else torch.channels_last                    # of images

@@ -1,4 +1,4 @@
-"""The frame of a training loop: flags and presets, micro-batches; the run and its log.
+"""The frame of a training loop: flags and presets, learning rate, optimizers, averaged weights; the run and its log.
 
 A run is a folder, `runs/NAME`. For each stage (`vqgan`, `transformer`) it holds
     STAGE.pt             for use: EMA weights, configuration, class names; loads with weights_only=True
@@ -6,6 +6,7 @@ A run is a folder, `runs/NAME`. For each stage (`vqgan`, `transformer`) it holds
     STAGE.log.csv, STAGE.curve.png, STAGE.png    log, loss curves, latest reconstructions or samples
 """
 import argparse
+import copy
 import csv
 import math
 import shlex
@@ -95,6 +96,89 @@ def micro_batches(args, machine):
         raise ValueError(f"--batch {args.batch} on {machine.devices} devices does not split into micro-batches of "
                          f"{size}: choose --micro-batch so that it does")
     return own_share // size
+
+
+# ------------------------------------------------------------------------------------------------------ of each step
+
+def learning_rate(step, base, warmup, total, decay):
+    """Linear warm-up over `warmup` steps, then constant, or a cosine down to 1% of `base` at step `total`."""
+    if step < warmup:
+        return base * (step + 1) / warmup
+    if not decay:
+        return base
+    return base * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))))
+
+
+def set_learning_rate(optimizer, step, base, warmup, total, decay):
+    """learning_rate() for every group of parameters, with the group's own "base" where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, group.get("base", base), warmup, total, decay)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum of which every singular value is made about 1, so that a matrix moves as far in all directions, where
+    Adam follows a few strong ones (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+
+    groups: of matrices; "parts" is how many each consists of, one below the other. dtype: of the iterations.
+    torch.optim.Muon does the same, but for matrices whole: with queries, keys and values as one it learns slower."""
+
+    def __init__(self, groups, lr, weight_decay, dtype):
+        super().__init__(groups, {"lr": lr, "base": lr, "weight_decay": weight_decay, "parts": 1})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                state = self.state[matrix]
+                momentum = state.setdefault("momentum", torch.zeros_like(matrix)).lerp_(matrix.grad, 0.05)
+                towards = matrix.grad.lerp(momentum, 0.95).chunk(group["parts"])                 # Nesterov's
+                rows, columns = towards[0].shape
+                moved = torch.cat([orthogonal(part.to(self.dtype)) for part in towards]).to(matrix.dtype)
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.sub_(moved, alpha=group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def orthogonal(matrix):
+    """About the nearest matrix with orthonormal rows or columns: five Newton-Schulz iterations, of the coefficients
+    that raise small singular values fastest and leave all between 0.7 and 1.2 (Jordan et al. 2024)."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.T if tall else x
+
+
+def transformer_optimizers(model, args, machine):
+    """AdamW for all parameters, or (--optimizer muon) for all but the blocks' matrices. Returns {name: optimizer}."""
+    blocks = [(name, p) for name, p in model.blocks.named_parameters() if p.ndim > 1 and args.optimizer == "muon"]
+    chosen = {id(p) for _, p in blocks}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    # Weight decay for matrices; biases, LayerNorms and the output's bias are left alone.
+    groups = [{"params": [p for p in others if p.ndim > 1], "weight_decay": args.weight_decay},
+              {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0}]
+    optimizers = {"adamw": torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.96), fused=machine.fused)}
+    if blocks:
+        groups = [{"params": [p for name, p in blocks if name.endswith("qkv.weight")], "parts": 3},
+                  {"params": [p for name, p in blocks if not name.endswith("qkv.weight")]}]
+        precision = torch.bfloat16 if machine.bf16 else torch.float32
+        optimizers["muon"] = Muon(groups, args.muon_lr, args.weight_decay, precision)
+    return optimizers
+
+
+class EMA:
+    """Exponential moving average of a model's weights; `model` is the averaged copy, for evaluation."""
+
+    def __init__(self, model, decay):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model, step):
+        decay = min(self.decay, (1 + step) / (10 + step))  # the first, poor weights are forgotten faster
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
 
 
 def accumulate(machine, wrapped, loss_of, batch, parts):

@@ -12,7 +12,7 @@ from conftest import ROOT, TINY_TRANSFORMER, TINY_VQ, refused, run
 from PIL import Image
 
 from lib.checkpoints import fingerprint, load_checkpoint, rebuild
-from lib.devices import step_seed
+from lib.devices import Machine, step_seed
 from vqgan import VQGAN
 
 STAGES = {"train_vq.py": ("vqgan", TINY_VQ), "train_transformer.py": ("transformer", TINY_TRANSFORMER)}
@@ -103,6 +103,8 @@ def test_a_finished_run_is_not_overwritten(trained, tmp_path):
     assert {f"{stage}.{ending}" for stage in ("vqgan", "transformer") for ending in endings} == set(before)
     refused("train_vq.py", "--run", folder, *TINY_VQ, says=["finished", "--overwrite"])
     refused("train_vq.py", "--run", folder, *TINY_VQ, "--lr", 0.5, "--resume", says=["lr", "0.5"])
+    # A CPU without bfloat16 does not go on silently in float32, nor the other way round.
+    refused("train_vq.py", "--run", folder, *TINY_VQ, "--bf16", "yes", "--resume", says=["bf16 = False, not True"])
     assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
     run("train_vq.py", "--run", folder, *TINY_VQ, "--overwrite", "--seed", 1)
     assert (folder / "vqgan.pt").read_bytes() != before["vqgan.pt"]
@@ -165,3 +167,13 @@ def test_fingerprint_sees_every_weight(trained):
     before = fingerprint(model)
     model.decoder.layers[0].bias.data[0] += 1e-3
     assert fingerprint(model) != before
+
+
+def test_bfloat16_where_the_cpu_computes_it(monkeypatch):
+    monkeypatch.undo()                                                       # conftest's float32
+    for capabilities, has in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"bf16": True}, True),
+                              ({"avx512_f": True, "avx512_bf16": False}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        assert Machine("cpu").bf16 is has and Machine("cpu", bf16=not has).bf16 is not has
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert Machine("cpu").bf16 is False                                      # torch before 2.10 does not tell
