@@ -1,7 +1,6 @@
 """Trains stage 2, the bidirectional transformer, by masked visual token modelling (§3.2).
 
     python train_transformer.py                     # from runs/shapes/vqgan.pt: about 9 minutes on two cores
-    python train_transformer.py --data FOLDER --vqgan OTHER/vqgan.pt
     python train_transformer.py --resume            # go on after an interruption
     python train_transformer.py --decoder autoregressive    # the raster-scan baseline that the paper compares with
     torchrun --nproc_per_node 8 train_transformer.py --data imagenet --cache-tokens 10       # eight GPUs
@@ -44,7 +43,7 @@ FLAGS = {
     "ema": (share, 0.995, 0.9995, 0.999, "decay of the averaged weights"),
     "cache_tokens": (whole, 1, 4, 0, "encode every training image once, in so many views; 0: encode on the fly"),
 }
-PRESETS = training.presets(FLAGS, {"folder": ("shapes", {"dropout": 0.1, "cache_tokens": 10, "steps": 3500}),
+PRESETS = training.presets(FLAGS, {"folder": ("shapes", {"cache_tokens": 10}),
                                    "places2": ("imagenet", {"steps": 1_409_000})})
 LOGGED = ["loss", "accuracy", "gradient", "val_loss", "val_nll"]
 
