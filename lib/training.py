@@ -147,7 +147,7 @@ def orthogonal(matrix):
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x.T if tall else x
 
 
