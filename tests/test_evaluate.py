@@ -54,7 +54,7 @@ def load(folder, decoder=None):
 def evaluated(folder, *flags):
     """Runs evaluate.py on a run in this process -> what it wrote to eval.json."""
     args = evaluate.parse_flags(["--run", str(folder), *QUICK, *map(str, flags)])
-    evaluate.evaluate(args, devices.Machine("cpu", bf16=False))
+    evaluate.evaluate(args, devices.Machine("cpu"))
     return json.loads((folder / "eval.json").read_text())
 
 
@@ -606,7 +606,7 @@ def evaluated_by_a_rank(rank, folder, port):
                    "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     Ledger.SAVE_SECONDS = 0                          # the ranks' sums are added up after every round
-    args = evaluate.parse_flags(["--run", str(folder), *QUICK, "--device", "cpu"])
+    args = evaluate.parse_flags(["--run", str(folder), *QUICK, "--device", "cpu", "--bf16", "no"])
     devices.launch(evaluate.evaluate, args)
 
 
@@ -694,7 +694,7 @@ def inception_weights(path):
 def test_features_as_torch_fidelity_measures_them(tmp_path):
     fidelity, sets = pytest.importorskip("torch_fidelity"), []
     inception_weights(tmp_path / "inception.pth")
-    g, machine = np.random.default_rng(0), devices.Machine("cpu", bf16=False)
+    g, machine = np.random.default_rng(0), devices.Machine("cpu")
     for name, shade in (("a", 100), ("b", 110)):
         (tmp_path / name).mkdir()
         blocks = g.integers(0, 2 * shade, (12, 4, 4, 3)).repeat(10, 1).repeat(10, 2).astype(np.uint8)
