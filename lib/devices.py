@@ -19,6 +19,7 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Linux: memory for CPU tensors in pages of 2 MB. A training step takes and returns gigabytes, and each small page that
 # the kernel hands out costs time (4% of a step of the paper's transformer). Read by torch at its first allocation.
@@ -135,10 +136,7 @@ class Machine:
             torch.set_float32_matmul_precision("high")                     # TF32 where autocast leaves float32
         else:
             self.device = torch.device("cpu")
-            # Attention as two matrix products: a CPU's fused kernel has a backward pass that takes four times as long
-            # in bfloat16. (Both settings hold for the CPU, too, whatever their names say.)
-            torch.backends.cuda.enable_flash_sdp(False)
-            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)   # of a CPU, too: see accumulating()
         if "RANK" in os.environ and not dist.is_initialized():             # started by torchrun
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
@@ -190,8 +188,13 @@ class Machine:
     def accumulating(self, wrapped, more):
         """Around a micro-batch's passes. more: others follow, so the ranks need not exchange gradients yet.
 
-        torch-xla gets a graph for each micro-batch: one for all of them needs the memory of the whole batch."""
-        with wrapped.no_sync() if more and hasattr(wrapped, "no_sync") else contextlib.nullcontext():
+        torch-xla gets a graph for each micro-batch: one for all of them needs the memory of the whole batch. On a CPU
+        attention is two matrix products: the backward pass of the fused kernel takes four times as long in bfloat16."""
+        with contextlib.ExitStack() as stack:
+            if more and hasattr(wrapped, "no_sync"):
+                stack.enter_context(wrapped.no_sync())
+            if self.device.type == "cpu":
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
         if more:
             self.sync()
