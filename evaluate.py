@@ -287,7 +287,7 @@ class Task:
         check_options(self)
         self.features = classifier.open_features(args, machine, self.real[0][0], self.train, self.folder)
         setup = {"tokenizer": fingerprint(self.tokenizer), "transformer": fingerprint(self.transformer),
-                 NEXT_TOKEN: fingerprint(self.likelihoods.get(NEXT_TOKEN, self.transformer)),
+                 "beside it": [fingerprint(model) for model in set(self.likelihoods.values()) - {self.transformer}],
                  "features": self.features.name, "generated images": args.num, "real images": len(self.real),
                  "batch": args.batch, "classifier steps": args.classifier_steps, "device": machine.device.type,
                  "bf16": machine.bf16, "torch": str(torch.__version__), "python": platform.python_version()}

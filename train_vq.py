@@ -154,7 +154,7 @@ def train_step(nets, images, step, args, machine):
         return losses | {"discriminator": torch.zeros_like(losses["generator"])}
 
     # The discriminator warms up as well, or its first steps overshoot.
-    training.set_learning_rate(nets.disc_optimizer, steps_of_gan, args.disc_lr, args.gan_ramp, args.steps, False)
+    training.set_learning_rate(nets.disc_optimizer, steps_of_gan, args.disc_lr, args.gan_ramp, args.steps, decay=False)
     penalty = args.r1 > 0 and step % args.r1_every == 0
 
     def disc_loss(images, restored):

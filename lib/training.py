@@ -131,7 +131,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for matrix in group["params"]:
                 state = self.state[matrix]
-                momentum = state.setdefault("momentum", torch.zeros_like(matrix)).lerp_(matrix.grad, 0.05)
+                if not state:
+                    state["momentum"] = torch.zeros_like(matrix)
+                momentum = state["momentum"].lerp_(matrix.grad, 0.05)
                 towards = matrix.grad.lerp(momentum, 0.95).chunk(group["parts"])                 # Nesterov's
                 rows, columns = towards[0].shape
                 moved = torch.cat([orthogonal(part.to(self.dtype)) for part in towards]).to(matrix.dtype)

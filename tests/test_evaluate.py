@@ -707,9 +707,9 @@ def test_features_as_torch_fidelity_measures_them(tmp_path):
         feature_extractor="inception-v3-compat", cache=False, verbose=False, save_cpu_ram=True,
         feature_extractor_weights_path=str(tmp_path / "inception.pth"))
     inception = classifier.load_inception(str(tmp_path / "inception.pth"), machine)
-    features, book, sums = classifier.Features(machine, (), None, inception, sets[1][0].images), [], []
+    features = classifier.Features(machine, (), None, inception, sets[1][0].images)
+    book, sums = Ledger(None, None, machine, 5), []
     for name, batches in zip("ab", sets):
-        book = Ledger(None, None, machine, 5)
         sums.append(book.add_up(name, 12, features.sums(batches, 12, 5), {"features": 12}))
     ours = features.figures(*sums)
     assert ours["FID"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3) and ours["FID"] > 1e-4

@@ -253,7 +253,6 @@ def test_muon_is_the_formula_in_float64():
         assert (p - other).abs().max() < 0.05 * 0.02                           # theirs iterates in bfloat16
 
 
-
 def test_gelu_is_the_tanh_form():
     """As released. It differs from the exact form by up to 5e-4, most where activations are about 2."""
     model = MaskGIT(MaskGITConfig(24, 3, 16, 32, 1, 4, 64))
