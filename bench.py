@@ -15,6 +15,7 @@ passes over all positions at each step; sequential decoding is timed at eight pl
 import argparse
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import platform
@@ -24,16 +25,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import train_transformer
 import train_vq
 from lib import devices
 from lib.checkpoints import write_atomically
+from lib.costs import flops
 from lib.lpips import LPIPS
 from lib.pictures import new_figure, save_figure
 from maskgit import MaskGIT, MaskGITConfig, decode, sample_tokens
-from vqgan import VQGAN, Discriminator, VQGANConfig
+from vqgan import VQGAN, VQGANConfig
 
 PRESETS = {"imagenet256": ("imagenet", 256), "imagenet512": ("imagenet", 512), "cifar10": ("cifar10", 32),
            "shapes": ("shapes", 32)}
@@ -49,13 +50,6 @@ def configuration(preset):
     maskgit = MaskGITConfig(vqgan.codebook_size, classes, side ** 2, two.dim, two.depth, two.heads, 4 * two.dim,
                             two.dropout, null_class=two.class_dropout > 0)
     return SimpleNamespace(stage1=one, stage2=two, vqgan=vqgan, maskgit=maskgit, image_size=size, side=side)
-
-
-def flops(function):
-    """FLOPs of function() on the meta device, where nothing is computed and no memory is taken."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
 
 
 def seconds(machine, function, repeats):
@@ -80,7 +74,10 @@ def matrix_peak(machine):
     return best
 
 
-def reset_memory(machine):
+def start_afresh(machine):
+    """Forgets what earlier rows compiled, of which torch.compile would make graphs of any shape, and their memory."""
+    torch.compiler.reset()
+    gc.collect()
     if machine.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -89,7 +86,7 @@ def reset_memory(machine):
 
 
 def peak_memory(machine):
-    """Bytes since reset_memory: allocated on the GPU, or resident in this process (Linux; elsewhere not known)."""
+    """Bytes since start_afresh: allocated on the GPU, or resident in this process (Linux; elsewhere not known)."""
     if machine.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
@@ -104,11 +101,7 @@ def time_train_transformer(machine, sizes, batch, repeats):
 
     def step():
         train_transformer.train_step(nets, tokens, labels, args.warmup, args, machine, machine.seed_step(0, 0))
-
-    def passes():
-        empty = torch.empty(batch, config.num_tokens, dtype=torch.long)
-        MaskGIT(config)(empty, empty[:, 0]).sum().backward()
-    return seconds(machine, step, repeats), flops(passes)
+    return seconds(machine, step, repeats), flops(train_transformer.imagined_step(args, config, batch)[1])
 
 
 def time_train_vq(machine, sizes, batch, repeats):
@@ -124,16 +117,9 @@ def time_train_vq(machine, sizes, batch, repeats):
     def step(number):
         train_vq.train_step(nets, images, number, args, machine)
 
-    def discriminator():
-        return Discriminator(args.image_size, args.disc_width, args.disc_max_width)
-
-    def passes():
-        restored = VQGAN(sizes.vqgan)(torch.empty(shape))[0]
-        perceptual = LPIPS()(restored, torch.empty(shape)).sum() if lpips else 0
-        (discriminator().requires_grad_(False)(restored).sum() + perceptual).backward()
-        discriminator()(torch.empty(2 * batch, *shape[1:])).sum().backward()
     with_r1, without = (seconds(machine, functools.partial(step, number), repeats) for number in (due, due + 1))
-    return without + (with_r1 - without) / args.r1_every, flops(passes)
+    counted = flops(train_vq.imagined_step(args, sizes.vqgan, batch)[1])
+    return without + (with_r1 - without) / args.r1_every, counted
 
 
 @torch.no_grad()
@@ -148,8 +134,9 @@ def time_decode(machine, sizes, batch, repeats):
             decode(forward, labels, steps, generator=machine.generator(0))
 
     def one_pass():
-        empty = torch.empty(batch, config.num_tokens, dtype=torch.long)
-        MaskGIT(config).eval()(empty, empty[:, 0])
+        with torch.device("meta"):
+            tokens = torch.empty(batch, config.num_tokens, dtype=torch.long)
+            MaskGIT(config).eval()(tokens, tokens[:, 0])
     return seconds(machine, step, repeats), steps * flops(one_pass)
 
 
@@ -165,7 +152,7 @@ def time_tokenizer(method, machine, sizes, batch, repeats):
     def step():
         with machine.autocast():
             compiled(model, given)
-    return seconds(machine, step, repeats), flops(lambda: method(VQGAN(sizes.vqgan), given.to("meta")))
+    return seconds(machine, step, repeats), flops(lambda: method(VQGAN(sizes.vqgan).to("meta"), given.to("meta")))
 
 
 # By row: a function that returns seconds and FLOPs of a batch; how many images that is, for the presets of the paper's
@@ -179,8 +166,8 @@ ROWS = {
 }
 
 
-def measure(machine, args):
-    """Times every row that is asked for and prints it -> a list of dicts."""
+def measure(machine, args, write):
+    """Times every row that is asked for, prints it, and calls write(args, the rows so far)."""
     print("preset       row                batch   seconds  images/s  TFLOP/s    peak  share   memory")
     results = []
     for preset, row in itertools.product(args.preset, args.rows):
@@ -188,20 +175,26 @@ def measure(machine, args):
         on_cpu = small if preset == "shapes" else large
         for batch in args.batch or (on_gpu if machine.device.type == "cuda" else on_cpu):
             torch.manual_seed(0)
-            reset_memory(machine)
+            start_afresh(machine)
             before = matrix_peak(machine)
-            took, count = function(machine, configuration(preset), batch, args.repeats)
+            try:
+                took, count = function(machine, configuration(preset), batch, args.repeats)
+            except RuntimeError as error:
+                if not devices.out_of_memory(error):
+                    raise
+                print(f"{preset:12} {row:18} {batch:5}   out of memory", flush=True)
+                continue
             memory, peak = peak_memory(machine), max(before, matrix_peak(machine))
             results.append({"preset": preset, "row": row, "batch": batch, "seconds": took, "flops": count, "peak": peak,
                             "images_per_second": batch / took, "share": count / took / peak, "memory": memory})
             print(f"{preset:12} {row:18} {batch:5} {took:9.4g} {batch / took:9.4g} {count / took / 1e12:8.4g} "
                   f"{peak / 1e12:7.4g} {count / took / peak:6.1%} {memory / 2 ** 30:5.2f} GB", flush=True)
-    return results
+            write(args, results)
 
 
 @torch.no_grad()
-def compare(machine, args):
-    """Times a batch against the number of passes, parallel and sequential -> rows for the table and the plot."""
+def compare(machine, args, write):
+    """Times a batch against the number of passes, parallel and sequential; prints and writes as measure() does."""
     results = []
     print("preset       batch decoder                passes   seconds to parallel, 8")
     for preset in args.preset:
@@ -215,7 +208,7 @@ def compare(machine, args):
             for label, passes, took in times:
                 results.append({"preset": preset, "batch": batch, "row": label, "passes": passes, "seconds": took})
                 print(f"{preset:12} {batch:5} {label:22} {passes:6} {took:9.4g} {took / one_step / 8:14.3g}")
-    return results
+            write(args, results)
 
 
 def time_decoders(machine, parallel, causal, batch, repeats):
@@ -263,13 +256,15 @@ def bench(args, machine):
         name = torch.cuda.get_device_name()
     precision = "bfloat16" if machine.bf16 else "float32"
     print(f"{name}, {precision}, torch {torch.__version__}, compiled: {machine.compiled}")
-    results = compare(machine, args) if args.compare else measure(machine, args)
-    if args.json:
-        content = {"device": name, "precision": precision, "torch": torch.__version__, "rows": results}
-        write_atomically(args.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
-    if args.plot:
-        x, y = ("passes", "seconds") if args.compare else ("batch", "images_per_second")
-        plot(args.plot, results, x, y)
+
+    def write(args, results):
+        if args.json:
+            content = {"device": name, "precision": precision, "torch": torch.__version__, "rows": results}
+            write_atomically(args.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
+        if args.plot:
+            x, y = ("passes", "seconds") if args.compare else ("batch", "images_per_second")
+            plot(args.plot, results, x, y)
+    (compare if args.compare else measure)(machine, args, write)
 
 
 def main():

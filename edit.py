@@ -213,7 +213,7 @@ def composite(photo, painted, mask, feather):
 def edit(args, machine):
     """Paints --num variants of the photo. Every rank paints the same, and the first one writes them."""
     device = machine.device
-    folder, tokenizer, transformer, checkpoint = load_run(args.run, device, VQGAN, MaskGIT, args.vqgan, args.decoder)
+    folder, tokenizer, transformer, checkpoint = load_run(args.run, machine, VQGAN, MaskGIT, args.vqgan, args.decoder)
     if transformer.config.causal:
         raise ValueError(f"{folder} holds an autoregressive transformer, which can only go on in raster order: to edit "
                          f"images, use a run trained with --decoder parallel")
@@ -265,7 +265,7 @@ def main():
     parser.add_argument("--film", action="store_true", help="also write the decoding steps as a film strip and a GIF")
     add_run_flags(parser)
     add_sampler_flags(parser.add_argument_group("the sampler"), SCHEDULES, ORDERS)
-    devices.add_machine_flags(parser)
+    devices.add_machine_flags(parser, compiles=False)
     devices.launch(edit, parser.parse_args())
 
 

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 
 from lib import classifier, devices, metrics, pictures
 from lib.checkpoints import add_run_flags, add_sampler_flags, fingerprint, load_run, rebuild, sampler_options
-from lib.classifier import BESIDE_REAL, BY_CLASS, Batch, SampledImages, Subset
-from lib.data import open_data
+from lib.classifier import BESIDE_REAL, BY_CLASS, Batch, SampledImages, Subset, sampled_batches
+from lib.data import FLAGS as DATA_FLAGS
+from lib.data import admit_pixels, open_data
 from lib.ledger import Ledger, name_of
 from maskgit import ORDERS, SCHEDULES, MaskGIT, decode, decode_sequential, mask_tokens, mvtm_loss
 from vqgan import VQGAN, as_grid, to_pixels
@@ -177,16 +178,14 @@ def restore(task, tokens):
 
 def sampled_images(task, numbers, options, seed):
     """Of --num images drawn by the transformer, classes in turn. options: of the decoding function."""
-    config, size = task.transformer.config, task.args.batch
+    config = task.transformer.config
     sampler = decode_sequential if config.causal else decode
-    for number in numbers:
-        labels = torch.arange(number * size, min((number + 1) * size, task.args.num)) % config.num_classes
-        labels = task.machine.put(labels)
-        # A generator for each batch: the samples are the same on any number of ranks, and after an interruption.
-        generator = task.machine.generator(devices.step_seed(seed, number))
-        with task.machine.autocast():
+
+    def draw(labels, generator, machine):
+        with machine.autocast():
             tokens = sampler(task.transformer, labels, generator=generator, **options)
-        yield Batch(number, restore(task, tokens), labels, tokens)
+        return restore(task, tokens), tokens
+    return sampled_batches(draw, numbers, task.args.batch, task.args.num, config.num_classes, seed, task.machine)
 
 
 def reconstructed_images(task, numbers):
@@ -275,9 +274,10 @@ class Task:
         self.args, self.machine = args, machine
         classifier.enough_images(args.num, f"--num {args.num}")
         self.folder, self.tokenizer, self.transformer, checkpoint = load_run(
-            args.run, machine.device, VQGAN, MaskGIT, args.vqgan, args.decoder)
+            args.run, machine, VQGAN, MaskGIT, args.vqgan, args.decoder)
         self.likelihoods = self._likelihoods(checkpoint["tokenizer"])
         self.data, self.options = checkpoint["data"], sampler_options(args, self.transformer.config)
+        admit_pixels(args.max_pixels)
         self.train, val = open_data(self.data, checkpoint["image_size"], args.data_dir)
         if list(self.train.classes) != list(checkpoint["classes"]):
             raise ValueError(f"the {len(self.train.classes)} classes of {self.data} are not those that the run "
@@ -303,7 +303,7 @@ class Task:
         if path.exists():
             causal, checkpoint = rebuild(path, "autoregressive", MaskGIT)
             if checkpoint["tokenizer"] == tokenizer:
-                found[NEXT_TOKEN] = causal.to(self.machine.device)
+                found[NEXT_TOKEN] = self.machine.freeze(causal.to(self.machine.device))
         return found
 
 
@@ -316,7 +316,8 @@ def check_options(task):
         raise ValueError(f"--ablate-steps must be from 1 to the number of tokens, {config.num_tokens}")
     if not config.causal:
         changed = {args.sweep: SWEEPS[args.sweep][-1]} if args.sweep else {}
-        decode(task.transformer, task.machine.put(torch.tensor([0])), **task.options | changed)
+        with task.machine.autocast():
+            decode(task.transformer, task.machine.put(torch.tensor([0])), **task.options | changed)
 
 
 def parse_flags(arguments=None):
@@ -324,19 +325,16 @@ def parse_flags(arguments=None):
     add_run_flags(parser)
     add_sampler_flags(parser, SCHEDULES, ORDERS)
     devices.add_flags(parser, {
-        "features": (["classifier", "inception"], "classifier", "of images"),
-        "inception": ({"metavar": "FILE"}, None, "file of Inception's weights (default: torch-fidelity fetches them)"),
+        **classifier.FLAGS,
         "num": (devices.whole, 2000, "images to sample; the paper: 50000"),
         "batch": (devices.count, 100, "images at a time"),
-        "classifier_steps": (devices.whole, 600, "training steps of each classifier; 0, with Inception: none, no CAS"),
         "ablate_steps": ({"type": devices.count, "nargs": "+"}, [4, 8, 12, 16, 32, 64], "decoding steps of --ablate"),
         "sweep": (list(SWEEPS), None, "one setting of the sampler at several values"),
-        "seeds": (devices.count, 3, "of --ablate and --sweep, from --seed upwards"),
-        "data_dir": (str, "data", "where cifar10, imagenet and places2 are")})
+        "seeds": (devices.count, 3, "of --ablate and --sweep, from --seed upwards"), **DATA_FLAGS})
     parser.add_argument("--manipulate", action="store_true", help="outpainting and inpainting of validation images")
     parser.add_argument("--ablate", action="store_true", help="every mask schedule at several T")
     parser.add_argument("--again", action="store_true", help="do anew what eval.json holds already")
-    devices.add_machine_flags(parser)
+    devices.add_machine_flags(parser, compiles=False)
     return parser.parse_args(arguments)
 
 

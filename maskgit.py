@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lib.devices import from_host
+
 
 @dataclass
 class MaskGITConfig:
@@ -209,8 +211,7 @@ def mask_tokens(tokens, schedule, mask_id, generator=None):
     tokens, mask), both (B, N); mask is boolean, true where masked. Shapes do not depend on r, so one compiled graph
     serves every step."""
     B, N = tokens.shape
-    r = torch.rand(B, 1, generator=generator).to(tokens.device, non_blocking=True)
-    noise = torch.rand(B, N, generator=generator).to(tokens.device, non_blocking=True)
+    r, noise = (from_host(torch.rand(B, length, generator=generator), tokens) for length in (1, N))
     mask = ranks(noise) < (gamma(r, schedule, N) * N).ceil()               # the first so many of a random permutation
     return torch.where(mask, mask_id, tokens), mask
 
@@ -220,7 +221,8 @@ def mvtm_loss(logits, targets, mask, label_smoothing=0.1):
 
     logits: (B, N, codebook_size); targets, mask: (B, N). Returns the mean over images of the mean over each image's
     masked tokens (released code), a scalar."""
-    loss = F.cross_entropy(logits.transpose(1, 2).float(), targets, label_smoothing=label_smoothing, reduction="none")
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), label_smoothing=label_smoothing,
+                           reduction="none").view_as(targets)
     return ((loss * mask).sum(1) / (mask.sum(1) + 1e-8)).mean()
 
 

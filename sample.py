@@ -15,7 +15,7 @@ import torch
 from lib import devices
 from lib.checkpoints import add_run_flags, add_sampler_flags, load_run, sampler_options
 from lib.data import find_class
-from lib.pictures import grey_out, grid, picture_path, save_film, save_image
+from lib.pictures import Progress, grey_out, grid, picture_path, save_film, save_image
 from maskgit import ORDERS, SCHEDULES, MaskGIT, decode, decode_sequential
 from vqgan import VQGAN, as_grid, to_pixels
 
@@ -27,7 +27,7 @@ def draw(tokenizer, transformer, labels, batch=64, film=False, **options):
     labels: (n,) int64. options: as for decode(), or for decode_sequential() where the transformer is causal. Returns
     images (n, 3, H, W) in [0, 1] and a list of frames of the same shape, the last of which are these images. With film,
     those before it show what is predicted after each step, the tokens that stay masked greyed out."""
-    frames_of_batches = []
+    frames_of_batches, progress, done = [], Progress("drawing", len(labels)), 0
     for part in labels.split(batch):
         if transformer.config.causal:
             steps, grey = sequential_steps(decode_sequential(transformer, part, **options)), 1.0
@@ -35,6 +35,9 @@ def draw(tokenizer, transformer, labels, batch=64, film=False, **options):
             steps, grey = decode(transformer, part, return_steps=True, **options)[1], 0.85
         shown = steps if film else steps[-1:]
         frames_of_batches.append([show_step(tokenizer, predicted, masked, grey) for predicted, masked in shown])
+        done += len(part)
+        if len(labels) > batch:
+            progress.show(done)
     frames = [torch.cat(parts) for parts in zip(*frames_of_batches)]
     return frames[-1], frames
 
@@ -60,14 +63,16 @@ def announce(args, machine, folder, what, options):
 
 def sample(args, machine):
     """Draws a row of images for each class. Every rank draws the same, and the first one writes it."""
-    folder, tokenizer, transformer, checkpoint = load_run(args.run, machine.device, VQGAN, MaskGIT, args.vqgan,
+    folder, tokenizer, transformer, checkpoint = load_run(args.run, machine, VQGAN, MaskGIT, args.vqgan,
                                                           args.decoder)
     out, names = picture_path(args.out or folder / "samples.png"), checkpoint["classes"]
     classes = [find_class(text, names) for text in args.classes] if args.classes else list(range(min(10, len(names))))
     options = sampler_options(args, transformer.config)
     announce(args, machine, folder, "samples", options)
 
-    started = time.time()
+    started, count = time.time(), len(classes) * args.num
+    # Floats, while they are drawn, copied and made one picture; with --film at each step.
+    devices.check_memory(40 * count * checkpoint["image_size"] ** 2 * (9 if args.film else 1), f"--num {args.num}")
     labels = machine.put(torch.tensor(classes).repeat_interleave(args.num))
     with machine.autocast():
         images, frames = draw(tokenizer, transformer, labels, film=args.film, generator=machine.generator(args.seed),
@@ -88,7 +93,7 @@ def compare(args, machine):
     """Figure 2: sequential and parallel decoding of the same class, at eight moments of each; and their times."""
     models = {}
     for what, decoder in (("sequential", "autoregressive"), ("parallel", "parallel")):
-        folder, tokenizer, models[what], checkpoint = load_run(args.run, machine.device, VQGAN, MaskGIT, args.vqgan,
+        folder, tokenizer, models[what], checkpoint = load_run(args.run, machine, VQGAN, MaskGIT, args.vqgan,
                                                                decoder)
     out, names = picture_path(args.out or folder / "compare.png"), checkpoint["classes"]
     label = find_class(args.classes[0], names) if args.classes else 0
@@ -131,7 +136,7 @@ def main():
                         help="parallel beside sequential decoding, as a film strip, for one class")
     parser.add_argument("--out", help="the picture to write (default: samples.png or compare.png in the run's folder)")
     add_sampler_flags(parser.add_argument_group("the sampler"), SCHEDULES, ORDERS)
-    devices.add_machine_flags(parser)
+    devices.add_machine_flags(parser, compiles=False)
     args = parser.parse_args()
     devices.launch(compare if args.compare else sample, args)
 

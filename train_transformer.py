@@ -14,11 +14,12 @@ from types import SimpleNamespace
 
 import torch
 
-from lib import devices, pictures, training
-from lib.checkpoints import STAGES, fingerprint, rebuild, write_atomically
+from lib import costs, devices, optimizers, pictures, training
+from lib.checkpoints import STAGES, rebuild, write_atomically
+from lib.classifier import JUDGE_FLAGS, open_judge
 from lib.data import batches, open_data, spread
 from lib.devices import count, positive, share, whole, yes_or_no
-from lib.tokens import CachedTokens
+from lib.tokens import CachedTokens, FrozenTokenizer
 from maskgit import SCHEDULES, MaskGIT, MaskGITConfig, decode, decode_sequential, mask_tokens, mvtm_loss
 from vqgan import VQGAN, as_grid
 
@@ -45,7 +46,10 @@ FLAGS = {
 }
 PRESETS = training.presets(FLAGS, {"folder": ("shapes", {"cache_tokens": 10}),
                                    "places2": ("imagenet", {"steps": 1_409_000})})
-LOGGED = ["loss", "accuracy", "gradient", "val_loss", "val_nll"]
+# Codes, tokens of an image, and classes, for --dry-run, which reads no tokenizer and no data.
+PLANNED = {"shapes": (256, 64, 10), "cifar10": (1024, 256, 10), "imagenet": (1024, 256, 1000),
+           "places2": (1024, 256, 365), "folder": (1024, 64, 10)}
+LOGGED = ["loss", "accuracy", "gradient", "val_loss", "val_nll", "FCD", "FID"]
 
 
 # --------------------------------------------------------------------------------------------- one step, building
@@ -65,24 +69,28 @@ def drop_labels(labels, null_label, probability, generator):
     return torch.where(dropped, null_label, labels)
 
 
+def loss_and_accuracy(logits, tokens, mask, label_smoothing):
+    """Eq. 1, and the share of the masked tokens (B, N) that are predicted right; scalars."""
+    right = (logits.detach().argmax(-1) == tokens) & mask
+    return mvtm_loss(logits, tokens, mask, label_smoothing), right.sum() / mask.sum()
+
+
 def train_step(nets, tokens, labels, step, args, machine, generator):
     """One step on tokens (B, N) and labels (B,): mask some tokens, predict them from the others (Eq. 1).
 
     generator: of the CPU, for masks and dropped labels. Returns the metrics by name, on the device."""
     for optimizer in nets.optimizers.values():
-        training.set_learning_rate(optimizer, step, args.lr, args.warmup, args.steps, args.decay)
+        optimizers.set_learning_rate(optimizer, step, args.lr, args.warmup, args.steps, args.decay)
     if args.class_dropout > 0:
         labels = drop_labels(labels, nets.model.null_label, args.class_dropout, generator)
     seen, mask = mask_for_training(args.schedule, nets.model, tokens, generator)
 
     def masked_token_loss(seen, mask, tokens, labels):
-        logits = nets.wrapped(seen, labels)
-        loss = mvtm_loss(logits, tokens, mask, args.label_smoothing)
-        right = (logits.detach().argmax(-1) == tokens) & mask
-        return loss, {"loss": loss, "accuracy": right.sum() / mask.sum()}
+        loss, accuracy = nets.loss(nets.wrapped(seen, labels), tokens, mask, args.label_smoothing)
+        return loss, {"loss": loss, "accuracy": accuracy}
 
     batch = [seen, mask, tokens, labels]
-    metrics = training.accumulate(machine, nets.wrapped, masked_token_loss, batch, args.parts)
+    metrics = optimizers.accumulate(machine, nets.wrapped, masked_token_loss, batch, args.parts)
     metrics["gradient"] = torch.nn.utils.clip_grad_norm_(nets.model.parameters(), 1.0)
     for optimizer in nets.optimizers.values():
         optimizer.step()
@@ -109,7 +117,8 @@ def validation(args, model, tokens, labels, machine):
 
 
 def build(args, config, machine, start=None, same_classes=False):
-    """What stage 2 trains: the model, on the machine, its averaged weights and its optimizer.
+    """What stage 2 trains, on the machine: the model, its averaged weights and optimizers; wrapped, which a step calls,
+    is the model compiled, its gradients averaged over all ranks.
 
     start: a MaskGIT whose weights to take over, or None. same_classes: those of the classes, too."""
     torch.manual_seed(args.seed)
@@ -117,9 +126,23 @@ def build(args, config, machine, start=None, same_classes=False):
     if start is not None:
         adopt(model, start, same_classes)
     model.to(machine.device)
-    return SimpleNamespace(model=model, ema=training.EMA(model, args.ema),
-                           optimizers=training.transformer_optimizers(model, args, machine),
-                           wrapped=machine.wrap(model))             # as training calls it: compiled, on all ranks
+    return SimpleNamespace(model=model, ema=optimizers.EMA(model, args.ema),
+                           optimizers=optimizers.transformer_optimizers(model, args, machine),
+                           wrapped=machine.wrap(model), loss=machine.compile(loss_and_accuracy))
+
+
+def parts_of(nets):
+    """What is saved, by name."""
+    return {"model": nets.model, "ema": nets.ema.model, **nets.optimizers}
+
+
+def imagined_step(args, config, batch):
+    """For lib.costs: a step of `batch` images."""
+    args, machine = SimpleNamespace(**vars(args) | {"parts": 1}), devices.Machine("meta")
+    with machine.device:
+        nets = build(args, config, machine)
+        tokens = torch.zeros(batch, config.num_tokens, dtype=torch.long)
+    return parts_of(nets), lambda: train_step(nets, tokens, tokens[:, 0], args.warmup, args, machine, None)
 
 
 def adopt(model, start, same_classes):
@@ -134,18 +157,18 @@ def adopt(model, start, same_classes):
     model.load_state_dict(weights)
 
 
-def configuration(args, tokenizer, size, classes):
-    """-> a MaskGITConfig; a MaskGIT to start from, or None; whether that has the same classes. Raises ValueError if it
-    belongs to another tokenizer or another number of tokens."""
-    num_tokens = (size // tokenizer.config.stride) ** 2
-    config = MaskGITConfig(tokenizer.config.codebook_size, len(classes), num_tokens, args.dim, args.depth, args.heads,
-                           4 * args.dim, args.dropout, causal=args.decoder == "autoregressive",
-                           null_class=args.class_dropout > 0)
-    if not args.init:
-        return config, None, False
+def configuration(args, codebook_size, num_tokens, num_classes):
+    """The flags, and what the tokenizer and the data decide -> a MaskGITConfig."""
+    return MaskGITConfig(codebook_size, num_classes, num_tokens, args.dim, args.depth, args.heads, 4 * args.dim,
+                         args.dropout, causal=args.decoder == "autoregressive", null_class=args.class_dropout > 0)
+
+
+def start_from(args, config, tokenizer_id, classes):
+    """The run that --init names -> its sizes, a MaskGITConfig; its MaskGIT; whether that has the same classes. Raises
+    ValueError if it belongs to another tokenizer or another number of tokens."""
     stage = STAGES[args.decoder]
     start, checkpoint = rebuild(Path(args.init, f"{stage}.pt"), stage, MaskGIT)
-    if checkpoint["tokenizer"] != fingerprint(tokenizer):
+    if checkpoint["tokenizer"] != tokenizer_id:
         raise ValueError(f"{args.init} has another tokenizer: add --vqgan {args.init}/vqgan.pt")
     if start.config.num_tokens != config.num_tokens:
         raise ValueError(f"{args.init} draws {start.config.num_tokens} tokens, not {config.num_tokens}: add "
@@ -156,74 +179,77 @@ def configuration(args, tokenizer, size, classes):
 
 # ---------------------------------------------------------------------------------------------------- the training run
 
-def open_tokenizer(args, machine):
-    """-> the tokenizer, on the machine, and the images' size in pixels. Raises ValueError where they do not fit."""
-    tokenizer, checkpoint = rebuild(args.vqgan or training.folder_of(args) / "vqgan.pt", "vqgan", VQGAN)
-    size = args.image_size or checkpoint["image_size"]
-    if size % tokenizer.config.stride:
-        raise ValueError(f"--image-size {size} is not divisible by the tokenizer's stride {tokenizer.config.stride}")
-    return tokenizer.to(machine.device, memory_format=machine.layout), size
+def plan(args, machine):
+    """--dry-run, before there is a tokenizer."""
+    config = configuration(args, *PLANNED[args.preset or (args.data if args.data in PLANNED else "folder")])
+    what = f"{config.num_tokens} tokens of {config.codebook_size}"
+    costs.print_plan(args, machine, functools.partial(imagined_step, args, config), what)
 
 
 @torch.no_grad()
-def tokenize(tokenizer, args, machine, images, own_share=False):
-    """(n, 3, S, S) uint8 -> tokens (n, N), on the device."""
+def draw(model, tokenizer, labels, generator, machine):
+    """Samples of these classes (B,) in the paper's number of steps -> images uint8 (B, 3, S, S), and their tokens."""
     with machine.autocast():
-        parts = machine.to_floats(images, own_share).split(args.micro_batch or 64)
-        return torch.cat([tokenizer.encode(part).flatten(1) for part in parts])
-
-
-@torch.no_grad()
-def preview(model, tokenizer, classes, machine):
-    """A picture of samples: eight of each of the first ten classes; in 8 steps, where the decoder is parallel."""
-    generator, rows = machine.generator(0), []
-    for label in range(min(10, len(classes))):
-        labels = machine.put(torch.full((8,), label))
         if model.config.causal:
             tokens = decode_sequential(model, labels, generator=generator)
         else:
-            tokens = decode(model, labels, min(8, model.config.num_tokens), generator=generator)
-        rows.append(tokenizer.decode(as_grid(tokens)))
-        machine.sync()                                  # a TPU then gets one small program for all rows
-    return pictures.grid([row.cpu() for row in rows], classes)
+            steps = min(model.config.default_steps, model.config.num_tokens)
+            tokens = decode(model, labels, steps, generator=generator)
+        return torch.cat([pictures.to_uint8(tokenizer.decode(part)) for part in as_grid(tokens).split(8)]), tokens
+
+
+def preview(drawing, classes, machine):
+    """A picture of samples: eight of each of the first ten classes."""
+    labels = machine.put(torch.arange(min(10, len(classes))).repeat_interleave(8))
+    images, _ = drawing(labels, machine.generator(0), machine)
+    machine.sync()
+    return pictures.grid((images.cpu() / 255).split(8), classes)
 
 
 def train(args, machine):
     args.parts = training.micro_batches(args, machine)
-    tokenizer, size = open_tokenizer(args, machine)
-    tokenizer_id = fingerprint(tokenizer)
-    settings = training.decisive_settings(args, FLAGS, "init") | {"image_size": size, "tokenizer": tokenizer_id}
+    if args.dry_run:
+        return plan(args, machine)
+    vqgan = args.vqgan or training.folder_of(args) / "vqgan.pt"
+    tokenizer = FrozenTokenizer(vqgan, VQGAN, args.image_size, args.micro_batch or 64, machine)
+    found = {"image_size": tokenizer.image_size, "tokenizer": tokenizer.fingerprint}
+    settings = training.decisive_settings(args, FLAGS, "init") | found
     run = training.Run(STAGES[args.decoder], settings, LOGGED, args, machine)
     own_tokenizer = run.folder / "vqgan.pt"                                # a run holds all that sampling needs
     if args.vqgan and machine.leads and (args.overwrite or not own_tokenizer.exists()):
         write_atomically(own_tokenizer, lambda file: file.write(Path(args.vqgan).read_bytes()))
-    data, val = open_data(args.data, size, args.data_dir)
-    config, *start = configuration(args, tokenizer, size, data.classes)
+    data, val = open_data(args.data, tokenizer.image_size, args.data_dir)
+    classes = list(data.classes)
+    config, start = configuration(args, tokenizer.codebook_size, tokenizer.num_tokens, len(classes)), ()
+    if args.init:
+        config, *start = start_from(args, config, tokenizer.fingerprint, classes)
     nets = build(args, config, machine, *start)
-    run.restore({"model": nets.model, "ema": nets.ema.model, **nets.optimizers},
-                {"data": args.data, "image_size": size, "classes": list(data.classes), "tokenizer": tokenizer_id})
-    run.introduce(nets.model, f"{config.num_tokens} tokens of {config.codebook_size}, {config.num_classes} classes")
+    run.restore(parts_of(nets), {"data": args.data, "classes": classes, **found})
+    run.introduce(nets.model, f"{config.num_tokens} tokens of {config.codebook_size}, {len(classes)} classes",
+                  costs.flops(imagined_step(args, config, 1)[1]))
 
-    encode = functools.partial(tokenize, tokenizer, args, machine)
+    drawing = functools.partial(draw, nets.ema.model, tokenizer.model)
+    judge = open_judge(args, machine, data, val, run.folder, drawing) if args.evaluate_every else None
     if args.cache_tokens:
-        folder = run.folder / "tokens" / tokenizer_id                     # another tokenizer's have another place
+        folder = run.folder / "tokens" / tokenizer.fingerprint            # another tokenizer's have another place
         data = CachedTokens(folder, data, args.cache_tokens, config.num_tokens)
-        data.encode(encode, machine.rank, machine.world)
+        data.encode(tokenizer.encode, machine.rank, machine.world)
         machine.any(False)                                              # waits until all ranks have encoded
     val_images, val_labels = spread(val, 512)
-    val_tokens = encode(val_images).cpu()
+    val_tokens = tokenizer.encode(val_images).cpu()
 
     def draw_preview():
         figures = validation(args, nets.ema.model, val_tokens, val_labels, machine)
-        return figures, preview(nets.ema.model, tokenizer, data.classes, machine)
+        return figures, preview(drawing, classes, machine)
 
     stream = batches(data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
     for step, (images, labels) in enumerate(stream, run.step):
         generator = machine.seed_step(args.seed, step)
-        tokens = machine.put(images, own_share=True).long() if args.cache_tokens else encode(images, own_share=True)
+        read = tokenizer.encode if not args.cache_tokens else machine.put            # images, or their cached tokens
+        tokens = read(images, own_share=True).long()
         labels = machine.put(labels, own_share=True)
         metrics = train_step(nets, tokens, labels, step, args, machine, generator)
-        run.finish_step(step + 1, metrics, draw_preview)
+        run.finish_step(step + 1, metrics, draw_preview, judge)
     run.say_the_end(f"python sample.py --run {run.folder}")
 
 
@@ -233,6 +259,7 @@ def main():
         "init": (str, None, "a run whose transformer to start from, sizes included, such as runs/imagenet256"),
         "vqgan": (str, None, "tokenizer file (default: vqgan.pt in the run's folder)"),
         "image_size": (count, None, "pixels along each side (default: what the tokenizer was trained at)"),
+        **JUDGE_FLAGS,
     }, FLAGS, PRESETS))
 
 

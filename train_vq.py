@@ -9,6 +9,7 @@
 
 Writes runs/NAME/vqgan.pt, and beside it the log, the loss curves and the latest reconstructions.
 """
+import functools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +17,11 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from lib import devices, metrics, pictures, training
+from lib import costs, devices, metrics, optimizers, pictures, training
 from lib.checkpoints import rebuild
 from lib.data import batches, open_data, spread
 from lib.devices import count, positive, share, whole, yes_or_no
-from lib.lpips import load_lpips
+from lib.lpips import LPIPS, load_lpips
 from vqgan import VQGAN, Discriminator, VQGANConfig, discriminator_loss, generator_loss, r1_penalty
 
 # Each hyperparameter: its type; its value for `shapes` (a CPU), `cifar10` (a GPU), `imagenet` (the paper's); its help.
@@ -107,7 +108,8 @@ def centred(discriminator):
 # ------------------------------------------------------------------------------------------------------ building, steps
 
 def build(args, config, machine, lpips=None, start=None):
-    """What stage 1 trains: the models, on the machine, their averaged weights and optimizers.
+    """What stage 1 trains, on the machine: the models, their averaged weights and optimizers; wrapped, which a step
+    calls, are the models compiled, their gradients averaged over all ranks.
 
     lpips: the perceptual loss, or None. start: a VQGAN whose weights to take over, or None."""
     torch.manual_seed(args.seed)
@@ -124,10 +126,26 @@ def build(args, config, machine, lpips=None, start=None):
               {"params": [codebook], "base": args.lr * args.codebook_lr}]
     adam = {"betas": (args.beta1, 0.99), "fused": machine.fused}
     return SimpleNamespace(
-        model=model, disc=disc, lpips=lpips, ema=training.EMA(model, args.ema),
+        model=model, disc=disc, judging_disc=machine.compile(disc), lpips=lpips and machine.compile(lpips),
+        ema=optimizers.EMA(model, args.ema),
         optimizer=torch.optim.Adam(groups, lr=args.lr, **adam),
         disc_optimizer=torch.optim.Adam(disc.parameters(), lr=args.disc_lr, **adam),
-        wrapped=machine.wrap(model), wrapped_disc=machine.wrap(disc))   # as training calls them: compiled, on all ranks
+        wrapped=machine.wrap(model), wrapped_disc=machine.wrap(disc))
+
+
+def parts_of(nets):
+    """What is saved, by name."""
+    return {"model": nets.model, "disc": nets.disc, "ema": nets.ema.model,
+            "optimizer": nets.optimizer, "disc_optimizer": nets.disc_optimizer}
+
+
+def imagined_step(args, config, batch):
+    """For lib.costs: a step of `batch` images, the discriminator's included, without R1."""
+    args, machine = SimpleNamespace(**vars(args) | {"parts": 1, "r1": 0}), devices.Machine("meta")
+    with machine.device:
+        nets = build(args, config, machine, LPIPS() if args.perceptual == "lpips" else None)
+        images = torch.empty(batch, 3, args.image_size, args.image_size)
+    return parts_of(nets), lambda: train_step(nets, images, args.steps, args, machine)
 
 
 def train_step(nets, images, step, args, machine):
@@ -136,17 +154,17 @@ def train_step(nets, images, step, args, machine):
     Returns the losses by name, on the device."""
     steps_of_gan = step - int(args.gan_start * args.steps)           # since the discriminator set in; below 0: not yet
     adversarial = args.adversarial * min(1, (steps_of_gan + 1) / args.gan_ramp) if steps_of_gan >= 0 else 0
-    training.set_learning_rate(nets.optimizer, step, args.lr, args.warmup, args.steps, args.decay)
+    optimizers.set_learning_rate(nets.optimizer, step, args.lr, args.warmup, args.steps, args.decay)
     reconstructions = []
 
     def tokenizer_loss(images):
         total, losses, restored = tokenizer_losses(
-            args, nets.wrapped, centred(nets.disc), nets.lpips, images, adversarial)
+            args, nets.wrapped, centred(nets.judging_disc), nets.lpips, images, adversarial)
         reconstructions.append(restored)
         return total, losses
 
     nets.disc.requires_grad_(False)
-    losses = training.accumulate(machine, nets.wrapped, tokenizer_loss, [images], args.parts)
+    losses = optimizers.accumulate(machine, nets.wrapped, tokenizer_loss, [images], args.parts)
     losses["gradient"] = torch.nn.utils.clip_grad_norm_(nets.model.parameters(), 1.0)
     nets.optimizer.step()
     nets.ema.update(nets.model, step)
@@ -154,7 +172,7 @@ def train_step(nets, images, step, args, machine):
         return losses | {"discriminator": torch.zeros_like(losses["generator"])}
 
     # The discriminator warms up as well, or its first steps overshoot.
-    training.set_learning_rate(nets.disc_optimizer, steps_of_gan, args.disc_lr, args.gan_ramp, args.steps, decay=False)
+    optimizers.set_learning_rate(nets.disc_optimizer, steps_of_gan, args.disc_lr, args.gan_ramp, 0, decay=False)
     penalty = args.r1 > 0 and step % args.r1_every == 0
 
     def disc_loss(images, restored):
@@ -164,7 +182,7 @@ def train_step(nets, images, step, args, machine):
 
     nets.disc.requires_grad_(True)
     both = [images, torch.cat(reconstructions)]
-    losses |= training.accumulate(machine, nets.wrapped_disc, disc_loss, both, args.parts)
+    losses |= optimizers.accumulate(machine, nets.wrapped_disc, disc_loss, both, args.parts)
     nets.disc_optimizer.step()
     return losses
 
@@ -203,15 +221,17 @@ def train(args, machine):
     if args.perceptual == "auto":
         args.perceptual = "lpips" if args.image_size >= 128 else "none"
     config, start = configuration(args)
-    args.parts = training.micro_batches(args, machine)
+    args.parts, num_tokens = training.micro_batches(args, machine), (args.image_size // config.stride) ** 2
+    step_of = functools.partial(imagined_step, args, config)
+    if args.dry_run:
+        return costs.print_plan(args, machine, step_of, f"{num_tokens} tokens of {config.codebook_size}")
     run = training.Run("vqgan", training.decisive_settings(args, FLAGS, "init"), LOGGED, args, machine)
     data, val = open_data(args.data, args.image_size, args.data_dir)
     sample, _ = spread(val, 512 if args.image_size <= 64 else 64)
     nets = build(args, config, machine, load_lpips() if args.perceptual == "lpips" else None, start)
-    run.restore({"model": nets.model, "disc": nets.disc, "ema": nets.ema.model,
-                 "optimizer": nets.optimizer, "disc_optimizer": nets.disc_optimizer},
-                {"data": args.data, "image_size": args.image_size, "classes": list(data.classes)})
-    run.introduce(nets.model, f"{(args.image_size // config.stride) ** 2} tokens of {config.codebook_size}")
+    run.restore(parts_of(nets), {
+                 "data": args.data, "image_size": args.image_size, "classes": list(data.classes)})
+    run.introduce(nets.model, f"{num_tokens} tokens of {config.codebook_size}", costs.flops(step_of(1)[1]))
 
     def draw_preview():
         return preview(nets.ema.model, sample, args.micro_batch or 64, machine)

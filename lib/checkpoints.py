@@ -6,6 +6,7 @@
 """
 import hashlib
 import os
+import socket
 import zipfile
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lib.devices import add_flags, count, positive, whole
 def write_atomically(path, write):
     """Calls write(file) on a temporary file beside `path`, then renames it. Raises OSError, `path` being as it was."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")   # hosts may share a disk
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -36,18 +37,22 @@ def write_atomically(path, write):
         raise
 
 
-def to_cpu(value):
-    """Nested dicts and lists of tensors and plain values, with every tensor on the CPU."""
+def on_cpu(value, before=None):
+    """A copy on the CPU of nested dicts and lists of tensors and plain values. before: an earlier copy, into whose
+    tensors this one is written: to get new memory takes longer than to copy."""
     if isinstance(value, dict):
-        return {key: to_cpu(item) for key, item in value.items()}
+        return {key: on_cpu(item, before.get(key) if before else None) for key, item in value.items()}
     if isinstance(value, list):
-        return [to_cpu(item) for item in value]
-    return value.cpu() if torch.is_tensor(value) else value
+        return [on_cpu(item, old) for item, old in zip(value, before or [None] * len(value), strict=True)]
+    if not torch.is_tensor(value):
+        return value
+    copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda) if before is None else before
+    return copy.copy_(value)
 
 
 def save_checkpoint(path, checkpoint):
-    """Writes a dict of tensors and plain values, atomically. Raises OSError."""
-    write_atomically(path, lambda file: torch.save(to_cpu(checkpoint), file))
+    """Writes a dict of plain values and tensors of the CPU, atomically. Raises OSError."""
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
 def load_checkpoint(path, kind):
@@ -119,7 +124,7 @@ def fingerprint(model):
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -170,8 +175,8 @@ def newest_run(root="runs"):
                             f"pretrained.py imagenet256, or name a run with --run")
 
 
-def load_run(folder, device, tokenizer_class, transformer_class, vqgan=None, decoder=None):
-    """Both models of a run (None: the newest), on `device` -> (folder, tokenizer, transformer, its checkpoint).
+def load_run(folder, machine, tokenizer_class, transformer_class, vqgan=None, decoder=None):
+    """Both models of a run (None: the newest), on the machine -> (folder, tokenizer, transformer, its checkpoint).
 
     vqgan: another tokenizer file. decoder: one of STAGES; None: parallel, but in a run that holds only the other.
     Raises FileNotFoundError, or ValueError where the two do not belong together: another codebook, or a
@@ -188,4 +193,5 @@ def load_run(folder, device, tokenizer_class, transformer_class, vqgan=None, dec
     if fingerprint(tokenizer) != checkpoint["tokenizer"]:
         raise ValueError(f"{path} is not the tokenizer that {folder}/{stage}.pt was trained with (it was trained again "
                          f"later?): run train_transformer.py again, or name the right file with --vqgan")
-    return folder, tokenizer.to(device), transformer.to(device), checkpoint
+    models = [machine.freeze(model.to(machine.device)) for model in (tokenizer, transformer)]
+    return folder, *models, checkpoint

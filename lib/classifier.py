@@ -13,18 +13,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib import metrics
-from lib.checkpoints import fingerprint, load_checkpoint, load_tensors, load_weights, save_checkpoint
+from lib import devices, metrics
+from lib.checkpoints import fingerprint, load_checkpoint, load_tensors, load_weights, on_cpu, save_checkpoint
 from lib.data import batches, loader
-from lib.devices import mean_over_ranks
+from lib.devices import mean_over_ranks, whole
+from lib.ledger import Ledger
+from lib.optimizers import set_learning_rate
 from lib.pictures import Progress
-from lib.training import set_learning_rate
 
 SPLITS = 10               # of the Inception Score
 NEIGHBOURS = 3            # k of precision and recall, which need the features themselves:
 FEATURES_KEPT = 10_000    # of so many images of a set
 BESIDE_REAL = ["sharpness / real", "spread within a class / real", "classifier names the class"]
 BY_CLASS = "classifier names the class, by class"
+
+
+FLAGS = {
+    "features": (["classifier", "inception"], "classifier", "of images"),
+    "inception": ({"metavar": "FILE"}, None, "file of Inception's weights (default: torch-fidelity fetches them)"),
+    "classifier_steps": (whole, 600, "training steps of each classifier; 0, with Inception: none, no CAS")}
+JUDGE_FLAGS = {
+    "evaluate_every": (whole, 0, "steps between measurements of samples, FCD or FID; keeps the best weights; 0: none"),
+    "evaluate_num": (whole, 2000, "samples that are measured"), **FLAGS}
 
 
 class Classifier(nn.Module):
@@ -90,7 +100,7 @@ def load_classifier(path, train, steps, machine):
     kept = load_checkpoint(path, "classifier") if path.exists() else {}
     if machine.leads and not expected.items() <= kept.items():
         model = train_classifier(train, steps, 0, machine, "classifier of real images")
-        save_checkpoint(path, expected | {"model": model.state_dict()})
+        save_checkpoint(path, on_cpu(expected | {"model": model.state_dict()}))
     machine.any(False)                                         # the other ranks wait until the file is there
     weights = load_checkpoint(path, "classifier")["model"]
     model = load_weights(Classifier(len(train.classes)), weights, path).eval().requires_grad_(False)
@@ -208,6 +218,7 @@ class Features:
 
     def __init__(self, machine, classes, classifier, inception, example):
         self.machine, self.classes, self.classifier, self.inception = machine, classes, classifier, inception
+        self.real = None
         self.distance, self.score = ("FID", "IS") if inception else ("FCD", "IS(classifier)")
         self.name = f"{'Inception' if inception else 'the classifier'}'s ({fingerprint(inception or classifier)})"
         with torch.no_grad():
@@ -253,15 +264,20 @@ class Features:
             sums["class_right"] = right.sum(0).double()
         return sums
 
+    def _gaussian(self, sums, device):
+        some = {name: sums[name].to(device) for name in ("count", "sum", "outer")}
+        return metrics.mean_and_covariance(some, self.shift.to(device))
+
     def figures(self, sums, real):
         """Table 1's columns, {name: value}; with labels also BESIDE_REAL, BY_CLASS. real: the sums of real images."""
-        shift = self.shift.cpu()
-        gaussian, real_gaussian = (metrics.mean_and_covariance(each, shift) for each in (sums, real))
+        device = self.machine.device if self.machine.device.type == "cuda" else torch.device("cpu")
+        if real is not self.real:                                     # the root of 2,048 features takes seconds
+            mean, covariance = self._gaussian(real, device)
+            self.real, self.real_gaussian = real, (mean, covariance, metrics.square_root(covariance))
         score, deviation = metrics.inception_score(sums)
-        row = {self.distance: metrics.frechet_distance(*gaussian, *real_gaussian),
+        row = {self.distance: metrics.frechet_distance(*self._gaussian(sums, device), *self.real_gaussian),
                self.score: score, "± over splits": deviation}
         if "features" in sums:
-            device = self.machine.device if self.machine.device.type == "cuda" else "cpu"
             pair = (each["features"].to(device) for each in (sums, real))
             row["precision"], row["recall"] = metrics.precision_recall(*pair, NEIGHBOURS)
         if "class_count" in sums:
@@ -273,3 +289,36 @@ class Features:
             shares = (sums["class_right"] / sums["class_count"]).tolist()
             row[BY_CLASS] = {name: share for name, share in zip(self.classes, shares) if not math.isnan(share)}
         return row
+
+
+def sampled_batches(draw, numbers, size, count, classes, seed, machine):
+    """Of `count` samples, the number of classes in turn, the batches of these numbers.
+
+    draw(labels, generator, machine) -> images uint8, tokens. A batch has a generator of its own: the samples are the
+    same on any number of ranks, and after an interruption."""
+    for number in numbers:
+        labels = machine.put(torch.arange(number * size, min((number + 1) * size, count)) % classes)
+        images, tokens = draw(labels, machine.generator(devices.step_seed(seed, number)), machine)
+        yield Batch(number, images, labels, tokens)
+
+
+def open_judge(args, machine, train, val, folder, draw):
+    """What measures a model while it learns: call it -> {FID or FCD: of --evaluate-num samples}. train, val: images.
+    folder: the run's. draw: as for sampled_batches()."""
+    size, count = 100, args.evaluate_num
+    real = Subset(val, fair_choice(val, count), size)
+    features, ledger = open_features(args, machine, real[0][0], train, folder), Ledger(None, {}, machine, size)
+
+    def add_up(what, read, count):
+        batches = read(ledger.batches_left(what, count))
+        sums = ledger.add_up(what, count, features.sums(batches, count, size))
+        ledger.under_way.clear()                              # the next samples are others
+        return sums
+
+    def drawn(numbers):
+        return sampled_batches(draw, numbers, size, count, len(train.classes), 0, machine)
+
+    def judge():
+        return {features.distance: features.figures(add_up("samples", drawn, count), real_sums)[features.distance]}
+    real_sums = add_up("real images", real.read, len(real))
+    return judge

@@ -5,6 +5,7 @@
 where `draws` (an integer per image, or None for none) seeds the augmentation: a batch is a pure function of its
 arguments, so nothing has to be remembered to resume. `batches` makes the endless stream that training reads.
 """
+import contextlib
 import functools
 import hashlib
 import json
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 import tarfile
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,10 +23,14 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 
 from lib.checkpoints import write_atomically
+from lib.devices import cores, count
 from lib.downloads import cache_folder, download
 from lib.pictures import Progress
 from lib.shapes import Shapes, hashed_uniform
 
+FLAGS = {
+    "data_dir": (str, "data", "where cifar10, imagenet and places2 are"),
+    "max_pixels": (count, 178_956_970, "of an image file; one of more may be a trap that fills the memory")}
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 
@@ -80,19 +86,33 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+LARGE = 4_000_000                # pixels: an image of more is decoded while no other such one is in memory
+ALONE = threading.Lock()
+
+
 def read_image(path, size=None):
-    """Reads a file as an upright RGB image. size: a JPEG may be decoded at a reduced scale, not below this side.
+    """Reads a file as an upright RGB image. size: it may be decoded at a reduced scale, not below this side.
 
     Raises ValueError, naming the file, where it cannot be read as an image."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")           # large images are fine; far too large ones are an error anyway
-            with Image.open(path) as image:
-                if size:
-                    image.draft("RGB", (size, size))
+        # Large images are fine; those over --max-pixels are an error.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            if size:
+                image.draft("RGB", (size, size))      # a JPEG is never decoded larger
+            with ALONE if image.width * image.height > LARGE else contextlib.nullcontext():
+                factor = min(image.size) // (2 * size) if size else 1
+                if factor > 1 and image.mode in ("L", "RGB", "RGBA"):
+                    image = image.reduce(factor)      # first, as what follows takes several copies
                 return to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is too large ({error}): --max-pixels N admits it") from error
     except Exception as error:                        # Pillow's readers raise nearly everything on broken files
         raise ValueError(f"{path} is not a readable image ({type(error).__name__}: {error})") from error
+
+
+def admit_pixels(most):
+    """Lets read_image() read files of so many pixels, and of no more."""
+    Image.MAX_IMAGE_PIXELS = most / 2                 # Pillow warns from here on, and refuses from twice as many
 
 
 def random_crop(width, height, area, aspect, across, down):
@@ -114,7 +134,7 @@ class Folder:
 
     def __init__(self, files, labels, classes, size, pixels=None):
         self.files, self.labels, self.classes, self.image_size, self.pixels = files, labels, classes, size, pixels
-        self.workers = 0 if pixels else os.cpu_count()
+        self.workers = 0 if pixels else cores()
 
     def __len__(self):
         return len(self.files)
@@ -156,7 +176,7 @@ def decode_all(root, files, keep=None):
         return np.asarray(image) if keep else None
 
     pixels, bad, progress = [], {}, Progress(f"reading {root}", len(files), stream=sys.stderr)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:                        # Pillow decodes outside Python's lock
+    with ThreadPoolExecutor(cores()) as pool:                               # Pillow decodes outside Python's lock
         for done, (path, result) in enumerate(zip(files, pool.map(decode, files)), 1):
             if isinstance(result, ValueError):
                 bad[str(path)] = str(result)
@@ -261,9 +281,10 @@ def open_folder(root, size, check=True):
                          f"a folder of images")
     pair, opened = split_files(root), []
     classes = sorted({class_of(path, base) for base, files in pair for path in files})
+    numbers = {name: number for number, name in enumerate(classes)}
     for base, files in pair:
         good, pixels = check_files(base, files, size) if check else (files, None)
-        labels = np.array([classes.index(class_of(path, base)) for path in good])
+        labels = np.array([numbers[class_of(path, base)] for path in good])
         opened.append(Folder(good, labels, classes, size, pixels))
     return tuple(opened)
 

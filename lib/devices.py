@@ -43,12 +43,24 @@ def command_line(main):
         print("\nstopped: started again, an evaluation goes on from here", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
-        of_cuda, of_the_cpu = isinstance(error, torch.OutOfMemoryError), "allocate memory" in str(error)
-        if not of_cuda and not of_the_cpu:
+        if not out_of_memory(error):
             raise
         print("error: out of memory: in training lower --micro-batch (the result stays that of --batch) or the model's "
               "sizes, else the number of images at once (--num, --batch)", file=sys.stderr)
         sys.exit(2)
+
+
+def out_of_memory(error):
+    """Whether a RuntimeError of torch says so, of a GPU or of the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def check_memory(size, flag):
+    """Raises ValueError where so many bytes, which `flag` asks for, are more than this machine's memory."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > there:
+        raise ValueError(f"{flag} would take {size / 1e9:.4g} GB of memory, and this machine has {there / 1e9:.4g}: "
+                         f"ask for fewer images")
 
 
 def number(kind, low, high=math.inf):
@@ -91,15 +103,23 @@ def add_flags(parser, table):
         parser.add_argument("--" + name.replace("_", "-"), default=default, help=text + shown, **options)
 
 
-def add_machine_flags(parser):
-    """The flags that say where to run, for every script."""
+def add_machine_flags(parser, compiles=True):
+    """The flags that say where to run, for every script. compiles: whether torch.compile serves it."""
     add_flags(parser, {
         "device": (["auto", "cpu", "cuda", "xla"], "auto", "auto: cuda where there is one, else cpu; xla: TPU"),
-        "bf16": (yes_or_no, None, "yes or no: products and convolutions in bfloat16 (default: no on a CPU without it)"),
-        "compile": (yes_or_no, None, "yes or no: torch.compile (default: yes on cuda)")})
+        "bf16": (yes_or_no, None, "yes or no: products and convolutions in bfloat16 (default: unless a CPU has none)")})
+    if compiles:
+        add_flags(parser, {"compile": (yes_or_no, None, "yes or no: torch.compile (default: yes on cuda)")})
 
 
 # ------------------------------------------------------------------------------------------------------- the machine
+
+def cores():
+    """How many CPU cores are this process's: those it may use, shared with the other ranks of the machine; at most 16,
+    beyond which readers of images only take memory."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(16, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
 
 def computes_bfloat16():
     """Whether the CPU has instructions for it: AVX512-BF16 or AMX, or Arm's. torch before 2.10 does not tell: no."""
@@ -110,7 +130,8 @@ def computes_bfloat16():
 class Machine:
     """The device of this process, and the ranks beside it.
 
-    name: auto, cpu, cuda or xla. bf16: autocast to bfloat16; compiled: torch.compile; None: what suits the device.
+    name: auto, cpu, cuda, xla, or meta, where nothing is computed (lib.costs counts what would be). bf16: autocast to
+    bfloat16; compiled: torch.compile; None: what suits the device.
     Attributes: device; rank and world, the number of this process and of all; devices, how many share a batch; leads,
     whether this process is the one that writes and prints. Raises ValueError where the device is absent."""
 
@@ -124,23 +145,30 @@ class Machine:
         on_cuda, on_xla = self.device.type == "cuda", self.device.type == "xla"
         self.bf16 = on_cuda or on_xla or computes_bfloat16() if bf16 is None else bf16
         self.compiled = on_cuda if compiled is None else compiled and not on_xla
-        self.fused = not on_xla                                            # one pass over memory in the optimizers
+        self.fused = self.device.type in ("cpu", "cuda")                   # one pass over memory in the optimizers
         self.layout = torch.contiguous_format if on_xla else torch.channels_last                    # of images
 
     def _open_torch(self, name):
         if name == "cuda" and not torch.cuda.is_available():
             raise ValueError("no CUDA device is available: use --device cpu, or install a CUDA build of torch")
         if name == "cuda" or name == "auto" and torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if number >= there:
+                raise ValueError(f"process {number} of this machine has no GPU of its own, as it has {there}: start no "
+                                 f"more processes than that with --nproc_per_node")
+            self.device = torch.device("cuda", number)
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")                     # TF32 where autocast leaves float32
+            torch.backends.cudnn.benchmark = True                          # tries algorithms: shapes never change here
+            # What autocast leaves in float32 takes differences of large numbers (R1, distances, FID): no TF32 there.
+            torch.backends.cudnn.allow_tf32 = False
         else:
-            self.device = torch.device("cpu")
+            self.device = torch.device("meta" if name == "meta" else "cpu")
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)   # of a CPU, too: see accumulating()
         if "RANK" in os.environ and not dist.is_initialized():             # started by torchrun
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        several = dist.is_initialized() and name != "meta"
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         self.devices = self.world
 
     def _open_xla(self):
@@ -160,6 +188,8 @@ class Machine:
         self.devices = runtime.global_runtime_device_count()
 
     def autocast(self):
+        if self.device.type == "meta":
+            return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def put(self, batch, own_share=False):
@@ -180,9 +210,21 @@ class Machine:
 
     def wrap(self, model):
         """What to call in place of `model` in training: averages gradients over the ranks in backward, compiled."""
-        if dist.is_initialized() and self.world > 1:
-            model = torch.nn.parallel.DistributedDataParallel(model)
-        return torch.compile(model) if self.compiled else model
+        if self.world > 1 and self.mesh is None:
+            model = torch.nn.parallel.DistributedDataParallel(
+                model, gradient_as_bucket_view=True, bucket_cap_mb=200, broadcast_buffers=False)
+        return self.compile(model)
+
+    def compile(self, function):
+        """A function or model, compiled where this machine does that."""
+        return torch.compile(function) if self.compiled else function
+
+    def freeze(self, model):
+        """A model that is not trained: its matrices and convolutions converted to what autocast would at every call."""
+        for module in model.modules():
+            if self.bf16 and isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                module.to(torch.bfloat16)
+        return model.requires_grad_(False)
 
     @contextlib.contextmanager
     def accumulating(self, wrapped, more):
@@ -242,21 +284,29 @@ class Machine:
 def launch(function, args):
     """Calls function(args, machine). Raises ValueError where --device xla is asked for without torch_xla."""
     try:
-        machine = Machine(args.device, args.bf16, args.compile)
+        machine = Machine(args.device, args.bf16, getattr(args, "compile", None))
     except ImportError:
         raise ValueError("--device xla needs torch-xla: pip install torch==2.9.0 'torch_xla[tpu]==2.9.0'") from None
-    function(args, machine)
-    if dist.is_initialized():
-        leave_together()
+    agreed = False
+    try:
+        function(args, machine)
+        agreed = True
+    except SystemExit:                                      # after a signal, of which the ranks have told each other
+        agreed = True
+        raise
+    finally:                                                # an error is of this rank alone: it waits for no other
+        if dist.is_initialized():
+            leave(together=agreed)
 
 
-def leave_together():
-    """Ends the process group when all ranks are done, and with it its threads.
+def leave(together):
+    """Ends the process group, when all ranks are done, and with it its threads.
 
     A thread of gloo may be the last to hold a tensor, and asks for the interpreter to free it. If that is gone by then,
     the process is aborted ('terminate called without an active exception'). So no rank leaves before the others, and
     the models, whose DistributedDataParallel keeps the threads alive in reference cycles, are collected first."""
-    dist.barrier()
+    if together:
+        dist.barrier()
     gc.collect()
     dist.destroy_process_group()
 
@@ -271,7 +321,7 @@ def step_seed(seed, step, rank=0):
 def mean_over_ranks(tensor):
     """The mean of a tensor over the ranks, on all of them, without a gradient. One process: the tensor, detached."""
     tensor = tensor.detach()
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size() == 1 or tensor.is_meta:
         return tensor
     tensor = tensor.clone()
     dist.all_reduce(tensor)
@@ -288,6 +338,11 @@ def from_first_rank(tensor):
 def full_precision(tensor):
     """Switches autocast off. The meta device, on which bench.py counts operations, has none."""
     return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
+def from_host(tensor, like):
+    """A tensor of the CPU, on the device of `like`; through pinned memory on CUDA, so that the CPU need not wait."""
+    return (tensor.pin_memory() if like.is_cuda else tensor).to(like.device, non_blocking=True)
 
 
 class Upsample(torch.nn.Module):

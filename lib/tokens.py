@@ -1,7 +1,7 @@
-"""Stage 2 from cached tokens (--cache-tokens): each training image is encoded once, in several augmented views.
+"""Images as tokens: encoded as they come, or once for all (--cache-tokens), each in several augmented views.
 
-A folder holds index.json and chunks NNNNN.npy; a chunk is written whole or not at all, so an interrupted encoding goes
-on where it stopped, and ranks share the chunks among them.
+The folder of the cache holds index.json and chunks NNNNN.npy; a chunk is written whole or not at all, so an
+interrupted encoding goes on where it stopped, and ranks share the chunks among them.
 """
 import functools
 import json
@@ -12,26 +12,50 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.checkpoints import write_atomically
+from lib.checkpoints import fingerprint, rebuild, write_atomically
 from lib.data import loader
 from lib.pictures import Progress
 from lib.shapes import hashed_uniform
 
 
+class FrozenTokenizer:
+    """A trained tokenizer as stage 2 uses it. path, model_class: as for rebuild(). image_size: of the images to come;
+    None: of those it was trained on. at_once: how many of them it sees. Raises as rebuild() does, and ValueError where
+    its stride does not divide the size. Attributes: model, image_size, num_tokens, codebook_size, fingerprint."""
+
+    def __init__(self, path, model_class, image_size, at_once, machine):
+        model, checkpoint = rebuild(path, "vqgan", model_class)
+        self.fingerprint, self.image_size = fingerprint(model), image_size or checkpoint["image_size"]
+        stride, self.codebook_size = model.config.stride, model.config.codebook_size
+        if self.image_size % stride:
+            raise ValueError(f"--image-size {self.image_size} is not divisible by the tokenizer's stride {stride}")
+        self.num_tokens, self.at_once, self.machine = (self.image_size // stride) ** 2, at_once, machine
+        self.model = machine.freeze(model.to(machine.device, memory_format=machine.layout))
+        self.compiled = machine.compile(self.model.encode)
+
+    @torch.no_grad()
+    def encode(self, images, own_share=False):
+        """(n, 3, S, S) uint8 -> tokens (n, N), on the device. own_share: as for Machine.put."""
+        with self.machine.autocast():
+            parts = self.machine.to_floats(images, own_share).split(self.at_once)
+            return torch.cat([self.compiled(part).flatten(1) for part in parts])
+
+
 class CachedTokens:
     """Every training image as tokens, encoded once in several augmented views; `batch` gives (tokens (B, N), labels).
 
-    folder: where the chunks are; one has CHUNK rows, uint16, a row being the N tokens and the label of one view of one
-    image. BATCH rows are encoded together. data: the images. Raises ValueError where the folder holds other data, or
-    another number of views."""
-    CHUNK, BATCH, workers = 4096, 256, 0
+    folder: where the chunks are, of uint16; a row is the N tokens and the label of one view of one image. A chunk has
+    CHUNK rows, or more where there would be over FILES chunks, as each stays open. BATCH rows are encoded together.
+    data: the images. Raises ValueError where the folder holds other data, or another number of views."""
+    CHUNK, FILES, BATCH, workers = 4096, 256, 256, 0
 
     def __init__(self, folder, data, views, num_tokens):
-        self.folder, self.data, self.views, self.classes = Path(folder), data, views, data.classes
+        self.folder, self.data, self.views = Path(folder), data, views
         self.rows = len(data) * views
-        self.paths = [self.folder / f"{i:05}.npy" for i in range(math.ceil(self.rows / self.CHUNK))]
-        index = {"images": len(data), "views": views, "tokens": num_tokens,
-                 "classes": list(data.classes)}
+        self.chunk = max(self.CHUNK, math.ceil(self.rows / self.FILES))
+        self.paths = [self.folder / f"{i:05}.npy" for i in range(math.ceil(self.rows / self.chunk))]
+        index = {"images": len(data), "views": views, "tokens": num_tokens, "classes": list(data.classes),
+                 "chunk": self.chunk}
         try:
             found = json.loads((self.folder / "index.json").read_text())
         except FileNotFoundError:
@@ -47,14 +71,14 @@ class CachedTokens:
 
     def __getitem__(self, first):
         """Images and labels of up to BATCH rows from `first`, for `encode`; none of the next chunk."""
-        rows = np.arange(first, min(first + self.BATCH, self.rows, (first // self.CHUNK + 1) * self.CHUNK))
+        rows = np.arange(first, min(first + self.BATCH, self.rows, (first // self.chunk + 1) * self.chunk))
         return self.data.batch(rows % len(self.data), rows + (1 << 50))
 
     def encode(self, tokenize, rank=0, world=1, workers=None):
         """Writes the chunks that are missing, each rank its share.
 
         tokenize: images (n, 3, S, S) uint8 -> tokens (n, N). workers: as for data.batches."""
-        missing = {path: range(i * self.CHUNK, min((i + 1) * self.CHUNK, self.rows))
+        missing = {path: range(i * self.chunk, min((i + 1) * self.chunk, self.rows))
                    for i, path in enumerate(self.paths) if i % world == rank and not path.exists()}
         firsts = [first for rows in missing.values() for first in rows[::self.BATCH]]
         total, done = sum(map(len, missing.values())), 0
@@ -77,5 +101,5 @@ class CachedTokens:
     def batch(self, indices, draws):
         """A view of each image, chosen by its draw: tokens (B, N) int32, labels (B,) int64."""
         view = (hashed_uniform(5, draws, 1)[:, 0] * self.views).astype(np.int64)
-        rows = np.stack([self.chunks[row // self.CHUNK][row % self.CHUNK] for row in view * len(self.data) + indices])
+        rows = np.stack([self.chunks[row // self.chunk][row % self.chunk] for row in view * len(self.data) + indices])
         return torch.from_numpy(rows[:, :-1].astype(np.int32)), torch.from_numpy(rows[:, -1].astype(np.int64))

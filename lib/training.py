@@ -1,4 +1,4 @@
-"""The frame of a training loop: flags and presets, learning rate, optimizers, averaged weights; the run and its log.
+"""The frame of a training loop: flags and presets; the run's folder, checkpoints and log; signals.
 
 A run is a folder, `runs/NAME`. For each stage (`vqgan`, `transformer`) it holds
     STAGE.pt             for use: EMA weights, configuration, class names; loads with weights_only=True
@@ -6,30 +6,41 @@ A run is a folder, `runs/NAME`. For each stage (`vqgan`, `transformer`) it holds
     STAGE.log.csv, STAGE.curve.png, STAGE.png    log, loss curves, latest reconstructions or samples
 """
 import argparse
-import copy
 import csv
 import math
+import os
 import shlex
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from lib.checkpoints import load_checkpoint, save_checkpoint, write_atomically
-from lib.devices import add_flags, add_machine_flags, count, mean_over_ranks, whole
+from lib import data
+from lib.checkpoints import load_checkpoint, on_cpu, save_checkpoint, write_atomically
+from lib.devices import add_flags, add_machine_flags, count, mean_over_ranks, positive, whole
+from lib.optimizers import match_layouts
 from lib.pictures import clock, draw_log, save_image, show_line
 
 # ------------------------------------------------------------------------------------------------- flags and presets
 
+# How often a run says, shows and keeps something: a row as in the scripts' tables, decisive for no result.
+PACE = {
+    "log_every": (count, 50, 50, 50, "steps between log lines"),
+    "picture_every": (count, 500, 1000, 5000, "steps between validations, with a picture"),
+    "save_every": (count, 500, 1000, 2000, "steps between checkpoints"),
+}
+
+
 def presets(flags, others):
-    """{name: {flag: value}} of every preset.
+    """{name: {flag: value}} of every preset, PACE included.
 
     flags: {flag: (type, its value for `shapes`, `cifar10` and `imagenet`, help)}. others: {name: (the preset that it
     follows, {flag: value} where it does not)}."""
-    table = {name: {flag: row[column] for flag, row in flags.items()}
+    table = {name: {flag: row[column] for flag, row in (flags | PACE).items()}
              for column, name in enumerate(("shapes", "cifar10", "imagenet"), 1)}
     return table | {name: table[base] | changes for name, (base, changes) in others.items()}
 
@@ -46,18 +57,18 @@ def parse_training_flags(description, own_flags, flags, presets):
         "preset": (list(presets), None, "the data set whose settings to take (default: the data's own, or folder)"),
         "run": (str, None, "the run's folder (default: runs/NAME, after the data)"),
         "resume": (switch, None, "go on where the run stopped; start, if there is none"),
-        "overwrite": (switch, None, "start again, replacing what the run folder holds")})
+        "overwrite": (switch, None, "start again, replacing what the run folder holds"),
+        "dry_run": (positive, None, "say what the run would take at so many TFLOP/s, and end")})
     add_flags(parser, own_flags)
-    for name, (kind, *_, text) in flags.items():
+    for name, (kind, *_, text) in (flags | PACE).items():
         add_flags(parser, {name: (kind, None, f"{text} (default: {shown_default(name, presets)})")})
     add_flags(parser, {
         "seed": (whole, 0, "of every random draw"),
-        "data_dir": (str, "data", "where cifar10, imagenet and places2 are"),
-        "workers": (whole, None, "processes that read ahead (default: none for data in memory, else one per core)"),
-        "log_every": (count, 50, "steps between log lines"),
-        "save_every": (count, 500, "steps between checkpoints and pictures")})
+        **data.FLAGS,
+        "workers": (whole, None, "processes that read ahead (default: none for data in memory, else one per core)")})
     add_machine_flags(parser)
     args = parser.parse_args()
+    data.admit_pixels(args.max_pixels)
     for name, value in presets[args.preset or (args.data if args.data in presets else "folder")].items():
         given = getattr(args, name)
         if given is None:
@@ -98,108 +109,6 @@ def micro_batches(args, machine):
     return own_share // size
 
 
-# ------------------------------------------------------------------------------------------------------ of each step
-
-def learning_rate(step, base, warmup, total, decay):
-    """Linear warm-up over `warmup` steps, then constant, or a cosine down to 1% of `base` at step `total`."""
-    if step < warmup:
-        return base * (step + 1) / warmup
-    if not decay:
-        return base
-    return base * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))))
-
-
-def set_learning_rate(optimizer, step, base, warmup, total, decay):
-    """learning_rate() for every group of parameters, with the group's own "base" where it has one."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, group.get("base", base), warmup, total, decay)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum of which every singular value is made about 1, so that a matrix moves as far in all directions, where
-    Adam follows a few strong ones (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
-
-    groups: of matrices; "parts" is how many each consists of, one below the other. dtype: of the iterations.
-    torch.optim.Muon does the same, but for matrices whole: with queries, keys and values as one it learns slower."""
-
-    def __init__(self, groups, lr, weight_decay, dtype):
-        super().__init__(groups, {"lr": lr, "base": lr, "weight_decay": weight_decay, "parts": 1})
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for matrix in group["params"]:
-                state = self.state[matrix]
-                if not state:
-                    state["momentum"] = torch.zeros_like(matrix)
-                momentum = state["momentum"].lerp_(matrix.grad, 0.05)
-                towards = matrix.grad.lerp(momentum, 0.95).chunk(group["parts"])                 # Nesterov's
-                rows, columns = towards[0].shape
-                moved = torch.cat([orthogonal(part.to(self.dtype)) for part in towards]).to(matrix.dtype)
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.sub_(moved, alpha=group["lr"] * max(1, rows / columns) ** 0.5)
-
-
-def orthogonal(matrix):
-    """About the nearest matrix with orthonormal rows or columns: five Newton-Schulz iterations, of the coefficients
-    that raise small singular values fastest and leave all between 0.7 and 1.2 (Jordan et al. 2024)."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if tall else x
-
-
-def transformer_optimizers(model, args, machine):
-    """AdamW for all parameters, or (--optimizer muon) for all but the blocks' matrices. Returns {name: optimizer}."""
-    blocks = [(name, p) for name, p in model.blocks.named_parameters() if p.ndim > 1 and args.optimizer == "muon"]
-    chosen = {id(p) for _, p in blocks}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    # Weight decay for matrices; biases, LayerNorms and the output's bias are left alone.
-    groups = [{"params": [p for p in others if p.ndim > 1], "weight_decay": args.weight_decay},
-              {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0}]
-    optimizers = {"adamw": torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.96), fused=machine.fused)}
-    if blocks:
-        groups = [{"params": [p for name, p in blocks if name.endswith("qkv.weight")], "parts": 3},
-                  {"params": [p for name, p in blocks if not name.endswith("qkv.weight")]}]
-        precision = torch.bfloat16 if machine.bf16 else torch.float32
-        optimizers["muon"] = Muon(groups, args.muon_lr, args.weight_decay, precision)
-    return optimizers
-
-
-class EMA:
-    """Exponential moving average of a model's weights; `model` is the averaged copy, for evaluation."""
-
-    def __init__(self, model, decay):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, model, step):
-        decay = min(self.decay, (1 + step) / (10 + step))  # the first, poor weights are forgotten faster
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
-
-
-def accumulate(machine, wrapped, loss_of, batch, parts):
-    """The gradients of a batch, taken in `parts` micro-batches; ranks exchange them with the last one.
-
-    batch: tensors of equal length. loss_of(*part of each) -> (the loss to minimise, metrics by name), scalars. Returns
-    the means of the metrics, on the device."""
-    wrapped.zero_grad(set_to_none=True)
-    means = {}
-    for i, part in enumerate(zip(*(tensor.chunk(parts) for tensor in batch), strict=True)):
-        with machine.accumulating(wrapped, more=i + 1 < parts):
-            with machine.autocast():
-                loss, metrics = loss_of(*part)
-            (loss / parts).backward()
-        for name, value in metrics.items():
-            means[name] = means.get(name, 0) + value.detach() / parts
-    return means
-
-
 # ------------------------------------------------------------------------------------------------------------ the run
 
 def folder_of(args):
@@ -220,12 +129,14 @@ class Run:
         self.folder = folder_of(args)
         self.model_file, self.resume_file, self.picture, self.curve = (
             self.folder / f"{stage}.{ending}" for ending in ("pt", "resume.pt", "png", "curve.png"))
-        self.step, self.state = 0, None
+        self.best_file, self.best = self.folder / f"{stage}.best.pt", math.inf               # of --evaluate-every
+        self.step, self.state, self.copy, self.writing, self.writer = 0, None, None, None, ThreadPoolExecutor(1)
         if self.model_file.exists() or self.resume_file.exists():
             self._resume_or_refuse()
         if machine.leads:                                      # a folder that cannot be written shows here, not later
             write_atomically(self.folder / ".writable", lambda file: file.write(b"test"))
-            (self.folder / ".writable").unlink()
+            for leftover in [".writable", *self.folder.glob(f".{stage}.*.tmp")]:                      # of a killed run
+                (self.folder / leftover).unlink()
         self.log = Log(self.folder / f"{stage}.log.csv", columns, self.step, args, machine)
         self.stop = StopSignal(machine)
 
@@ -248,7 +159,7 @@ class Run:
             if state["settings"].get(name) != value:
                 raise ValueError(f"{self.folder} was started with {name} = {state['settings'].get(name)}, not {value}: "
                                  f"resume with the same settings, or use --overwrite or another --run")
-        self.step, self.state = state["step"], state
+        self.step, self.state, self.best = state["step"], state, state.get("best", math.inf)
 
     def restore(self, parts, about):
         """Takes what is to be saved from now on, and brings it to where the run stopped.
@@ -256,13 +167,16 @@ class Run:
         parts: models and optimizers by name, of which "ema" is the model for use. about: the plain values that the
         latter's file holds besides its weights and configuration."""
         self.parts, self.about = parts, about
-        if self.state:
-            for name, part in parts.items():
-                part.load_state_dict(self.state[name])
-            self.state = None                                    # as large as the models: not kept while training
+        for name, part in parts.items() if self.state else ():
+            part.load_state_dict(self.state[name])
+            if isinstance(part, torch.optim.Optimizer):
+                match_layouts(part)
+        self.state = None                                        # as large as the models: not kept while training
 
-    def introduce(self, model, what):
-        """Says what is about to be trained. what: anything besides the number of parameters and the devices."""
+    def introduce(self, model, what, flops):
+        """Says what is about to be trained. what: anything besides the number of parameters and the devices. flops: for
+        an image, from lib.costs."""
+        self.log.flops = flops
         parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         where = f"{self.machine.device} x {self.machine.devices}"
         self._say(f"{self.folder}: {parameters:.2f} M parameters, {what}, on {where}")
@@ -274,34 +188,65 @@ class Run:
         if self.machine.leads:
             print(text, flush=True)
 
-    def finish_step(self, step, metrics, preview):
+    def finish_step(self, step, metrics, preview, judge=None):
         """Ends a step: logs, draws and saves where it is time to, and ends the process where a signal asked for it.
 
         step: how many are done now. metrics: scalar tensors by name. preview() -> figures of validation by name, and a
-        picture (PIL). Raises ValueError where a metric is not finite; the files on disk are then the last good ones."""
+        picture (PIL). judge() -> {name: a distance}, for --evaluate-every; None: there is none. Raises ValueError where
+        a metric is not finite; the files on disk are then the last good ones."""
         self.log.add(metrics)
         self.machine.sync()
-        stopping = self.stop.requested(step)
-        save = stopping or step % self.args.save_every == 0 or step == self.args.steps
-        figures, picture = preview() if save else ({}, None)
-        if save or step % self.args.log_every == 0:
+        stopping, args = self.stop.requested(step), self.args
+        ending = stopping or step == args.steps
+        draw = ending or step % args.picture_every == 0
+        figures, picture = preview() if draw else ({}, None)
+        if judge and (step == args.steps or step % args.evaluate_every == 0):
+            figures |= self._keep_the_best(step, judge())
+        if figures or step % args.log_every == 0 or step % args.save_every == 0:
             self.log.write(step, figures, self.resume_file)
-        if save:
-            self._save(step, picture)
+        if self.machine.leads and draw:
+            save_image(self.picture, picture)
+            draw_log(self.curve, self.log.path)
+        if self.machine.leads and (ending or step % args.save_every == 0):
+            self._save(step)
+            if ending:
+                self.writing.result()
+        elif self.machine.leads and not self.writing and self.machine.mesh is None:
+            self.writing = self.writer.submit(self._copy, self._state())      # gets the memory, which takes seconds
         if stopping:
-            self.stop.exit(step, self.args.steps)
+            self.stop.exit(step, args.steps)
 
-    def _save(self, step, picture):
+    def _keep_the_best(self, step, found):
+        """Keeps the model for use beside the latest one, where none before was as good. found: {name: distance}."""
+        distance, = found.values()
+        if distance < self.best and self.machine.leads:
+            save_checkpoint(self.best_file, self._for_use(step, on_cpu(self.parts["ema"].state_dict())))
+        self.best = min(distance, self.best)
+        return found
+
+    def _state(self):
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def _copy(self, state):
+        self.copy = on_cpu(state, self.copy)
+
+    def _save(self, step):
+        """Copies what is to be saved, and leaves it to a thread to write that while training goes on. Raises OSError
+        where the save before this one, for which it waits, could not be written."""
+        if self.writing:
+            self.writing.result()
+        self._copy(self._state())
+        self.writing = self.writer.submit(self._write, step, self.best)
+
+    def _write(self, step, best):
         """The model for use first, then the training state: who finds a finished state finds its model as well."""
-        if not self.machine.leads:
-            return
-        common = {"step": step, "settings": self.settings}
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        model = {"config": asdict(self.parts["ema"].config), "model": state["ema"], **self.about}
-        save_image(self.picture, picture)
-        save_checkpoint(self.model_file, {"kind": self.stage, **common, **model})
-        save_checkpoint(self.resume_file, {"kind": f"{self.stage} training state", **common, **state})
-        draw_log(self.curve, self.log.path)
+        save_checkpoint(self.model_file, self._for_use(step, self.copy["ema"]))
+        save_checkpoint(self.resume_file, {"kind": f"{self.stage} training state", "step": step, "best": best,
+                                           "settings": self.settings, **self.copy})
+
+    def _for_use(self, step, weights):
+        return {"kind": self.stage, "step": step, "settings": self.settings,
+                "config": asdict(self.parts["ema"].config), "model": weights, **self.about}
 
 
 class Log:
@@ -311,7 +256,7 @@ class Log:
     logged after the checkpoint that the run goes on from, are dropped, since those steps are done again."""
 
     def __init__(self, path, columns, step, args, machine):
-        self.path, self.columns = path, ["step", *columns, "images/s"]
+        self.path, self.columns = path, ["step", *columns, "images/s", "TFLOP/s"]
         self.step, self.args, self.machine = step, args, machine
         self.pending, self.names, self.is_open = [], [], False
         self.times = []                                                        # (step, seconds) of the latest lines
@@ -334,7 +279,7 @@ class Log:
         if not self.machine.leads:
             return
         speed = self._images_per_second(step)
-        row = {"step": step, **means, **figures, "images/s": speed}
+        row = {"step": step, **means, **figures, "images/s": speed, "TFLOP/s": speed and speed * self.flops / 1e12}
         if not self.is_open:
             self._open()
         with open(self.path, "a", newline="") as file:
@@ -342,7 +287,8 @@ class Log:
                 {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
         shown = [f"{name} {value:.4g}" for name, value in (means | figures).items()]
         left = clock((self.args.steps - step) * self.args.batch / speed) if speed else "?"
-        text = "  ".join([f"step {step}/{self.args.steps}", *shown, f"{speed or 0:.0f} images/s", f"{left} left"])
+        rate = f"{speed or 0:.0f} images/s ({row['TFLOP/s'] or 0:.3g} TFLOP/s)"
+        text = "  ".join([f"step {step}/{self.args.steps}", *shown, rate, f"{left} left"])
         show_line(text, last=step == self.args.steps)
 
     def _images_per_second(self, step):
@@ -386,5 +332,14 @@ class StopSignal:
         if self.machine.leads:
             arguments = [argument for argument in sys.argv if argument not in ("--overwrite", "--resume")]
             print(f"\nstopped at step {step} of {steps}, all saved. Go on with:\n"
-                  f"  python {shlex.join(arguments)} --resume", file=sys.stderr)
+                  f"  {launcher()} {shlex.join(arguments)} --resume", file=sys.stderr)
         sys.exit(128 + (self.number or signal.SIGTERM))
+
+
+def launcher():
+    """What a command begins with that starts as many processes as there are: python, or torchrun."""
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        return "python"
+    several = int(os.environ["WORLD_SIZE"]) > int(os.environ["LOCAL_WORLD_SIZE"])
+    hosts = f"--nnodes {os.environ['GROUP_WORLD_SIZE']} --rdzv_backend c10d --rdzv_endpoint HOST:PORT "
+    return f"torchrun {hosts if several else ''}--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} --"

@@ -17,10 +17,11 @@ torch.set_num_threads(1)      # the models are tiny: a second thread would only 
 os.environ["MASKGIT_CACHE"] = tempfile.mkdtemp(prefix="maskgit-tests-")
 atexit.register(shutil.rmtree, os.environ["MASKGIT_CACHE"], ignore_errors=True)
 
+EVERY_STEP = ["--save-every", 2, "--picture-every", 2, "--log-every", 1, "--bf16", "no"]
 TINY_VQ = ["--filters", 8, "--codebook-size", 32, "--codebook-dim", 4, "--steps", 6, "--batch", 4, "--disc-width", 1,
-           "--disc-max-width", 8, "--save-every", 2, "--log-every", 1, "--r1-every", 2, "--bf16", "no"]
+           "--disc-max-width", 8, "--r1-every", 2, *EVERY_STEP]
 TINY_TRANSFORMER = ["--cache-tokens", 0, "--dropout", 0.1, "--dim", 16, "--depth", 1, "--heads", 2, "--steps", 6,
-                    "--batch", 4, "--save-every", 2, "--log-every", 1, "--bf16", "no"]
+                    "--batch", 4, *EVERY_STEP]
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import edit
 from edit import box_region, composite, extrapolate, likeliest_class, panorama, repaint
 from lib.checkpoints import load_checkpoint, load_run, load_weights
 from lib.classifier import Classifier
+from lib.devices import Machine
 from lib.shapes import Shapes, hashed_uniform
 from maskgit import MaskGIT, MaskGITConfig, decode, mask_counts
 from vqgan import VQGAN, as_grid, to_pixels
@@ -158,7 +159,7 @@ def test_feather():
 
 def test_start_step(trained):
     """Part-way: the first steps' counts are passed over, the rest follow the schedule on the unknown tokens alone."""
-    _, _, model, _ = load_run(trained, "cpu", VQGAN, MaskGIT)
+    _, _, model, _ = load_run(trained, Machine("cpu"), VQGAN, MaskGIT)
     known = torch.randint(0, 32, (1, 64))
     known[0, 10:50] = model.mask_id
     tokens, history = decode(model, torch.tensor([1]), 12, known=known, start_step=2, return_steps=True)
@@ -191,7 +192,7 @@ def test_the_likeliest_class():
 def test_without_a_class(trained, photo, call, asked):
     """Without --class: the likeliest one, or none where the model knows that."""
     printed = call("--inpaint", "centre")
-    _, _, transformer, checkpoint = load_run(trained, "cpu", VQGAN, MaskGIT)
+    _, _, transformer, checkpoint = load_run(trained, Machine("cpu"), VQGAN, MaskGIT)
     (labels, known, _), = asked
     likeliest = likeliest_class(transformer, known[0], 0)
     assert f"class: {checkpoint['classes'][likeliest]} (the likeliest" in printed and labels.tolist() == [likeliest]
@@ -211,7 +212,7 @@ def test_what_is_repainted_shows_its_class():
     painted anew, and another class after the object, to the borders of its box, was edited into it; both in at least
     80%."""
     n = 200
-    _, tokenizer, transformer, _ = load_run(ROOT / "example", "cpu", VQGAN, MaskGIT)
+    _, tokenizer, transformer, _ = load_run(ROOT / "example", Machine("cpu"), VQGAN, MaskGIT)
     weights = load_checkpoint(ROOT / "example" / "classifier.pt", "classifier")["model"]
     classifier = load_weights(Classifier(10), weights, "classifier.pt").eval()
     images, labels = Shapes("val").batch(np.arange(n))
@@ -245,7 +246,7 @@ def test_what_the_decoder_is_asked_for(trained, call, asked, photo):
     """The class, the seed and the sampler's flags arrive; the photo's tokens are given, but for those in the box."""
     call("--box", "9,10,5,7", "--class", "fish", "--num", 70, "--seed", 5, "--steps", 3, "--start-step", 1,
          "--top-k", 7)
-    _, tokenizer, transformer, _ = load_run(trained, "cpu", VQGAN, MaskGIT)
+    _, tokenizer, transformer, _ = load_run(trained, Machine("cpu"), VQGAN, MaskGIT)
     tokens = tokenizer.encode(torch.from_numpy(pixels(photo)).movedim(-1, 0)[None].float() / 255)[0]
     tokens[1:4, 1:5] = transformer.mask_id
     assert [labels.tolist() for labels, _, _ in asked] == [[3] * 64, [3] * 6]

@@ -47,7 +47,7 @@ def plain_inception_score(logits):
 
 def load(folder, decoder=None):
     """-> tokenizer, transformer, validation images of a run."""
-    _, tokenizer, transformer, _ = load_run(folder, "cpu", VQGAN, MaskGIT, decoder=decoder)
+    _, tokenizer, transformer, _ = load_run(folder, devices.Machine("cpu"), VQGAN, MaskGIT, decoder=decoder)
     return tokenizer, transformer, evaluate.open_data("shapes", 32)[1]
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import train_transformer
 import train_vq
-from lib import training
+from lib import optimizers
 from lib.devices import Machine
 from maskgit import MaskGIT, MaskGITConfig, decode, halton_order
 from vqgan import VQGAN, Discriminator, VectorQuantizer, VQGANConfig, r1_penalty
@@ -138,12 +138,12 @@ def test_the_codebook_starts_near_features(tokenizer, images):
 # ---- the frame of both stages
 
 def test_the_learning_rate_warms_up_and_decays():
-    rates = [training.learning_rate(step, 2.0, 10, 110, decay=True) for step in range(110)]
+    rates = [optimizers.learning_rate(step, 2.0, 10, 110, decay=True) for step in range(110)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert rates[10] == 2 and rates[60] == pytest.approx(2 * (0.01 + 0.99 / 2)) and rates[-1] < 0.03
-    assert training.learning_rate(100_000, 2.0, 10, 110, decay=False) == 2
+    assert optimizers.learning_rate(100_000, 2.0, 10, 110, decay=False) == 2
     optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "base": 6.0}, {"params": [torch.zeros(1)]}], lr=1.0)
-    training.set_learning_rate(optimizer, 60, 2.0, 10, 110, decay=True)
+    optimizers.set_learning_rate(optimizer, 60, 2.0, 10, 110, decay=True)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([3 * rates[60], rates[60]])
 
 
@@ -151,7 +151,7 @@ def test_averaged_weights_lag_behind():
     """At step t by (1 + t) / (10 + t), at most by the decay asked for."""
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(0)
-    ema = training.EMA(model, 0.9)
+    ema = optimizers.EMA(model, 0.9)
     model.weight.data.fill_(1)
     ema.update(model, 0)
     assert ema.model.weight.item() == pytest.approx(0.9)                   # 1 - 1/10 of the way
@@ -168,7 +168,7 @@ def test_micro_batches_are_means_of_the_batch():
         def loss_of(part):
             loss = model(part).square().mean()
             return loss, {"loss": loss}
-        metrics = training.accumulate(Machine("cpu"), model, loss_of, [x], parts)
+        metrics = optimizers.accumulate(Machine("cpu"), model, loss_of, [x], parts)
         found[parts] = [metrics["loss"], *(parameter.grad.clone() for parameter in model.parameters())]
     for parts in (2, 4):
         for ours, theirs in zip(found[parts], found[1], strict=True):
@@ -231,7 +231,7 @@ def test_muon_is_the_formula_in_float64():
     copies = [torch.nn.Parameter(p.detach().clone()) for p in matrices]
     expected, momenta = [p.detach().double() for p in matrices], [0, 0, 0]
     groups = [{"params": [p], "parts": parts} for p, parts in zip(matrices, shapes.values(), strict=True)]
-    muon = training.Muon(groups, 0.02, 0.1, torch.float32)
+    muon = optimizers.Muon(groups, 0.02, 0.1, torch.float32)
     theirs = torch.optim.Muon(copies[:2], lr=0.02, weight_decay=0.1, momentum=0.95)
     for _ in range(2):
         for i, (p, parts) in enumerate(zip(matrices, shapes.values(), strict=True)):

@@ -21,6 +21,7 @@ from test_parity import DATA, close, load
 from lib import downloads
 from lib.checkpoints import load_checkpoint, load_run
 from lib.data import imagenet_classes
+from lib.devices import Machine
 from lib.downloads import download
 from lib.lpips import LPIPS, load_lpips
 from maskgit import MaskGIT, MaskGITConfig
@@ -559,7 +560,7 @@ def test_a_run_in_half_the_size(trained, tmp_path):
                        for folder in (trained, tmp_path / "half"))
         for name, value in whole.items():
             assert half[name].dtype == torch.float16 and torch.equal(half[name], value.half())
-    _, tokenizer, transformer, _ = load_run(tmp_path / "half", "cpu", VQGAN, MaskGIT)
+    _, tokenizer, transformer, _ = load_run(tmp_path / "half", Machine("cpu"), VQGAN, MaskGIT)
     assert {p.dtype for model in (tokenizer, transformer) for p in model.parameters()} == {torch.float32}
     run("sample.py", "--run", tmp_path / "half", "--num", 1)
     refused("pretrained.py", "--half", tmp_path / "half", trained, says=["vqgan.pt", "already there", "--overwrite"])

@@ -47,7 +47,7 @@ def test_resume_after_sigkill_is_bit_exact(script, trained, tmp_path):
     stage, flags = STAGES[script]
     folder = with_tokenizer(trained, tmp_path / "killed") if stage == "transformer" else tmp_path / "killed"
     process = start(script, "--run", folder, *flags)
-    wait_for_step(process, 3)                                   # the checkpoint of step 2 is written, step 4's is not
+    wait_for_step(process, 5)           # the checkpoint of step 2 is written, and a thread may be writing step 4's
     process.kill()
     process.wait()
     assert load_checkpoint(folder / f"{stage}.resume.pt", f"{stage} training state")["step"] in (2, 4)
@@ -58,7 +58,7 @@ def test_resume_after_sigkill_is_bit_exact(script, trained, tmp_path):
         ours.pop("settings"), theirs.pop("settings")
         assert_same(ours, theirs, name)
     rows = [read_log(f / f"{stage}.log.csv") for f in (folder, trained)]
-    without_speed = [[{k: v for k, v in row.items() if k != "images/s"} for row in part] for part in rows]
+    without_speed = [[{k: v for k, v in row.items() if not k.endswith("/s")} for row in part] for part in rows]
     assert without_speed[0] == without_speed[1] and len(rows[0]) == 6
 
 
