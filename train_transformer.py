@@ -117,8 +117,8 @@ def validation(args, model, tokens, labels, machine):
 
 
 def build(args, config, machine, start=None, same_classes=False):
-    """What stage 2 trains, on the machine: the model, its averaged weights and optimizers; wrapped, which a step calls,
-    is the model compiled, its gradients averaged over all ranks.
+    """What stage 2 trains, on the machine: the model, its averaged weights and optimizers; what is saved of them, by
+    name; wrapped, which a step calls: the model compiled, its gradients averaged over all ranks.
 
     start: a MaskGIT whose weights to take over, or None. same_classes: those of the classes, too."""
     torch.manual_seed(args.seed)
@@ -126,14 +126,9 @@ def build(args, config, machine, start=None, same_classes=False):
     if start is not None:
         adopt(model, start, same_classes)
     model.to(machine.device)
-    return SimpleNamespace(model=model, ema=optimizers.EMA(model, args.ema),
-                           optimizers=optimizers.transformer_optimizers(model, args, machine),
+    ema, both = optimizers.EMA(model, args.ema), optimizers.transformer_optimizers(model, args, machine)
+    return SimpleNamespace(model=model, ema=ema, optimizers=both, saved={"model": model, "ema": ema.model, **both},
                            wrapped=machine.wrap(model), loss=machine.compile(loss_and_accuracy))
-
-
-def parts_of(nets):
-    """What is saved, by name."""
-    return {"model": nets.model, "ema": nets.ema.model, **nets.optimizers}
 
 
 def imagined_step(args, config, batch):
@@ -142,7 +137,7 @@ def imagined_step(args, config, batch):
     with machine.device:
         nets = build(args, config, machine)
         tokens = torch.zeros(batch, config.num_tokens, dtype=torch.long)
-    return parts_of(nets), lambda: train_step(nets, tokens, tokens[:, 0], args.warmup, args, machine, None)
+    return nets.saved, lambda: train_step(nets, tokens, tokens[:, 0], args.warmup, args, machine, None)
 
 
 def adopt(model, start, same_classes):
@@ -215,18 +210,18 @@ def train(args, machine):
     found = {"image_size": tokenizer.image_size, "tokenizer": tokenizer.fingerprint}
     settings = training.decisive_settings(args, FLAGS, "init") | found
     run = training.Run(STAGES[args.decoder], settings, LOGGED, args, machine)
-    own_tokenizer = run.folder / "vqgan.pt"                                # a run holds all that sampling needs
-    if args.vqgan and machine.leads and (args.overwrite or not own_tokenizer.exists()):
-        write_atomically(own_tokenizer, lambda file: file.write(Path(args.vqgan).read_bytes()))
     data, val = open_data(args.data, tokenizer.image_size, args.data_dir)
     classes = list(data.classes)
     config, start = configuration(args, tokenizer.codebook_size, tokenizer.num_tokens, len(classes)), ()
     if args.init:
         config, *start = start_from(args, config, tokenizer.fingerprint, classes)
     nets = build(args, config, machine, *start)
-    run.restore(parts_of(nets), {"data": args.data, "classes": classes, **found})
+    run.restore(nets.saved, {"data": args.data, "classes": classes, **found})
     run.introduce(nets.model, f"{config.num_tokens} tokens of {config.codebook_size}, {len(classes)} classes",
                   costs.flops(imagined_step(args, config, 1)[1]))
+    own_tokenizer = run.folder / "vqgan.pt"                                # a run holds all that sampling needs
+    if args.vqgan and machine.leads and (args.overwrite or not own_tokenizer.exists()):
+        write_atomically(own_tokenizer, lambda file: file.write(Path(args.vqgan).read_bytes()))
 
     drawing = functools.partial(draw, nets.ema.model, tokenizer.model)
     judge = open_judge(args, machine, data, val, run.folder, drawing) if args.evaluate_every else None

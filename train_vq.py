@@ -108,8 +108,8 @@ def centred(discriminator):
 # ------------------------------------------------------------------------------------------------------ building, steps
 
 def build(args, config, machine, lpips=None, start=None):
-    """What stage 1 trains, on the machine: the models, their averaged weights and optimizers; wrapped, which a step
-    calls, are the models compiled, their gradients averaged over all ranks.
+    """What stage 1 trains, on the machine: the models, their averaged weights and optimizers; what is saved of them, by
+    name; wrapped, which a step calls: the models compiled, their gradients averaged over all ranks.
 
     lpips: the perceptual loss, or None. start: a VQGAN whose weights to take over, or None."""
     torch.manual_seed(args.seed)
@@ -125,18 +125,12 @@ def build(args, config, machine, lpips=None, start=None):
     groups = [{"params": [p for p in model.parameters() if p is not codebook], "base": args.lr},
               {"params": [codebook], "base": args.lr * args.codebook_lr}]
     adam = {"betas": (args.beta1, 0.99), "fused": machine.fused}
+    saved = {"model": model, "disc": disc, "optimizer": torch.optim.Adam(groups, lr=args.lr, **adam),
+             "disc_optimizer": torch.optim.Adam(disc.parameters(), lr=args.disc_lr, **adam)}
+    ema = optimizers.EMA(model, args.ema)
     return SimpleNamespace(
-        model=model, disc=disc, judging_disc=machine.compile(disc), lpips=lpips and machine.compile(lpips),
-        ema=optimizers.EMA(model, args.ema),
-        optimizer=torch.optim.Adam(groups, lr=args.lr, **adam),
-        disc_optimizer=torch.optim.Adam(disc.parameters(), lr=args.disc_lr, **adam),
-        wrapped=machine.wrap(model), wrapped_disc=machine.wrap(disc))
-
-
-def parts_of(nets):
-    """What is saved, by name."""
-    return {"model": nets.model, "disc": nets.disc, "ema": nets.ema.model,
-            "optimizer": nets.optimizer, "disc_optimizer": nets.disc_optimizer}
+        **saved, ema=ema, saved=saved | {"ema": ema.model}, wrapped=machine.wrap(model),
+        wrapped_disc=machine.wrap(disc), judging_disc=machine.compile(disc), lpips=lpips and machine.compile(lpips))
 
 
 def imagined_step(args, config, batch):
@@ -145,7 +139,7 @@ def imagined_step(args, config, batch):
     with machine.device:
         nets = build(args, config, machine, LPIPS() if args.perceptual == "lpips" else None)
         images = torch.empty(batch, 3, args.image_size, args.image_size)
-    return parts_of(nets), lambda: train_step(nets, images, args.steps, args, machine)
+    return nets.saved, lambda: train_step(nets, images, args.steps, args, machine)
 
 
 def train_step(nets, images, step, args, machine):
@@ -229,8 +223,7 @@ def train(args, machine):
     data, val = open_data(args.data, args.image_size, args.data_dir)
     sample, _ = spread(val, 512 if args.image_size <= 64 else 64)
     nets = build(args, config, machine, load_lpips() if args.perceptual == "lpips" else None, start)
-    run.restore(parts_of(nets), {
-                 "data": args.data, "image_size": args.image_size, "classes": list(data.classes)})
+    run.restore(nets.saved, {"data": args.data, "image_size": args.image_size, "classes": list(data.classes)})
     run.introduce(nets.model, f"{num_tokens} tokens of {config.codebook_size}", costs.flops(step_of(1)[1]))
 
     def draw_preview():

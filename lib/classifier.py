@@ -34,7 +34,7 @@ FLAGS = {
     "classifier_steps": (whole, 600, "training steps of each classifier; 0, with Inception: none, no CAS")}
 JUDGE_FLAGS = {
     "evaluate_every": (whole, 0, "steps between measurements of samples, FCD or FID; keeps the best weights; 0: none"),
-    "evaluate_num": (whole, 2000, "samples that are measured"), **FLAGS}
+    "evaluate_num": (devices.number(int, 2), 2000, "samples that are measured"), **FLAGS}
 
 
 class Classifier(nn.Module):

@@ -6,6 +6,7 @@ A run is a folder, `runs/NAME`. For each stage (`vqgan`, `transformer`) it holds
     STAGE.log.csv, STAGE.curve.png, STAGE.png    log, loss curves, latest reconstructions or samples
 """
 import argparse
+import contextlib
 import csv
 import math
 import os
@@ -137,6 +138,8 @@ class Run:
             write_atomically(self.folder / ".writable", lambda file: file.write(b"test"))
             for leftover in [".writable", *self.folder.glob(f".{stage}.*.tmp")]:                      # of a killed run
                 (self.folder / leftover).unlink()
+            with contextlib.suppress(OSError):                 # a folder that was not there comes with its first file
+                self.folder.rmdir()
         self.log = Log(self.folder / f"{stage}.log.csv", columns, self.step, args, machine)
         self.stop = StopSignal(machine)
 
@@ -299,6 +302,7 @@ class Log:
 
     def _open(self):
         self.is_open, rows = True, []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.step and self.path.exists():
             with open(self.path, newline="") as file:
                 rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= self.step]
