@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_transformer
 import train_vq
@@ -79,6 +80,22 @@ def test_the_discriminators_loss_and_its_lazy_penalty(images):
     torch.testing.assert_close(penalised - loss, 16 * ARGS.r1 * r1_penalty(disc, images))
     assert ARGS.r1_every == 16 and penalised - loss > 1e-4
     assert torch.equal(train_vq.centred(disc)(images), disc(images * 2 - 1))
+
+
+def test_the_penalty_takes_few_operations():
+    """A blur by a convolution of each channel alone would take 4,020 convolutions and 12,288 operations."""
+    counts = {"all": 0, "convolutions": 0}
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            counts["all"] += 1
+            counts["convolutions"] += "convolution" in str(function)
+            return function(*args, **kwargs or {})
+    with torch.device("meta"):
+        disc, real = Discriminator(256), torch.empty(1, 3, 256, 256)
+    with Counter():
+        r1_penalty(disc, real).backward()
+    assert counts["convolutions"] <= 100 and counts["all"] < 1000, counts
 
 
 def test_a_step_trains_both_networks_and_only_its_own(images):

@@ -1,4 +1,5 @@
 """Beyond one process: ranks, accumulation, cached tokens; and the benchmark."""
+import contextlib
 import json
 import os
 import shutil
@@ -14,9 +15,10 @@ from conftest import ROOT, TINY_TRANSFORMER, TINY_VQ, refused, run
 from test_data import make_folder
 from test_training import read_log, wait_for_step
 
+import bench
 import train_transformer
 import train_vq
-from lib import data, devices
+from lib import data, devices, training
 from lib.tokens import CachedTokens
 from maskgit import MaskGITConfig
 from vqgan import VQGANConfig
@@ -165,7 +167,78 @@ def test_training_from_cached_tokens(trained, tmp_path):
             says=["stale", "views", "rm -r"])
 
 
+# ---- many ranks
+
+def test_readers_are_shared_among_the_ranks(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(192)), raising=False)
+    assert devices.cores() == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "24")
+    assert devices.cores() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "400")
+    assert devices.cores() == 1
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 2 .* no GPU of its own.*--nproc_per_node"):
+        devices.Machine("cuda")
+
+
+@pytest.mark.parametrize("ending", [ValueError("bad"), SystemExit(143), None])
+def test_the_group_is_left_however_a_rank_ends(ending, monkeypatch):
+    """Without that, NCCL complains at exit and gloo's threads may abort the process."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": 29000 + os.getpid() % 1000}.items():
+        monkeypatch.setenv(name, str(value))
+
+    def function(args, machine):
+        assert torch.distributed.is_initialized()
+        if ending:
+            raise ending
+    with pytest.raises(type(ending)) if ending else contextlib.nullcontext():
+        devices.launch(function, SimpleNamespace(device="cpu", bf16=False))
+    assert not torch.distributed.is_initialized()
+
+
+def test_the_command_to_go_on_starts_as_many_processes(monkeypatch):
+    assert training.launcher() == "python"
+    for name, value in {"LOCAL_WORLD_SIZE": 8, "WORLD_SIZE": 8, "GROUP_WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    assert training.launcher() == "torchrun --nproc_per_node 8 --"
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert training.launcher().startswith("torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint HOST:PORT --nproc")
+
+
+def test_two_machines(tmp_path):
+    """Two agents with a process each, as on two machines with a shared folder, end with the weights of one process."""
+    run("train_vq.py", "--run", tmp_path / "alone", *SPLITTABLE)
+    port = 27000 + os.getpid() % 1000
+    agents = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend",
+         "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--local_addr", "127.0.0.1", "--", str(ROOT / "train_vq.py"),
+         "--run", str(tmp_path / "both"), *map(str, SPLITTABLE)], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    for agent in agents:
+        output, _ = agent.communicate(timeout=240)
+        assert agent.returncode == 0, output
+    assert_close(weights(tmp_path / "alone"), weights(tmp_path / "both"))
+
+
 # ---- data at scale
+
+def test_the_token_cache_holds_few_files_open(tmp_path):
+    class ImageNet:
+        classes = "a",
+
+        def __len__(self):
+            return 1_281_167
+    cached = CachedTokens(tmp_path, ImageNet(), 10, 256)
+    assert len(cached.paths) <= 256 and cached.chunk * len(cached.paths) >= 12_811_670
+
+
 
 def test_a_scan_is_kept_until_a_folder_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path / "cache"))
@@ -204,6 +277,25 @@ def test_larger_images_with_a_tokenizer_of_smaller_ones(trained, tmp_path):
 
 
 # ---- speed
+
+def test_bench_goes_on_after_a_row_without_memory(tmp_path, monkeypatch, capsys):
+    path, resets = tmp_path / "bench.json", []
+
+    def enough(machine, sizes, batch, repeats):
+        return 1.0, 1.0
+
+    def full(machine, sizes, batch, repeats):
+        assert [row["row"] for row in json.loads(path.read_text())["rows"]] == ["first"]         # written as they come
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append("before each row"))
+    monkeypatch.setattr(bench, "ROWS", {name: (function, [1], [1], [1]) for name, function in
+                                        {"first": enough, "full": full, "last": enough}.items()})
+    args = SimpleNamespace(preset=["shapes"], rows=["first", "full", "last"], batch=None, repeats=1, compare=False,
+                           plot=None, json=str(path))
+    bench.bench(args, devices.Machine("cpu"))
+    assert "out of memory" in capsys.readouterr().out and len(resets) == 3
+    assert [row["row"] for row in json.loads(path.read_text())["rows"]] == ["first", "last"]
+
 
 def test_bench(tmp_path):
     output = run("bench.py", "--preset", "shapes", "--batch", 2, "--repeats", 1, "--json", tmp_path / "bench.json")

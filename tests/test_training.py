@@ -1,16 +1,23 @@
 """Training as a user runs it: resume after SIGKILL, signals, refusals, logs."""
+import copy
 import csv
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, TINY_TRANSFORMER, TINY_VQ, refused, run
 from PIL import Image
 
+import train_transformer
+import train_vq
+from lib import optimizers, training
 from lib.checkpoints import fingerprint, load_checkpoint, rebuild
 from lib.devices import Machine, step_seed
 from vqgan import VQGAN
@@ -140,6 +147,96 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
             preexec_fn=limit)
     assert not list(folder.glob(".*.tmp"))
     assert all((folder / name).read_bytes() == old for name, old in before.items())
+
+
+def test_a_save_is_written_while_training_goes_on(trained, tmp_path, monkeypatch):
+    """finish_step returns before the file is written; the next save waits for it, and reports what went wrong."""
+    model, machine = rebuild(trained / "vqgan.pt", "vqgan", VQGAN)[0], Machine("cpu")
+    optimizer = torch.optim.Adam(model.requires_grad_(True).parameters())
+    args = SimpleNamespace(run=tmp_path / "run", overwrite=False, resume=False, steps=9, batch=4, log_every=9,
+                           picture_every=9, save_every=2)
+    run = training.Run("vqgan", {}, ["loss"], args, machine)
+    run.restore({"ema": model, "optimizer": optimizer}, {})
+    run.log.flops, may_write, written = 1.0, threading.Event(), []
+
+    def slowly(path, checkpoint):
+        assert may_write.wait(60)
+        written.append((path.name, checkpoint["step"]))
+        if checkpoint["step"] == 4:
+            raise OSError(f"cannot write {path}")
+    monkeypatch.setattr(training, "save_checkpoint", slowly)
+    loss = {"loss": torch.tensor(1.0)}
+    for step in (1, 2, 3):
+        run.finish_step(step, loss, None)
+    assert not written and run.state is None
+    before = run.copy["ema"]["decoder.layers.0.weight"].clone()
+    with torch.no_grad():
+        model.decoder.layers[0].weight.add_(1)                        # what is being written does not change any more
+    assert torch.equal(run.copy["ema"]["decoder.layers.0.weight"], before)
+    threading.Timer(0.2, may_write.set).start()
+    run.finish_step(4, loss, None)
+    assert written[:2] == [("vqgan.pt", 2), ("vqgan.resume.pt", 2)]
+    with pytest.raises(OSError, match="cannot write"):
+        run.finish_step(6, loss, None)
+
+
+def test_moments_take_the_layout_of_their_weights():
+    """Saved by another device they may be contiguous; CPU's fused Adam would take them in another order."""
+    def steps(layout_of_state):
+        torch.manual_seed(0)
+        conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        adam = torch.optim.Adam(conv.parameters(), fused=True)
+        for _ in range(2):
+            conv.weight.grad = torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last)
+            conv.bias.grad = torch.randn(4)
+            adam.step()
+            state = copy.deepcopy(adam.state_dict())
+            for moments in state["state"].values():
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if moments[name].ndim == 4:
+                        moments[name] = moments[name].contiguous(memory_format=layout_of_state)
+            adam.load_state_dict(state)
+            optimizers.match_layouts(adam)
+        return conv.weight
+    assert torch.equal(steps(torch.channels_last), steps(torch.contiguous_format))
+
+
+def test_what_a_kill_left_is_cleared(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (".vqgan.pt.host.1.tmp", ".vqgan.resume.pt.host.1.tmp", ".transformer.pt.host.1.tmp"):
+        (folder / name).write_text("half")
+    run("train_vq.py", "--run", folder, *TINY_VQ, "--steps", 1)
+    assert [path.name for path in folder.glob("*.tmp")] == [".transformer.pt.host.1.tmp"]       # of another stage
+
+
+def test_pictures_and_checkpoints_apart(trained, tmp_path):
+    folder = with_tokenizer(trained, tmp_path / "run")
+    run("train_transformer.py", "--run", folder, *TINY_TRANSFORMER, "--picture-every", 4, "--evaluate-every", 3,
+        "--evaluate-num", 50, "--classifier-steps", 3)
+    rows = read_log(folder / "transformer.log.csv")
+    assert [row["step"] for row in rows if row["val_loss"]] == ["4", "6"]
+    distances = {int(row["step"]): float(row["FCD"]) for row in rows if row["FCD"]}
+    assert list(distances) == [3, 6]
+    best = load_checkpoint(folder / "transformer.best.pt", "transformer")
+    assert best["step"] == min(distances, key=distances.get)
+    for preset in (train_vq.PRESETS["imagenet"], train_transformer.PRESETS["places2"]):
+        assert (preset["picture_every"], preset["save_every"]) == (5000, 2000)
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_a_dry_run_says_what_a_run_would_take(script, trained, tmp_path):
+    stage, flags = STAGES[script]
+    output = run(script, *flags, "--dry-run", 2, cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
+    if stage == "vqgan":
+        rows = dict(line.split(maxsplit=1) for line in output.splitlines())
+        for figure, name in zip(re.findall(r"([\d.e-]+) GB", rows["checkpoints"]), ("vqgan.pt", "vqgan.resume.pt")):
+            assert float(figure) * 1e9 == pytest.approx((trained / name).stat().st_size, rel=0.5)    # small ones: names
+    imagined = run(script, "--data", "imagenet", "--dry-run", 400, cwd=tmp_path)
+    assert {"vqgan": "54.52 M, 256 tokens of 1024", "transformer": "172.46 M, 256 tokens of 1024"}[stage] in imagined
+    hours = re.search(r"([\d.e+]+) P in .*\ntime +([\d.e+]+) hours", imagined)
+    assert float(hours[2]) == pytest.approx(float(hours[1]) * 1e15 / 400e12 / 3600, rel=0.01)
 
 
 def test_an_unwritable_folder(tmp_path):
