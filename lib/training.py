@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from lib import data
+from lib import data, devices
 from lib.checkpoints import load_checkpoint, on_cpu, save_checkpoint, write_atomically
-from lib.devices import add_flags, add_machine_flags, count, mean_over_ranks, positive, whole
+from lib.devices import add_flags, add_machine_flags, count, mean_over_ranks, whole
 from lib.optimizers import match_layouts
 from lib.pictures import clock, draw_log, save_image, show_line
 
@@ -59,7 +59,7 @@ def parse_training_flags(description, own_flags, flags, presets):
         "run": (str, None, "the run's folder (default: runs/NAME, after the data)"),
         "resume": (switch, None, "go on where the run stopped; start, if there is none"),
         "overwrite": (switch, None, "start again, replacing what the run folder holds"),
-        "dry_run": (positive, None, "say what the run would take at so many TFLOP/s, and end")})
+        "dry_run": (devices.number(float, 0.001), None, "say what the run would take at so many TFLOP/s, and end")})
     add_flags(parser, own_flags)
     for name, (kind, *_, text) in (flags | PACE).items():
         add_flags(parser, {name: (kind, None, f"{text} (default: {shown_default(name, presets)})")})

@@ -23,7 +23,7 @@ NUMBERS = {
                "--disc-lr -0.1", "--beta1 2", "--warmup -1", "--ema 1.5", "--ema -0.1", "--gan-start 2",
                "--gan-ramp 0", "--r1 -1", "--r1-every 0", "--entropy -1", "--adversarial -1", "--reconstruction nan",
                "--perceptual-weight -1", "--codebook-lr -1", "--save-every 0", "--picture-every 0", "--log-every 0",
-               "--workers -1", "--seed -1", "--seed x", "--max-pixels 0", "--dry-run -5", "--multipliers 0"),
+               "--workers -1", "--seed -1", "--seed x", "--max-pixels 0", "--dry-run 0", "--multipliers 0"),
     train_transformer: ("--steps 0", "--batch 0", "--dim 0", "--depth 0", "--heads 0", "--dropout 1.5", "--dropout -1",
                         "--class-dropout 7", "--label-smoothing 2", "--muon-lr -1", "--weight-decay -1",
                         "--cache-tokens -1", "--save-every 0", "--evaluate-every -1", "--evaluate-num 0",
