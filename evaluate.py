@@ -12,7 +12,6 @@ there is not done again. The file descends: tables, rows, the batches behind a r
 """
 import argparse
 import functools
-import itertools
 import math
 import platform
 
@@ -46,8 +45,8 @@ def evaluate(args, machine):
     task = Task(args, machine)
     task.features.announce(f"{task.title}, on {machine.device} x {machine.devices}", [len(task.real), args.num])
     name, count = name_of("real images", {}, args.seed), len(task.real)
-    batches = reconstructed_images(task, task.ledger.batches_left(name, count))
-    real = task.ledger.add_up(name, count, sums_of_stages(task, batches), FEATURES)
+    batches = task.real.read(task.ledger.batches_left(name, count))
+    real = task.ledger.add_up(name, count, (sums_of_stages(task, batch) for batch in batches), FEATURES)
     found = {"run": str(task.folder), "data": task.data, "seed": args.seed, "sampler": task.options}
     if not (args.manipulate or args.ablate or args.sweep):
         found |= table1(task, real)
@@ -154,7 +153,8 @@ def row_of(task, real, name, count, batches, keep=None, images=None):
     keep: see Ledger.add_up. images: the data set for CAS; where tokens are kept, of these; None: no CAS."""
     if name not in task.ledger.results:
         args = task.args
-        sums = task.ledger.add_up(name, count, task.features.sums(batches, count, args.batch), keep)
+        batches = (task.features.sums(batch, count, args.batch) for batch in batches)
+        sums = task.ledger.add_up(name, count, batches, keep)
         figures = task.features.figures(sums, real)
         if "tokens" in sums:
             to_images = functools.partial(restore, task)
@@ -188,15 +188,6 @@ def sampled_images(task, numbers, options, seed):
     return sampled_batches(draw, numbers, task.args.batch, task.args.num, config.num_classes, seed, task.machine)
 
 
-def reconstructed_images(task, numbers):
-    """Of validation images, with their tokens and what the tokenizer makes of these."""
-    for batch in task.real.read(numbers):
-        with task.machine.autocast():
-            batch.tokens = task.tokenizer.encode(task.machine.to_floats(batch.images)).flatten(1)
-            batch.restored = task.tokenizer.decode(as_grid(batch.tokens)).float()
-        yield batch
-
-
 def repainted_images(task, numbers, region):
     """Of validation images with a region (h, w) of their tokens, boolean, drawn anew for their class."""
     region = region.to(task.machine.device)
@@ -214,20 +205,20 @@ def repainted_images(task, numbers, region):
 # ------------------------------------------------------------------------- what is summed over a batch, and figures
 
 @torch.no_grad()
-def sums_of_stages(task, batches):
-    """Yields for each batch of validation images the sums over them, their reconstructions and their tokens."""
-    count, size, codebook_size = len(task.real), task.args.batch, task.tokenizer.config.codebook_size
-    batches, images, restored = itertools.tee(batches, 3)             # three iterators over the same batches
-    restored = (Batch(batch.number, pictures.to_uint8(batch.restored), batch.labels) for batch in restored)
-    for batch, (sums, rows), (others, _) in zip(batches, task.features.sums(images, count, size),
-                                                task.features.sums(restored, count, size)):
-        sums |= {RESTORED + name: value for name, value in others.items()}
-        labels, seed = task.machine.put(batch.labels), devices.step_seed(task.args.seed, batch.number)
-        sums |= token_sums(task, batch.tokens, labels, seed)
-        sums["psnr"] = metrics.psnr(task.machine.to_floats(batch.images), batch.restored).sum()
-        ones = torch.ones_like(batch.tokens, dtype=torch.float64).flatten()      # bincount, which TPUs do not have
-        sums["codes"] = ones.new_zeros(codebook_size).index_add_(0, batch.tokens.flatten(), ones)
-        yield sums, rows
+def sums_of_stages(task, batch):
+    """Of a batch of validation images: the sums over them, their reconstructions and their tokens; and their rows."""
+    count, size, floats = len(task.real), task.args.batch, task.machine.to_floats(batch.images)
+    with task.machine.autocast():
+        tokens = task.tokenizer.encode(floats).flatten(1)
+        restored = task.tokenizer.decode(as_grid(tokens)).float()
+    sums, rows = task.features.sums(batch, count, size)
+    others, _ = task.features.sums(Batch(batch.number, pictures.to_uint8(restored), batch.labels), count, size)
+    sums |= {RESTORED + name: value for name, value in others.items()}
+    sums |= token_sums(task, tokens, task.machine.put(batch.labels), devices.step_seed(task.args.seed, batch.number))
+    sums["psnr"] = metrics.psnr(floats, restored).sum()
+    ones = torch.ones_like(tokens, dtype=torch.float64).flatten()                # bincount, which TPUs do not have
+    sums["codes"] = ones.new_zeros(task.tokenizer.config.codebook_size).index_add_(0, tokens.flatten(), ones)
+    return sums, rows
 
 
 def token_sums(task, tokens, labels, seed):
@@ -272,7 +263,6 @@ class Task:
 
     def __init__(self, args, machine):
         self.args, self.machine = args, machine
-        classifier.enough_images(args.num, f"--num {args.num}")
         self.folder, self.tokenizer, self.transformer, checkpoint = load_run(
             args.run, machine, VQGAN, MaskGIT, args.vqgan, args.decoder)
         self.likelihoods = self._likelihoods(checkpoint["tokenizer"])
@@ -283,7 +273,9 @@ class Task:
             raise ValueError(f"the {len(self.train.classes)} classes of {self.data} are not those that the run "
                              f"{self.folder} was trained on")
         self.real = Subset(val, classifier.fair_choice(val, args.num), args.batch)
-        classifier.enough_images(len(self.real), f"the validation set of {self.data} ({len(self.real)})")
+        if len(self.real) <= metrics.NEIGHBOURS:
+            raise ValueError(f"--num {args.num}: of the {len(val)} validation images of {self.data} this takes "
+                             f"{len(self.real)}; precision and recall need at least {metrics.NEIGHBOURS + 1} images")
         check_options(self)
         self.features = classifier.open_features(args, machine, self.real[0][0], self.train, self.folder)
         setup = {"tokenizer": fingerprint(self.tokenizer), "transformer": fingerprint(self.transformer),
