@@ -30,7 +30,7 @@ from vqgan import VQGAN, as_grid, to_pixels
 
 LIKELIHOODS = ("negative log-likelihood of tokens, nats (linear: a bound on -log p(image) / tokens, which the next "
                "token's is exactly;\nhow far it lies above is what the parallel decoder lacks, whatever the sampler)")
-FEATURES = {"features": classifier.FEATURES_KEPT}
+FEATURES = {"features": 10_000}     # kept for precision and recall, of so many images of a set
 RESTORED = "restored "    # before the names of sums over reconstructions
 BINS = 20                 # of mask ratios
 DEVIATION, NEXT_TOKEN = "± over seeds", "next token"
@@ -43,10 +43,10 @@ def evaluate(args, machine):
     if not args.classifier_steps and args.features == "classifier":
         raise ValueError("--classifier-steps 0 leaves nothing to measure with: add --features inception")
     task = Task(args, machine)
-    task.features.announce(f"{task.title}, on {machine.device} x {machine.devices}", [len(task.real), args.num])
-    name, count = name_of("real images", {}, args.seed), len(task.real)
-    batches = task.real.read(task.ledger.batches_left(name, count))
-    real = task.ledger.add_up(name, count, (sums_of_stages(task, batch) for batch in batches), FEATURES)
+    if machine.leads:
+        announce(task)
+    real = task.ledger.add_up(name_of("real images", {}, args.seed), len(task.real), task.real.read,
+                              functools.partial(sums_of_stages, task), FEATURES)
     found = {"run": str(task.folder), "data": task.data, "seed": args.seed, "sampler": task.options}
     if not (args.manipulate or args.ablate or args.sweep):
         found |= table1(task, real)
@@ -61,6 +61,17 @@ def evaluate(args, machine):
         print(f"wrote {task.folder}/eval.json")
 
 
+def announce(task):
+    """Prints what is to be measured, and what to know about such numbers of images."""
+    print(f"{task.title}, on {task.machine.device} x {task.machine.devices}", flush=True)
+    real, dimensions, kept = len(task.real), len(task.features.shift), FEATURES["features"]
+    if real <= dimensions:
+        print(f"note: {real} images are few for {dimensions} features: {task.features.distance} is far above that of "
+              f"more")
+    if task.args.num > kept:
+        print(f"note: precision and recall are of the first {kept} images of each set")
+
+
 # -------------------------------------------------------------------------------------- tables and their rows
 
 def table1(task, real):
@@ -69,9 +80,8 @@ def table1(task, real):
     keep = FEATURES | {"tokens": args.num, "labels": args.num}
     rows["samples"] = row_of_samples(task, real, "samples, row", task.options, args.seed, keep)
     chosen = Subset(task.train, classifier.fair_choice(task.train, args.num), args.batch)
-    name, count = name_of("training images, row", {}, args.seed), len(chosen)
-    batches = chosen.read(task.ledger.batches_left(name, count))
-    rows["real training images"] = row_of(task, real, name, count, batches, FEATURES, chosen)
+    name = name_of("training images, row", {}, args.seed)
+    rows["real training images"] = row_of(task, real, name, len(chosen), chosen.read, FEATURES, chosen)
     restored = {name.removeprefix(RESTORED): value for name, value in real.items() if name.startswith(RESTORED)}
     rows["reconstructions"] = task.features.figures(restored, real)
     if task.machine.leads:
@@ -94,9 +104,8 @@ def table2(task, real):
     right[:, side // 2:] = True
     centre[side // 4:side - side // 4, side // 4:side - side // 4] = True
     for what, region in {"outpainting, right 50%": right, "inpainting, centre 50% x 50%": centre}.items():
-        name, count = name_of(what, task.options, task.args.seed), len(task.real)
-        batches = repainted_images(task, task.ledger.batches_left(name, count), region)
-        rows[what] = row_of(task, real, name, count, batches)
+        read = functools.partial(repainted_images, task, region=region)
+        rows[what] = row_of(task, real, name_of(what, task.options, task.args.seed), len(task.real), read)
     if task.machine.leads:
         pictures.print_table(task.title, rows)
     return rows
@@ -142,19 +151,17 @@ def mean_over_seeds(task, real, changed):
 
 def row_of_samples(task, real, what, options, seed, keep=None):
     """Of --num images drawn with these options of the decoding function. keep: as for row_of()."""
-    name, count = name_of(what, options, seed), task.args.num
-    batches = sampled_images(task, task.ledger.batches_left(name, count), options, seed)
-    return row_of(task, real, name, count, batches, keep)
+    read = functools.partial(sampled_images, task, options=options, seed=seed)
+    return row_of(task, real, name_of(what, options, seed), task.args.num, read, keep)
 
 
-def row_of(task, real, name, count, batches, keep=None, images=None):
+def row_of(task, real, name, count, read, keep=None, images=None):
     """Figures of a set of images beside the real ones: those known under this name, else those of its batches.
 
-    keep: see Ledger.add_up. images: the data set for CAS; where tokens are kept, of these; None: no CAS."""
+    read, keep: see Ledger.add_up. images: the data set for CAS; where tokens are kept, of these; None: no CAS."""
     if name not in task.ledger.results:
         args = task.args
-        batches = (task.features.sums(batch, count, args.batch) for batch in batches)
-        sums = task.ledger.add_up(name, count, batches, keep)
+        sums = task.ledger.add_up(name, count, read, lambda batch: task.features.sums(batch, count, args.batch), keep)
         figures = task.features.figures(sums, real)
         if "tokens" in sums:
             to_images = functools.partial(restore, task)
@@ -289,9 +296,10 @@ class Task:
 
     def _likelihoods(self, tokenizer):
         """{what is measured: of which transformer}: beside the schedules, the run's autoregressive decoder, if any."""
-        found, path = dict.fromkeys(SCHEDULES, self.transformer), self.folder / "autoregressive.pt"
+        path = self.folder / "autoregressive.pt"
         if self.transformer.config.causal:
             return {NEXT_TOKEN: self.transformer}
+        found = dict.fromkeys(SCHEDULES, self.transformer)
         if path.exists():
             causal, checkpoint = rebuild(path, "autoregressive", MaskGIT)
             if checkpoint["tokenizer"] == tokenizer:

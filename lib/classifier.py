@@ -21,7 +21,6 @@ from lib.ledger import Ledger
 from lib.optimizers import set_learning_rate
 from lib.pictures import Progress
 
-FEATURES_KEPT = 10_000    # of so many images of a set, for precision and recall
 BESIDE_REAL = ["sharpness / real", "spread within a class / real", "classifier names the class"]
 BY_CLASS = "classifier names the class, by class"
 
@@ -207,22 +206,10 @@ class Features:
 
     def __init__(self, machine, classes, classifier, inception, example):
         self.machine, self.classes, self.classifier, self.inception = machine, classes, classifier, inception
-        self.real = None
         self.distance, self.score = ("FID", "IS") if inception else ("FCD", "IS(classifier)")
         self.name = f"{'Inception' if inception else 'the classifier'}'s ({fingerprint(inception or classifier)})"
         with torch.no_grad():
             self.shift = mean_over_ranks(self.of(example)[0].double().mean(0))                          # (D,)
-
-    def announce(self, title, counts):
-        """Prints what is to be measured, and what to know about such numbers of images."""
-        notes = []
-        if min(counts) <= len(self.shift):
-            notes.append(f"note: {min(counts)} images are few for {len(self.shift)} features: {self.distance} is far "
-                         f"above that of more")
-        if max(counts) > FEATURES_KEPT:
-            notes.append(f"note: precision and recall are of the first {FEATURES_KEPT} images of each set")
-        if self.machine.leads:
-            print(title, *notes, sep="\n", flush=True)
 
     def of(self, images):
         """Images uint8 (n, 3, S, S) -> features (n, D) and logits (n, classes of the network)."""
@@ -254,11 +241,8 @@ class Features:
             moments = {name: sums[name].to(device) for name in ("count", "sum", "outer")}
             return metrics.mean_and_covariance(moments, self.shift.to(device))
 
-        if real is not self.real:                                     # the root of 2,048 features takes seconds
-            mean, covariance = gaussian(real)
-            self.real, self.real_gaussian = real, (mean, covariance, metrics.square_root(covariance))
         score, deviation = metrics.inception_score(sums)
-        row = {self.distance: metrics.frechet_distance(*gaussian(sums), *self.real_gaussian),
+        row = {self.distance: metrics.frechet_distance(*gaussian(sums), *gaussian(real)),
                self.score: score, "± over splits": deviation}
         if "features" in sums:
             row["precision"], row["recall"] = metrics.precision_recall(
@@ -291,16 +275,15 @@ def open_judge(args, machine, train, val, folder, draw):
     real = Subset(val, fair_choice(val, count), size)
     features = open_features(args, machine, real[0][0], train, folder)
 
-    def add_up(what, read, count):
-        ledger = Ledger(None, {}, machine, size)             # a new one, as the next samples are others
-        batches = read(ledger.batches_left(what, count))
-        return ledger.add_up(what, count, (features.sums(batch, count, size) for batch in batches))
+    def add_up(what, count, read):
+        ledger = Ledger(None, {}, machine, size)              # a new one each time, as the next samples are others
+        return ledger.add_up(what, count, read, lambda batch: features.sums(batch, count, size))
 
     def drawn(numbers):
         return sampled_batches(draw, numbers, size, count, len(train.classes), 0, machine)
 
     def judge():
-        return {features.distance: features.figures(add_up("samples", drawn, count), real_sums)[features.distance]}
+        return {features.distance: features.figures(add_up("samples", count, drawn), real_sums)[features.distance]}
 
-    real_sums = add_up("real images", real.read, len(real))
+    real_sums = add_up("real images", len(real), real.read)
     return judge

@@ -1,8 +1,7 @@
 """Sums over many batches that survive an interruption, and the results that follow from them.
 
     if condition not in ledger.results:
-        numbers = ledger.batches_left(condition, count)
-        sums = ledger.add_up(condition, count, what_each_of_them_adds(numbers))
+        sums = ledger.add_up(condition, count, read_batches, what_a_batch_adds)
         ledger.keep(condition, figures_that_follow_from(sums))
 
 A condition is a line of text that says what is measured. Nothing here knows what a batch holds.
@@ -48,17 +47,18 @@ class Ledger:
         total = math.ceil(count / self.batch)
         return [min(first + self.machine.rank, total - 1) for first in range(done, total, self.machine.world)]
 
-    def add_up(self, condition, count, batches, keep=None):
-        """Adds up what the batches hold that batches_left() named -> {name: sum}, tensors on the CPU, on all ranks.
+    def add_up(self, condition, count, read, measure, keep=None):
+        """Adds up what is left of the batches of `count` images -> {name: sum}, tensors on the CPU, on all ranks.
 
-        batches: an iterator over (sums, rows) of each: {name: tensor} to add, and {name: (n, ...)} with a row for every
-        image. keep: {name: m}, of which rows those of the first m images are kept, as (m, ...) beside the sums."""
-        machine = self.machine
+        read(numbers): an iterator over the batches of these numbers. measure(batch) -> sums, rows: {name: tensor} to
+        add, and {name: (n, ...)} with a row for every image. keep: {name: m}, of which rows those of the first m images
+        are kept, as (m, ...) beside the sums."""
+        machine, batches = self.machine, read(self.batches_left(condition, count))
         done, total = self.under_way.get(condition, (0, {}))
         progress, saved = Progress(condition, count, done=done * self.batch), time.time()
         # The total, of all ranks, counts once: the first rank goes on from it, the others from nothing.
         own = dict(total) if machine.leads else {}
-        for sums, rows in batches:
+        for sums, rows in map(measure, batches):
             machine.sync()
             self._add(own, sums, rows, keep or {}, (done + machine.rank) * self.batch, count)
             done += machine.world
