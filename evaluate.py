@@ -43,33 +43,23 @@ def evaluate(args, machine):
     if not args.classifier_steps and args.features == "classifier":
         raise ValueError("--classifier-steps 0 leaves nothing to measure with: add --features inception")
     task = Task(args, machine)
+    few, dimensions, distance = len(task.real), len(task.features.shift), task.features.distance
     if machine.leads:
-        announce(task)
+        print(f"{task.title}, on {machine.device} x {machine.devices}", flush=True)
+    if machine.leads and few <= dimensions:
+        print(f"note: {few} images are few for {dimensions} features: {distance} is far above that of more", flush=True)
+    if machine.leads and args.num > FEATURES["features"]:
+        print(f"note: precision and recall are of the first {FEATURES['features']} images of each set", flush=True)
     real = task.ledger.add_up(name_of("real images", {}, args.seed), len(task.real), task.real.read,
                               functools.partial(sums_of_stages, task), FEATURES)
     found = {"run": str(task.folder), "data": task.data, "seed": args.seed, "sampler": task.options}
     if not (args.manipulate or args.ablate or args.sweep):
         found |= table1(task, real)
-    if args.manipulate:
-        found["manipulation"] = table2(task, real)
-    if args.ablate:
-        found["ablation"] = table3(task, real)
-    if args.sweep:
-        found["sweep"] = sweep(task, real)
+    asked = {"manipulation": (args.manipulate, table2), "ablation": (args.ablate, table3), "sweep": (args.sweep, sweep)}
+    found |= {name: table(task, real) for name, (wanted, table) in asked.items() if wanted}
     task.ledger.write(**found)
     if machine.leads:
         print(f"wrote {task.folder}/eval.json")
-
-
-def announce(task):
-    """Prints what is to be measured, and what to know about such numbers of images."""
-    print(f"{task.title}, on {task.machine.device} x {task.machine.devices}", flush=True)
-    real, dimensions, kept = len(task.real), len(task.features.shift), FEATURES["features"]
-    if real <= dimensions:
-        print(f"note: {real} images are few for {dimensions} features: {task.features.distance} is far above that of "
-              f"more")
-    if task.args.num > kept:
-        print(f"note: precision and recall are of the first {kept} images of each set")
 
 
 # -------------------------------------------------------------------------------------- tables and their rows
@@ -296,10 +286,9 @@ class Task:
 
     def _likelihoods(self, tokenizer):
         """{what is measured: of which transformer}: beside the schedules, the run's autoregressive decoder, if any."""
-        path = self.folder / "autoregressive.pt"
         if self.transformer.config.causal:
             return {NEXT_TOKEN: self.transformer}
-        found = dict.fromkeys(SCHEDULES, self.transformer)
+        found, path = dict.fromkeys(SCHEDULES, self.transformer), self.folder / "autoregressive.pt"
         if path.exists():
             causal, checkpoint = rebuild(path, "autoregressive", MaskGIT)
             if checkpoint["tokenizer"] == tokenizer:

@@ -5,8 +5,8 @@ Inception's weights are not always at hand, and say little about drawn shapes. T
 classification accuracy score (CAS).
 """
 import math
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -132,8 +132,7 @@ def load_inception(path, machine):
     return model.to(machine.device)
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """Some images of a set: its batch of this number."""
     number: int
     images: torch.Tensor                     # uint8 (n, 3, S, S)
@@ -160,7 +159,7 @@ class Subset:
         return self.data.batch(self.indices[places])
 
     def __getitem__(self, b):
-        return self.batch(np.arange(b * self.size, min((b + 1) * self.size, len(self))))
+        return self.batch(slice(b * self.size, (b + 1) * self.size))
 
     def read(self, numbers):
         """Iterates over the batches of these numbers."""
@@ -188,8 +187,7 @@ class SampledImages:
 
 
 def open_features(args, machine, example, train, folder):
-    """The Features that the flags ask for. train, folder: images and place of the run. example: see Features. Raises as
-    load_inception does."""
+    """The Features that are asked for. train, folder: the run's. example: see Features. Raises as load_inception."""
     inception = load_inception(args.inception, machine) if args.features == "inception" else None
     classifier = None
     if args.classifier_steps:
@@ -236,17 +234,12 @@ class Features:
     def figures(self, sums, real):
         """Table 1's columns, BESIDE_REAL and BY_CLASS, {name: value}. real: the sums of real images."""
         device = self.machine.device if self.machine.device.type == "cuda" else torch.device("cpu")
-
-        def gaussian(sums):
-            moments = {name: sums[name].to(device) for name in ("count", "sum", "outer")}
-            return metrics.mean_and_covariance(moments, self.shift.to(device))
-
+        sums, real = ({name: value.to(device) for name, value in each.items()} for each in (sums, real))
+        ours, theirs = (metrics.mean_and_covariance(each, self.shift.to(device)) for each in (sums, real))
         score, deviation = metrics.inception_score(sums)
-        row = {self.distance: metrics.frechet_distance(*gaussian(sums), *gaussian(real)),
-               self.score: score, "± over splits": deviation}
+        row = {self.distance: metrics.frechet_distance(*ours, *theirs), self.score: score, "± over splits": deviation}
         if "features" in sums:
-            row["precision"], row["recall"] = metrics.precision_recall(
-                sums["features"].to(device), real["features"].to(device))
+            row["precision"], row["recall"] = metrics.precision_recall(sums["features"], real["features"])
         sharpness, real_sharpness = (each["sharpness"] / each["count"] for each in (sums, real))
         row[BESIDE_REAL[0]] = (sharpness / real_sharpness).item()
         row[BESIDE_REAL[1]] = (metrics.spread(sums) / metrics.spread(real)).item()

@@ -37,8 +37,6 @@ class Ledger:
         if folder:
             self._read(again)
 
-    # -------------------------------------------------------------------------------------------------- adding up
-
     def batches_left(self, condition, count):
         """The numbers of the batches that this rank has yet to add up, of those of `count` images: one in each round.
 
@@ -89,8 +87,6 @@ class Ledger:
             whole = mean_over_ranks(value.to(self.machine.device).double()).cpu() * self.machine.world
             total[name] = whole.to(value.dtype) if value.is_floating_point() else whole.round().to(value.dtype)
         return total
-
-    # -------------------------------------------------------------------------------------------- what stays on disk
 
     def _read(self, again):
         try:
