@@ -12,7 +12,6 @@ there is not done again. The file descends: tables, rows, the batches behind a r
 """
 import argparse
 import functools
-import itertools
 import math
 import platform
 
@@ -31,7 +30,7 @@ from vqgan import VQGAN, as_grid, to_pixels
 
 LIKELIHOODS = ("negative log-likelihood of tokens, nats (linear: a bound on -log p(image) / tokens, which the next "
                "token's is exactly;\nhow far it lies above is what the parallel decoder lacks, whatever the sampler)")
-FEATURES = {"features": classifier.FEATURES_KEPT}
+FEATURES = {"features": 10_000}     # kept for precision and recall, of so many images of a set
 RESTORED = "restored "    # before the names of sums over reconstructions
 BINS = 20                 # of mask ratios
 DEVIATION, NEXT_TOKEN = "± over seeds", "next token"
@@ -44,19 +43,20 @@ def evaluate(args, machine):
     if not args.classifier_steps and args.features == "classifier":
         raise ValueError("--classifier-steps 0 leaves nothing to measure with: add --features inception")
     task = Task(args, machine)
-    task.features.announce(f"{task.title}, on {machine.device} x {machine.devices}", [len(task.real), args.num])
-    name, count = name_of("real images", {}, args.seed), len(task.real)
-    batches = reconstructed_images(task, task.ledger.batches_left(name, count))
-    real = task.ledger.add_up(name, count, sums_of_stages(task, batches), FEATURES)
+    few, dimensions, distance = len(task.real), len(task.features.shift), task.features.distance
+    if machine.leads:
+        print(f"{task.title}, on {machine.device} x {machine.devices}", flush=True)
+    if machine.leads and few <= dimensions:
+        print(f"note: {few} images are few for {dimensions} features: {distance} is far above that of more", flush=True)
+    if machine.leads and args.num > FEATURES["features"]:
+        print(f"note: precision and recall are of the first {FEATURES['features']} images of each set", flush=True)
+    real = task.ledger.add_up(name_of("real images", {}, args.seed), len(task.real), task.real.read,
+                              functools.partial(sums_of_stages, task), FEATURES)
     found = {"run": str(task.folder), "data": task.data, "seed": args.seed, "sampler": task.options}
     if not (args.manipulate or args.ablate or args.sweep):
         found |= table1(task, real)
-    if args.manipulate:
-        found["manipulation"] = table2(task, real)
-    if args.ablate:
-        found["ablation"] = table3(task, real)
-    if args.sweep:
-        found["sweep"] = sweep(task, real)
+    asked = {"manipulation": (args.manipulate, table2), "ablation": (args.ablate, table3), "sweep": (args.sweep, sweep)}
+    found |= {name: table(task, real) for name, (wanted, table) in asked.items() if wanted}
     task.ledger.write(**found)
     if machine.leads:
         print(f"wrote {task.folder}/eval.json")
@@ -70,9 +70,8 @@ def table1(task, real):
     keep = FEATURES | {"tokens": args.num, "labels": args.num}
     rows["samples"] = row_of_samples(task, real, "samples, row", task.options, args.seed, keep)
     chosen = Subset(task.train, classifier.fair_choice(task.train, args.num), args.batch)
-    name, count = name_of("training images, row", {}, args.seed), len(chosen)
-    batches = chosen.read(task.ledger.batches_left(name, count))
-    rows["real training images"] = row_of(task, real, name, count, batches, FEATURES, chosen)
+    name = name_of("training images, row", {}, args.seed)
+    rows["real training images"] = row_of(task, real, name, len(chosen), chosen.read, FEATURES, chosen)
     restored = {name.removeprefix(RESTORED): value for name, value in real.items() if name.startswith(RESTORED)}
     rows["reconstructions"] = task.features.figures(restored, real)
     if task.machine.leads:
@@ -95,9 +94,8 @@ def table2(task, real):
     right[:, side // 2:] = True
     centre[side // 4:side - side // 4, side // 4:side - side // 4] = True
     for what, region in {"outpainting, right 50%": right, "inpainting, centre 50% x 50%": centre}.items():
-        name, count = name_of(what, task.options, task.args.seed), len(task.real)
-        batches = repainted_images(task, task.ledger.batches_left(name, count), region)
-        rows[what] = row_of(task, real, name, count, batches)
+        read = functools.partial(repainted_images, task, region=region)
+        rows[what] = row_of(task, real, name_of(what, task.options, task.args.seed), len(task.real), read)
     if task.machine.leads:
         pictures.print_table(task.title, rows)
     return rows
@@ -143,18 +141,17 @@ def mean_over_seeds(task, real, changed):
 
 def row_of_samples(task, real, what, options, seed, keep=None):
     """Of --num images drawn with these options of the decoding function. keep: as for row_of()."""
-    name, count = name_of(what, options, seed), task.args.num
-    batches = sampled_images(task, task.ledger.batches_left(name, count), options, seed)
-    return row_of(task, real, name, count, batches, keep)
+    read = functools.partial(sampled_images, task, options=options, seed=seed)
+    return row_of(task, real, name_of(what, options, seed), task.args.num, read, keep)
 
 
-def row_of(task, real, name, count, batches, keep=None, images=None):
+def row_of(task, real, name, count, read, keep=None, images=None):
     """Figures of a set of images beside the real ones: those known under this name, else those of its batches.
 
-    keep: see Ledger.add_up. images: the data set for CAS; where tokens are kept, of these; None: no CAS."""
+    read, keep: see Ledger.add_up. images: the data set for CAS; where tokens are kept, of these; None: no CAS."""
     if name not in task.ledger.results:
         args = task.args
-        sums = task.ledger.add_up(name, count, task.features.sums(batches, count, args.batch), keep)
+        sums = task.ledger.add_up(name, count, read, lambda batch: task.features.sums(batch, count, args.batch), keep)
         figures = task.features.figures(sums, real)
         if "tokens" in sums:
             to_images = functools.partial(restore, task)
@@ -188,15 +185,6 @@ def sampled_images(task, numbers, options, seed):
     return sampled_batches(draw, numbers, task.args.batch, task.args.num, config.num_classes, seed, task.machine)
 
 
-def reconstructed_images(task, numbers):
-    """Of validation images, with their tokens and what the tokenizer makes of these."""
-    for batch in task.real.read(numbers):
-        with task.machine.autocast():
-            batch.tokens = task.tokenizer.encode(task.machine.to_floats(batch.images)).flatten(1)
-            batch.restored = task.tokenizer.decode(as_grid(batch.tokens)).float()
-        yield batch
-
-
 def repainted_images(task, numbers, region):
     """Of validation images with a region (h, w) of their tokens, boolean, drawn anew for their class."""
     region = region.to(task.machine.device)
@@ -214,20 +202,20 @@ def repainted_images(task, numbers, region):
 # ------------------------------------------------------------------------- what is summed over a batch, and figures
 
 @torch.no_grad()
-def sums_of_stages(task, batches):
-    """Yields for each batch of validation images the sums over them, their reconstructions and their tokens."""
-    count, size, codebook_size = len(task.real), task.args.batch, task.tokenizer.config.codebook_size
-    batches, images, restored = itertools.tee(batches, 3)             # three iterators over the same batches
-    restored = (Batch(batch.number, pictures.to_uint8(batch.restored), batch.labels) for batch in restored)
-    for batch, (sums, rows), (others, _) in zip(batches, task.features.sums(images, count, size),
-                                                task.features.sums(restored, count, size)):
-        sums |= {RESTORED + name: value for name, value in others.items()}
-        labels, seed = task.machine.put(batch.labels), devices.step_seed(task.args.seed, batch.number)
-        sums |= token_sums(task, batch.tokens, labels, seed)
-        sums["psnr"] = metrics.psnr(task.machine.to_floats(batch.images), batch.restored).sum()
-        ones = torch.ones_like(batch.tokens, dtype=torch.float64).flatten()      # bincount, which TPUs do not have
-        sums["codes"] = ones.new_zeros(codebook_size).index_add_(0, batch.tokens.flatten(), ones)
-        yield sums, rows
+def sums_of_stages(task, batch):
+    """Of a batch of validation images: the sums over them, their reconstructions and their tokens; and their rows."""
+    count, size, floats = len(task.real), task.args.batch, task.machine.to_floats(batch.images)
+    with task.machine.autocast():
+        tokens = task.tokenizer.encode(floats).flatten(1)
+        restored = task.tokenizer.decode(as_grid(tokens)).float()
+    sums, rows = task.features.sums(batch, count, size)
+    others, _ = task.features.sums(Batch(batch.number, pictures.to_uint8(restored), batch.labels), count, size)
+    sums |= {RESTORED + name: value for name, value in others.items()}
+    sums |= token_sums(task, tokens, task.machine.put(batch.labels), devices.step_seed(task.args.seed, batch.number))
+    sums["psnr"] = metrics.psnr(floats, restored).sum()
+    ones = torch.ones_like(tokens, dtype=torch.float64).flatten()                # bincount, which TPUs do not have
+    sums["codes"] = ones.new_zeros(task.tokenizer.config.codebook_size).index_add_(0, tokens.flatten(), ones)
+    return sums, rows
 
 
 def token_sums(task, tokens, labels, seed):
@@ -272,7 +260,6 @@ class Task:
 
     def __init__(self, args, machine):
         self.args, self.machine = args, machine
-        classifier.enough_images(args.num, f"--num {args.num}")
         self.folder, self.tokenizer, self.transformer, checkpoint = load_run(
             args.run, machine, VQGAN, MaskGIT, args.vqgan, args.decoder)
         self.likelihoods = self._likelihoods(checkpoint["tokenizer"])
@@ -283,7 +270,9 @@ class Task:
             raise ValueError(f"the {len(self.train.classes)} classes of {self.data} are not those that the run "
                              f"{self.folder} was trained on")
         self.real = Subset(val, classifier.fair_choice(val, args.num), args.batch)
-        classifier.enough_images(len(self.real), f"the validation set of {self.data} ({len(self.real)})")
+        if len(self.real) <= metrics.NEIGHBOURS:
+            raise ValueError(f"--num {args.num}: of the {len(val)} validation images of {self.data} this takes "
+                             f"{len(self.real)}; precision and recall need at least {metrics.NEIGHBOURS + 1} images")
         check_options(self)
         self.features = classifier.open_features(args, machine, self.real[0][0], self.train, self.folder)
         setup = {"tokenizer": fingerprint(self.tokenizer), "transformer": fingerprint(self.transformer),
@@ -297,9 +286,9 @@ class Task:
 
     def _likelihoods(self, tokenizer):
         """{what is measured: of which transformer}: beside the schedules, the run's autoregressive decoder, if any."""
-        found, path = dict.fromkeys(SCHEDULES, self.transformer), self.folder / "autoregressive.pt"
         if self.transformer.config.causal:
             return {NEXT_TOKEN: self.transformer}
+        found, path = dict.fromkeys(SCHEDULES, self.transformer), self.folder / "autoregressive.pt"
         if path.exists():
             causal, checkpoint = rebuild(path, "autoregressive", MaskGIT)
             if checkpoint["tokenizer"] == tokenizer:

@@ -5,8 +5,8 @@ Inception's weights are not always at hand, and say little about drawn shapes. T
 classification accuracy score (CAS).
 """
 import math
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +21,8 @@ from lib.ledger import Ledger
 from lib.optimizers import set_learning_rate
 from lib.pictures import Progress
 
-SPLITS = 10               # of the Inception Score
-NEIGHBOURS = 3            # k of precision and recall, which need the features themselves:
-FEATURES_KEPT = 10_000    # of so many images of a set
 BESIDE_REAL = ["sharpness / real", "spread within a class / real", "classifier names the class"]
 BY_CLASS = "classifier names the class, by class"
-
 
 FLAGS = {
     "features": (["classifier", "inception"], "classifier", "of images"),
@@ -136,14 +132,12 @@ def load_inception(path, machine):
     return model.to(machine.device)
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """Some images of a set: its batch of this number."""
     number: int
     images: torch.Tensor                     # uint8 (n, 3, S, S)
-    labels: torch.Tensor | None = None       # (n,), the class that each was asked to be, or is
+    labels: torch.Tensor                     # (n,), the class that each was asked to be, or is
     tokens: torch.Tensor | None = None       # (n, N)
-    restored: torch.Tensor | None = None     # a tokenizer's reconstructions, floats in [0, 1]
 
 
 def fair_choice(data, count):
@@ -165,7 +159,7 @@ class Subset:
         return self.data.batch(self.indices[places])
 
     def __getitem__(self, b):
-        return self.batch(np.arange(b * self.size, min((b + 1) * self.size, len(self))))
+        return self.batch(slice(b * self.size, (b + 1) * self.size))
 
     def read(self, numbers):
         """Iterates over the batches of these numbers."""
@@ -192,16 +186,8 @@ class SampledImages:
         return images, self.labels[indices]
 
 
-def enough_images(count, what):
-    """Raises ValueError where there are too few images for precision and recall."""
-    if count <= NEIGHBOURS:
-        raise ValueError(f"{what}: precision and recall, with {NEIGHBOURS} neighbours, need at least "
-                         f"{NEIGHBOURS + 1} images")
-
-
 def open_features(args, machine, example, train, folder):
-    """The Features that the flags ask for. train, folder: images and place of the run. example: see Features. Raises as
-    load_inception does."""
+    """The Features that are asked for. train, folder: the run's. example: see Features. Raises as load_inception."""
     inception = load_inception(args.inception, machine) if args.features == "inception" else None
     classifier = None
     if args.classifier_steps:
@@ -218,22 +204,10 @@ class Features:
 
     def __init__(self, machine, classes, classifier, inception, example):
         self.machine, self.classes, self.classifier, self.inception = machine, classes, classifier, inception
-        self.real = None
         self.distance, self.score = ("FID", "IS") if inception else ("FCD", "IS(classifier)")
         self.name = f"{'Inception' if inception else 'the classifier'}'s ({fingerprint(inception or classifier)})"
         with torch.no_grad():
             self.shift = mean_over_ranks(self.of(example)[0].double().mean(0))                          # (D,)
-
-    def announce(self, title, counts):
-        """Prints what is to be measured, and what to know about such numbers of images."""
-        notes = []
-        if min(counts) <= len(self.shift):
-            notes.append(f"note: {min(counts)} images are few for {len(self.shift)} features: {self.distance} is far "
-                         f"above that of more")
-        if max(counts) > FEATURES_KEPT:
-            notes.append(f"note: precision and recall are of the first {FEATURES_KEPT} images of each set")
-        if self.machine.leads:
-            print(title, *notes, sep="\n", flush=True)
 
     def of(self, images):
         """Images uint8 (n, 3, S, S) -> features (n, D) and logits (n, classes of the network)."""
@@ -243,49 +217,34 @@ class Features:
         return features, self.classifier.out(features)
 
     @torch.no_grad()
-    def sums(self, batches, count, size):
-        """Yields for each Batch of `count` images, `size` to a batch, sums for figures() and rows that may be kept."""
-        split = metrics.split_of(count, SPLITS)
-        for batch in batches:
-            part = self.machine.put(split[batch.number * size:][:len(batch.images)])
-            features, logits = self.of(batch.images)
-            sums = metrics.moments(features, self.shift) | metrics.score_sums(logits, part, SPLITS)
-            if batch.labels is not None:
-                sums |= self._class_sums(self.machine.to_floats(batch.images), self.machine.put(batch.labels), logits)
-            yield sums, {"features": features, "tokens": batch.tokens, "labels": batch.labels}
-
-    def _class_sums(self, floats, labels, logits):
-        """What figures() needs of images with labels, those that each was asked to be, or is."""
-        sums = metrics.class_sums(floats, labels, len(self.classes))
+    def sums(self, batch, count, size):
+        """Of a Batch of `count` images, `size` to a batch: sums for figures(), and rows that may be kept."""
+        floats, labels = self.machine.to_floats(batch.images), self.machine.put(batch.labels)
+        split = metrics.split_of(count)[batch.number * size:][:len(floats)]
+        features, logits = self.of(batch.images)
+        sums = metrics.moments(features, self.shift) | metrics.score_sums(logits, self.machine.put(split))
+        sums |= metrics.class_sums(floats, labels, len(self.classes))
         sums["sharpness"] = metrics.sharpness(floats).double() * len(floats)
         if self.classifier:
             named = (self.classifier(floats) if self.inception else logits).argmax(1)
             right = F.one_hot(labels, len(self.classes)) * (named == labels)[:, None]
             sums["class_right"] = right.sum(0).double()
-        return sums
-
-    def _gaussian(self, sums, device):
-        some = {name: sums[name].to(device) for name in ("count", "sum", "outer")}
-        return metrics.mean_and_covariance(some, self.shift.to(device))
+        return sums, {"features": features, "tokens": batch.tokens, "labels": labels}
 
     def figures(self, sums, real):
-        """Table 1's columns, {name: value}; with labels also BESIDE_REAL, BY_CLASS. real: the sums of real images."""
+        """Table 1's columns, BESIDE_REAL and BY_CLASS, {name: value}. real: the sums of real images."""
         device = self.machine.device if self.machine.device.type == "cuda" else torch.device("cpu")
-        if real is not self.real:                                     # the root of 2,048 features takes seconds
-            mean, covariance = self._gaussian(real, device)
-            self.real, self.real_gaussian = real, (mean, covariance, metrics.square_root(covariance))
+        sums, real = ({name: value.to(device) for name, value in each.items()} for each in (sums, real))
+        ours, theirs = (metrics.mean_and_covariance(each, self.shift.to(device)) for each in (sums, real))
         score, deviation = metrics.inception_score(sums)
-        row = {self.distance: metrics.frechet_distance(*self._gaussian(sums, device), *self.real_gaussian),
-               self.score: score, "± over splits": deviation}
+        row = {self.distance: metrics.frechet_distance(*ours, *theirs), self.score: score, "± over splits": deviation}
         if "features" in sums:
-            pair = (each["features"].to(device) for each in (sums, real))
-            row["precision"], row["recall"] = metrics.precision_recall(*pair, NEIGHBOURS)
-        if "class_count" in sums:
-            sharpness, real_sharpness = (each["sharpness"] / each["class_count"].sum() for each in (sums, real))
-            row[BESIDE_REAL[0]] = (sharpness / real_sharpness).item()
-            row[BESIDE_REAL[1]] = (metrics.spread(sums) / metrics.spread(real)).item()
-        if "class_right" in sums:
-            row[BESIDE_REAL[2]] = (sums["class_right"].sum() / sums["class_count"].sum()).item()
+            row["precision"], row["recall"] = metrics.precision_recall(sums["features"], real["features"])
+        sharpness, real_sharpness = (each["sharpness"] / each["count"] for each in (sums, real))
+        row[BESIDE_REAL[0]] = (sharpness / real_sharpness).item()
+        row[BESIDE_REAL[1]] = (metrics.spread(sums) / metrics.spread(real)).item()
+        if self.classifier:
+            row[BESIDE_REAL[2]] = (sums["class_right"].sum() / sums["count"]).item()
             shares = (sums["class_right"] / sums["class_count"]).tolist()
             row[BY_CLASS] = {name: share for name, share in zip(self.classes, shares) if not math.isnan(share)}
         return row
@@ -307,18 +266,17 @@ def open_judge(args, machine, train, val, folder, draw):
     folder: the run's. draw: as for sampled_batches()."""
     size, count = 100, args.evaluate_num
     real = Subset(val, fair_choice(val, count), size)
-    features, ledger = open_features(args, machine, real[0][0], train, folder), Ledger(None, {}, machine, size)
+    features = open_features(args, machine, real[0][0], train, folder)
 
-    def add_up(what, read, count):
-        batches = read(ledger.batches_left(what, count))
-        sums = ledger.add_up(what, count, features.sums(batches, count, size))
-        ledger.under_way.clear()                              # the next samples are others
-        return sums
+    def add_up(what, count, read):
+        ledger = Ledger(None, {}, machine, size)              # a new one each time, as the next samples are others
+        return ledger.add_up(what, count, read, lambda batch: features.sums(batch, count, size))
 
     def drawn(numbers):
         return sampled_batches(draw, numbers, size, count, len(train.classes), 0, machine)
 
     def judge():
-        return {features.distance: features.figures(add_up("samples", drawn, count), real_sums)[features.distance]}
-    real_sums = add_up("real images", real.read, len(real))
+        return {features.distance: features.figures(add_up("samples", count, drawn), real_sums)[features.distance]}
+
+    real_sums = add_up("real images", len(real), real.read)
     return judge

@@ -1,8 +1,7 @@
 """Sums over many batches that survive an interruption, and the results that follow from them.
 
     if condition not in ledger.results:
-        numbers = ledger.batches_left(condition, count)
-        sums = ledger.add_up(condition, count, what_each_of_them_adds(numbers))
+        sums = ledger.add_up(condition, count, read_batches, what_a_batch_adds)
         ledger.keep(condition, figures_that_follow_from(sums))
 
 A condition is a line of text that says what is measured. Nothing here knows what a batch holds.
@@ -35,60 +34,51 @@ class Ledger:
     def __init__(self, folder, setup, machine, batch, again=False):
         self.folder, self.setup, self.machine, self.batch = folder, setup, machine, batch
         self.results, self.others, self.under_way = {}, [], {}
-        if folder and (folder / "eval.json").exists():
-            self._read_results(again)
-        if folder and (folder / "eval.resume.pt").exists() and not again:
-            self._read_sums()
-
-    # -------------------------------------------------------------------------------------------------- adding up
+        if folder:
+            self._read(again)
 
     def batches_left(self, condition, count):
         """The numbers of the batches that this rank has yet to add up, of those of `count` images: one in each round.
 
         In the last round a rank may have no batch left: it repeats the last one, of which add_up() takes nothing."""
-        last = math.ceil(count / self.batch) - 1
-        return [min(first + self.machine.rank, last) for first in self._rounds_left(condition, count)]
-
-    def _rounds_left(self, condition, count):
-        """The number of the first rank's batch in each round that is left."""
         done, _ = self.under_way.get(condition, (0, {}))
-        return range(done, math.ceil(count / self.batch), self.machine.world)
+        total = math.ceil(count / self.batch)
+        return [min(first + self.machine.rank, total - 1) for first in range(done, total, self.machine.world)]
 
-    def add_up(self, condition, count, batches, keep=None):
-        """Adds up what the batches hold that batches_left() named -> {name: sum}, tensors on the CPU, on all ranks.
+    def add_up(self, condition, count, read, measure, keep=None):
+        """Adds up what is left of the batches of `count` images -> {name: sum}, tensors on the CPU, on all ranks.
 
-        batches: an iterator over (sums, rows) of each: {name: tensor} to add, and {name: (n, ...)} with a row for every
-        image. keep: {name: m}, of which rows those of the first m images are kept, as (m, ...) beside the sums."""
-        rounds, world = self._rounds_left(condition, count), self.machine.world
-        done, sums = self.under_way.get(condition, (0, {}))
-        if rounds:
-            sums = self._of_first_rank(sums)
+        read(numbers): an iterator over the batches of these numbers. measure(batch) -> sums, rows: {name: tensor} to
+        add, and {name: (n, ...)} with a row for every image. keep: {name: m}, of which rows those of the first m images
+        are kept, as (m, ...) beside the sums."""
+        machine, batches = self.machine, read(self.batches_left(condition, count))
+        done, total = self.under_way.get(condition, (0, {}))
         progress, saved = Progress(condition, count, done=done * self.batch), time.time()
-        for first, (more, rows) in zip(rounds, batches):
-            self.machine.sync()
-            self._add(sums, more, rows, keep or {}, (first + self.machine.rank) * self.batch, count)
-            finished = first == rounds[-1]
-            if finished or self.machine.any(self.machine.leads and time.time() - saved > self.SAVE_SECONDS):
-                sums, saved = self._over_ranks(sums), time.time()
-                self.under_way[condition] = first + world, sums
+        # The total, of all ranks, counts once: the first rank goes on from it, the others from nothing.
+        own = dict(total) if machine.leads else {}
+        for sums, rows in map(measure, batches):
+            machine.sync()
+            self._add(own, sums, rows, keep or {}, (done + machine.rank) * self.batch, count)
+            done += machine.world
+            finished = done * self.batch >= count
+            if finished or machine.any(machine.leads and time.time() - saved > self.SAVE_SECONDS):
+                total, saved = self._over_ranks(own), time.time()
+                own = dict(total) if machine.leads else {}
+                self.under_way[condition] = [done, total]
                 self._save_sums()
-                sums = sums if finished else self._of_first_rank(sums)
-            if self.machine.leads:
-                progress.show(min((first + world) * self.batch, count))
-        return sums
+            if machine.leads:
+                progress.show(min(done * self.batch, count))
+        return total
 
-    def _add(self, sums, more, rows, keep, place, count):
-        """Adds a batch to the sums, in place. place: that of its first image; beyond `count`, only zeros are added."""
-        for name, value in more.items():
-            sums[name] = sums.get(name, 0) + value.cpu() * (place < count)
+    def _add(self, own, sums, rows, keep, place, count):
+        """Adds a batch to a rank's own sums. place: that of its first image; beyond `count`, nothing is added."""
+        for name, value in sums.items():
+            own[name] = own.get(name, 0) + value.cpu() * (place < count)
         for name, length in keep.items():
-            sums.setdefault(name, torch.zeros(min(length, count), *rows[name].shape[1:], dtype=rows[name].dtype))
-            kept = sums[name][place:place + len(rows[name])]              # fewer than in the batch, where `length` ends
-            kept += rows[name][:len(kept)].cpu()
-
-    def _of_first_rank(self, sums):
-        """What all ranks have added up so far counts once: the first goes on from a copy, the others from nothing."""
-        return {name: value.clone() for name, value in sums.items()} if self.machine.leads else {}
+            own.setdefault(name, torch.zeros(min(length, count), *rows[name].shape[1:], dtype=rows[name].dtype))
+            # These may be tensors of the total: a batch that is repeated after an interruption writes the same again.
+            kept = own[name][place:place + len(rows[name])]               # fewer than in the batch, where `length` ends
+            kept[:] = rows[name][:len(kept)].cpu()
 
     def _over_ranks(self, sums):
         """{name: the sum over the ranks}, on all of them."""
@@ -98,29 +88,24 @@ class Ledger:
             total[name] = whole.to(value.dtype) if value.is_floating_point() else whole.round().to(value.dtype)
         return total
 
-    # -------------------------------------------------------------------------------------------- what stays on disk
-
-    def _read_results(self, again):
+    def _read(self, again):
         try:
             records = json.loads((self.folder / "eval.json").read_text())["records"]
-        except (ValueError, KeyError, TypeError):                         # not of this class: it is replaced
+        except (FileNotFoundError, ValueError, KeyError, TypeError):      # not of this class: it is replaced
             records = []
         self.others = [record for record in records if again or record["setup"] != self.setup]
         self.results = {record["condition"]: record["result"] for record in records if record not in self.others}
-
-    def _read_sums(self):
         try:
             kept = load_checkpoint(self.folder / "eval.resume.pt", "sums of an evaluation")
-        except ValueError:                                                # damaged: what it held is done again
+        except (FileNotFoundError, ValueError):                           # damaged: what it held is done again
             return
-        if kept["setup"] == self.setup:
+        if kept["setup"] == self.setup and not again:
             self.under_way = kept["under way"]
 
     def _save_sums(self):
         if self.machine.leads and self.folder:
-            under_way = {condition: list(entry) for condition, entry in self.under_way.items()}
             save_checkpoint(self.folder / "eval.resume.pt", {
-                "kind": "sums of an evaluation", "setup": self.setup, "under way": under_way})
+                "kind": "sums of an evaluation", "setup": self.setup, "under way": self.under_way})
 
     def keep(self, condition, figures):
         """Writes down the figures, {name: plain value}; the sums that they came from are no longer needed."""

@@ -8,9 +8,13 @@
 moments, score_sums and class_sums return dicts of float64 tensors that add up: over batches, over processes, over an
 interruption. So 50,000 images take no more memory than 500. Nothing here knows where features come from.
 """
+import functools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+SPLITS, NEIGHBOURS = 10, 3      # of the Inception Score; of precision and recall
 
 
 def moments(features, shift):
@@ -18,8 +22,7 @@ def moments(features, shift):
 
     Squares of numbers far from zero would swallow their differences: a point amid the features is taken off first."""
     x = features.double() - shift
-    count = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
-    return {"count": count, "sum": x.sum(0), "outer": x.T @ x}
+    return {"count": x.new_tensor(len(x)), "sum": x.sum(0), "outer": x.T @ x}
 
 
 def mean_and_covariance(sums, shift):
@@ -28,15 +31,13 @@ def mean_and_covariance(sums, shift):
     return shift + mean, (sums["outer"] - n * torch.outer(mean, mean)) / (n - 1)
 
 
-def frechet_distance(mean1, covariance1, mean2, covariance2, root2=None):
+def frechet_distance(mean1, covariance1, mean2, covariance2):
     """|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½), between two Gaussians, a float >= 0. Means (D,), covariances (D, D).
 
-    root2: square_root(covariance2), where that is known.
     tr (C1 C2)^½ is the sum of the singular values of C1^½ C2^½: no square root of a product's rounding errors is taken,
     so covariances may be singular, as they are with fewer images than features. Source: Heusel et al. 2017, Eq. 6;
     Dowson and Landau 1982."""
-    half1, half2 = square_root(covariance1), square_root(covariance2) if root2 is None else root2
-    overlap = torch.linalg.svdvals(half1.T @ half2).sum()
+    overlap = torch.linalg.svdvals(square_root(covariance1).T @ square_root(covariance2)).sum()
     distance = (mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * overlap
     return distance.clamp(min=0).item()
 
@@ -49,20 +50,21 @@ def square_root(covariance):
     return vectors[:, some] * values[some].sqrt()
 
 
-def split_of(count, splits=10):
+@functools.cache
+def split_of(count):
     """Which of the splits each of `count` images belongs to -> (count,) int64; no more splits than images.
 
     Images are dealt out in a fixed random order, that of torch-fidelity, so that no split lacks a class."""
-    splits, place = min(splits, count), np.empty(count, np.int64)
+    splits, place = min(SPLITS, count), np.empty(count, np.int64)
     place[np.random.RandomState(2020).permutation(count)] = np.arange(count)
     edges = [i * count // splits for i in range(1, splits)]
     return torch.from_numpy(np.searchsorted(edges, place, side="right"))
 
 
-def score_sums(logits, split, splits=10):
+def score_sums(logits, split):
     """Sums for inception_score. logits: (n, classes). split: (n,), of each image."""
     log_p = logits.double().log_softmax(1)
-    p, member = log_p.exp(), F.one_hot(split, splits).double().T                            # member: (splits, n)
+    p, member = log_p.exp(), F.one_hot(split, SPLITS).double().T                            # member: (splits, n)
     return {"split_count": member.sum(1), "split_p": member @ p, "split_p_log_p": member @ (p * log_p).sum(1)}
 
 
@@ -77,22 +79,22 @@ def inception_score(sums):
     return scores.mean().item(), scores.std(correction=0).item()
 
 
-def precision_recall(generated, real, k=3, rows=1000):
+def precision_recall(generated, real, rows=1000):
     """Precision: the share of generated images near a real one; recall: of real images near a generated one.
 
-    Near: no farther than that image's own k-th nearest neighbour in its set. generated (n, D), real (m, D), features.
+    Near: no farther than that image's own third nearest neighbour in its set. generated (n, D), real (m, D), features.
     rows: how many are compared at once; memory for rows · max(n, m) distances. Returns two floats in [0, 1]. Raises
-    ValueError where a set has not k + 1 images. Source: Kynkäänniemi et al. 2019, Eq. 1 and 2."""
+    ValueError where a set has not four images. Source: Kynkäänniemi et al. 2019, Eq. 1 and 2."""
     fewest = min(len(generated), len(real))
-    if fewest <= k:
-        raise ValueError(f"precision and recall need at least {k + 1} images in each set, not {fewest}")
+    if fewest <= NEIGHBOURS:
+        raise ValueError(f"precision and recall need at least {NEIGHBOURS + 1} images in each set, not {fewest}")
     generated, real = generated.double(), real.double()
 
     def distances(some, others):          # differences, not the faster product: equal features must be at distance 0
         return torch.cdist(some, others, compute_mode="donot_use_mm_for_euclid_dist")
 
-    def share_near(images, others):       # the nearest neighbour of an image, at distance 0, is itself: hence k + 1
-        radius = torch.cat([distances(part, others).kthvalue(k + 1, 1).values for part in others.split(rows)])
+    def share_near(images, others):       # the nearest neighbour of an image, at distance 0, is itself: hence + 1
+        radius = torch.cat([distances(part, others).kthvalue(NEIGHBOURS + 1, 1).values for part in others.split(rows)])
         near = torch.cat([(distances(part, others) <= radius).any(1) for part in images.split(rows)])
         return near.double().mean().item()
 

@@ -1,4 +1,5 @@
 """evaluate.py and its metrics: against plain computations, torch-fidelity, an interruption, two ranks."""
+import functools
 import json
 import os
 import shutil
@@ -101,9 +102,9 @@ def test_streaming_sums_are_those_of_all_at_once():
     g = torch.Generator().manual_seed(1)
     x, logits = 1e6 + torch.randn(101, 7, generator=g).double(), 3 * torch.randn(101, 5, generator=g).double()
     split, shift, book = metrics.split_of(101), x[:10].mean(0), Ledger(None, None, devices.Machine("cpu"), 10)
-    parts = [slice(10 * b, 10 * b + 10) for b in book.batches_left("x", 101)]
-    sums = book.add_up("x", 101, ((metrics.moments(x[part], shift) | metrics.score_sums(logits[part], split[part]), {})
-                                  for part in parts))
+    sums = book.add_up(
+        "x", 101, lambda numbers: (slice(10 * b, 10 * b + 10) for b in numbers),
+        lambda part: (metrics.moments(x[part], shift) | metrics.score_sums(logits[part], split[part]), {}))
     mean, covariance = metrics.mean_and_covariance(sums, shift)
     expected = np.cov(x.numpy(), rowvar=False)
     assert np.allclose(mean, x.numpy().mean(0), rtol=1e-10, atol=0)
@@ -193,7 +194,7 @@ def added_up(monkeypatch, world, work):
     return results
 
 
-def numbered(numbers, count, stop=None):
+def numbered(numbers, count=11, stop=None):
     """Batches of three of the numbers 0 .. count - 1; what is asked for after `stop` of them fails."""
     for done, b in enumerate(numbers):
         if done == stop:
@@ -211,16 +212,16 @@ def test_ranks_and_runs_count_every_batch_once(world, before, tmp_path, monkeypa
     def interrupted(machine):
         book = Ledger(tmp_path, {"a": 1}, machine, 3)
         with pytest.raises(KeyboardInterrupt):
-            book.add_up("x", 11, numbered(book.batches_left("x", 11), 11, stop=1), {"number": 7})
+            book.add_up("x", 11, functools.partial(numbered, stop=1), tuple, {"number": 7})
 
     def finished(machine):
         book = Ledger(tmp_path, {"a": 1}, machine, 3)
         assert min(book.batches_left("x", 11)) == min((before or 0) + machine.rank, 3)
-        sums = book.add_up("x", 11, numbered(book.batches_left("x", 11), 11), {"number": 7})
-        more = book.add_up("y", 11, numbered(book.batches_left("y", 11), 11), {"number": 20})
+        sums = book.add_up("x", 11, numbered, tuple, {"number": 7})
+        more = book.add_up("y", 11, numbered, tuple, {"number": 20})
         assert more["number"].tolist() == list(range(11))                    # there are no more than 11 to keep
         # Asked for again, nothing is left to do, for any rank.
-        assert book.batches_left("x", 11) == [] and book.add_up("x", 11, iter(()), {"number": 7}) is sums
+        assert book.batches_left("x", 11) == [] and book.add_up("x", 11, numbered, tuple, {"number": 7}) is sums
         return sums
     if before:
         added_up(monkeypatch, before, interrupted)
@@ -245,7 +246,7 @@ def test_results_are_kept_with_their_setup(tmp_path):
         book = opened(setup)
         assert book.results == {}
         for condition in ("half done", "x"):
-            book.add_up(condition, 11, numbered(book.batches_left(condition, 11), 11))
+            book.add_up(condition, 11, numbered, tuple)
         book.keep("x", {"FCD": figure})
         book.keep("y", {"FCD": figure})
     for setup, figure in ((1, 10.0), (2, 20.0)):
@@ -289,9 +290,11 @@ def shades(labels, size=16):
 def seen(features, images, labels, size):
     """The sums over images in batches of `size`, with the features."""
     book = Ledger(None, None, features.machine, size)
-    batches = (Batch(b, images[size * b:][:size], None if labels is None else labels[size * b:][:size])
-               for b in book.batches_left("x", len(images)))
-    return book.add_up("x", len(images), features.sums(batches, len(images), size), {"features": len(images)})
+
+    def read(numbers):
+        return (Batch(b, images[size * b:][:size], labels[size * b:][:size]) for b in numbers)
+    return book.add_up("x", len(images), read, lambda batch: features.sums(batch, len(images), size),
+                       {"features": len(images)})
 
 
 def test_what_is_seen_in_images():
@@ -321,7 +324,6 @@ def test_what_is_seen_in_images():
     twice = seen(features, real.repeat_interleave(2, 0), labels.flip(0).repeat_interleave(2), 10)
     twice = features.figures(twice, of_real)
     assert twice["sharpness / real"] == pytest.approx(1) and twice["spread within a class / real"] < 0.99
-    assert "sharpness / real" not in features.figures(seen(features, flat, None, 10), of_real)
 
     # Inception's features are used where it is there, and the classifier only names classes.
     def inception(images):
@@ -401,8 +403,8 @@ def task(monkeypatch):
 
 
 def sums_of_real(task):
-    batches = Subset(Drawn(), np.arange(200), 8).read(task.ledger.batches_left("real", 200))
-    return task.ledger.add_up("real", 200, task.features.sums(batches, 200, 8), evaluate.FEATURES)
+    return task.ledger.add_up("real", 200, Subset(Drawn(), np.arange(200), 8).read,
+                              lambda batch: task.features.sums(batch, 200, 8), evaluate.FEATURES)
 
 
 def test_samples_are_counted_as_the_class_that_was_asked_for(task, monkeypatch):
@@ -439,8 +441,8 @@ def test_table_1(task, monkeypatch, tmp_path):
     task.train, task.folder = Drawn(), tmp_path
     task.train.batch = lambda indices, draws=None: (shades(torch.as_tensor(9 - indices // 20)),
                                                     torch.as_tensor(indices // 20))
-    batches = evaluate.reconstructed_images(task, task.ledger.batches_left("real", 25))
-    real = task.ledger.add_up("real", 25, evaluate.sums_of_stages(task, batches), evaluate.FEATURES)
+    real = task.ledger.add_up("real", 25, task.real.read, functools.partial(evaluate.sums_of_stages, task),
+                              evaluate.FEATURES)
     assert real["seeds"].item() == sum(float(devices.step_seed(0, b)) for b in range(4))
     found = evaluate.table1(task, real)
     rows, stages = found["rows"], found["stages"]
@@ -473,7 +475,7 @@ def test_table_2_repaints_the_right_half_and_the_centre(task, monkeypatch):
         unknown.append(known == model.mask_id)
         return obedient(model, labels, known, **options)
     monkeypatch.setattr(evaluate, "decode", watched)
-    monkeypatch.setattr(evaluate, "row_of", lambda task, real, name, count, batches: list(batches))
+    monkeypatch.setattr(evaluate, "row_of", lambda task, real, name, count, read: list(read([0, 1, 2])))
     monkeypatch.setattr(task.machine, "generator", seeds.append)
     rows, images = evaluate.table2(task, None), torch.cat([batch.images for batch in task.real.read([0, 1, 2])])
     right, centre = torch.zeros(2, 4, 4, dtype=torch.bool)
@@ -701,16 +703,17 @@ def test_features_as_torch_fidelity_measures_them(tmp_path):
         for i, pixels in enumerate(blocks):
             Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
         images = torch.from_numpy(blocks[np.array(sorted(range(12), key=str))]).movedim(-1, 1)    # as files are sorted
-        sets.append([Batch(i, part) for i, part in enumerate(images.split(5))])
+        sets.append([Batch(i, part, torch.zeros(len(part)).long()) for i, part in enumerate(images.split(5))])
     theirs = fidelity.calculate_metrics(
         input1=str(tmp_path / "a"), input2=str(tmp_path / "b"), fid=True, isc=True, prc=True, cuda=False,
         feature_extractor="inception-v3-compat", cache=False, verbose=False, save_cpu_ram=True,
         feature_extractor_weights_path=str(tmp_path / "inception.pth"))
     inception = classifier.load_inception(str(tmp_path / "inception.pth"), machine)
-    features = classifier.Features(machine, (), None, inception, sets[1][0].images)
+    features = classifier.Features(machine, ("any",), None, inception, sets[1][0].images)
     book, sums = Ledger(None, None, machine, 5), []
     for name, batches in zip("ab", sets):
-        sums.append(book.add_up(name, 12, features.sums(batches, 12, 5), {"features": 12}))
+        sums.append(book.add_up(name, 12, lambda numbers, batches=batches: batches,
+                                lambda batch: features.sums(batch, 12, 5), {"features": 12}))
     ours = features.figures(*sums)
     assert ours["FID"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3) and ours["FID"] > 1e-4
     assert ours["IS"] == pytest.approx(theirs["inception_score_mean"], rel=1e-3)
