@@ -249,7 +249,7 @@ def list_files(root):
             names += [os.path.join(folder, name) for name in here if not name.startswith(".")]
         return {"folders": folders, "files": sorted(names)}
 
-    files = [Path(name) for name in remembered("files", root, unchanged, scan)["files"]]
+    files = [Path(name) for name in remembered("scan", root, unchanged, scan)["files"]]
     nested = {path: path.relative_to(root).parts[0] for path in files if path.parent != root}
     if nested and len(nested) < len(files):
         print(f"passed over {len(files) - len(nested)} files in {root} that lie in no class folder", file=sys.stderr)
@@ -266,7 +266,7 @@ def open_folder(root, size, check=True):
     if not os.path.isdir(root):
         raise ValueError(f"'{root}' is no data set and no folder; --data takes shapes, cifar10, imagenet, places2 or "
                          f"a folder of images")
-    root = Path(root).absolute()                      # as the paths of the scans that are kept
+    root = Path(root).absolute()                      # the scans that are kept are found from any working folder
     bases = [root / "train", root / "val"]
     if not all(base.is_dir() for base in bases):
         bases = [root]
