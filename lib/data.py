@@ -31,6 +31,7 @@ from lib.shapes import Shapes, hashed_uniform
 FLAGS = {
     "data_dir": (str, "data", "where cifar10, imagenet and places2 are"),
     "max_pixels": (count, 178_956_970, "of an image file; one of more may be a trap that fills the memory")}
+Image.core.set_block_size(1 << 26)   # malloc keeps a freed block of less for its thread, so several huge images add up
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 
@@ -46,7 +47,13 @@ class Cifar10:
         path = download(CIFAR_URL, "cifar-10-binary.tar.gz", folder=Path(folder))
         if hashlib.md5(path.read_bytes()).hexdigest() != CIFAR_MD5:
             raise ValueError(f"{path} has a wrong checksum, not MD5 {CIFAR_MD5}: delete it and run again to fetch it")
-        self.classes, self.images, self.labels = read_cifar(path, split)
+        names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+        with tarfile.open(path) as archive:
+            files = [archive.extractfile(f"cifar-10-batches-bin/{name}") for name in ["batches.meta.txt", *names]]
+            classes, *records = [file.read() for file in files]
+        records = np.frombuffer(b"".join(records), np.uint8).reshape(-1, 3073)      # a label, then 3 x 32 x 32 bytes
+        self.labels, self.images = records[:, 0], records[:, 1:].reshape(-1, 3, 32, 32)
+        self.classes = classes.decode().split()
 
     def __len__(self):
         return len(self.images)
@@ -57,16 +64,6 @@ class Cifar10:
             flip = hashed_uniform(3, draws, 1)[:, 0, None, None, None] < 0.5
             images = np.where(flip, images[..., ::-1], images)
         return torch.from_numpy(images), torch.from_numpy(self.labels[indices]).long()
-
-
-def read_cifar(path, split):
-    """The records of the binary archive: a label byte, then 3 x 32 x 32 bytes. -> classes, images, labels."""
-    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
-    with tarfile.open(path) as archive:
-        files = [archive.extractfile(f"cifar-10-batches-bin/{name}") for name in ["batches.meta.txt", *names]]
-        classes, *records = [file.read() for file in files]
-    records = np.frombuffer(b"".join(records), np.uint8).reshape(-1, 3073)
-    return classes.decode().split(), records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
 
 
 def to_rgb(image):
@@ -82,8 +79,21 @@ def to_rgb(image):
         return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        return white
     return image.convert("RGB")
+
+
+def reduce(image, factor):
+    """image.reduce(factor), a strip at a time: Pillow would make a copy of all of an RGBA image for it."""
+    strips = []
+    for top in range(0, image.height, 16 * factor):
+        strip = image.crop((0, top, image.width, min(top + 16 * factor, image.height)))
+        strips.append(np.asarray(strip.reduce(factor)))
+    reduced = Image.fromarray(np.concatenate(strips))
+    reduced.info = image.info                         # with what exif_transpose() and to_rgb() look for
+    return reduced
 
 
 LARGE = 4_000_000                # pixels: an image of more is decoded while no other such one is in memory
@@ -102,7 +112,7 @@ def read_image(path, size=None):
             with ALONE if image.width * image.height > LARGE else contextlib.nullcontext():
                 factor = min(image.size) // (2 * size) if size else 1
                 if factor > 1 and image.mode in ("L", "RGB", "RGBA"):
-                    image = image.reduce(factor)      # first, as what follows takes several copies
+                    image = reduce(image, factor)     # first, as what follows takes several copies
                 return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too large ({error}): --max-pixels N admits it") from error
@@ -127,14 +137,16 @@ def random_crop(width, height, area, aspect, across, down):
 
 
 class Folder:
-    """Images of a folder, its first-level subfolders being the classes; files in deeper folders belong to them.
+    """Images of a folder: where `batch` is given draws it crops and flips at random, else it takes the central square.
 
-    files: paths; labels: (len,) int array; size: S; pixels: what the files hold, where that is kept in memory. Where
-    `batch` is given draws it crops and flips at random, else it takes the square in the centre."""
+    images: {path: its pixels (H, W, 3) uint8 where they are kept in memory, else None}; names: {path: class}; classes:
+    sorted; size: S."""
 
-    def __init__(self, files, labels, classes, size, pixels=None):
-        self.files, self.labels, self.classes, self.image_size, self.pixels = files, labels, classes, size, pixels
-        self.workers = 0 if pixels else cores()
+    def __init__(self, images, names, classes, size):
+        self.files, self.classes, self.image_size = list(images), classes, size
+        self.labels = np.searchsorted(classes, [names[path] for path in images])
+        self.pixels = [pixels for pixels in images.values() if pixels is not None] or None
+        self.workers = 0 if self.pixels else cores()
 
     def __len__(self):
         return len(self.files)
@@ -147,14 +159,11 @@ class Folder:
     def image(self, index, uniform):
         """(S, S, 3) uint8. uniform: five numbers in [0, 1) for the augmentation, or None for none."""
         image = Image.fromarray(self.pixels[index]) if self.pixels else read_image(self.files[index], self.image_size)
+        size = (self.image_size, self.image_size)
         if uniform is None:
-            side = min(image.size)
-            left, top = (image.width - side) / 2, (image.height - side) / 2
-            box, flip = (left, top, left + side, top + side), False
-        else:
-            box, flip = random_crop(*image.size, *uniform[:4]), uniform[4] < 0.5
-        pixels = np.asarray(image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box=box))
-        return pixels[:, ::-1] if flip else pixels
+            return np.asarray(ImageOps.fit(image, size, Image.Resampling.BICUBIC))
+        image = image.resize(size, Image.Resampling.BICUBIC, box=random_crop(*image.size, *uniform[:4]))
+        return np.asarray(ImageOps.mirror(image) if uniform[4] < 0.5 else image)
 
 
 KEEP_BELOW = 64   # images of up to this size are read once and kept in memory, at this many times the size:
@@ -162,42 +171,42 @@ KEEP_SCALE = 2
 
 
 def decode_all(root, files, keep=None):
-    """Tries every file -> (the pixels of the readable ones, in their order; {path: message} of the others).
+    """Tries every file -> ({path: pixels} of the readable ones, {path: message} of the others).
 
     keep: pixels are (H, W, 3) uint8, reduced to this shorter side; None: they are not kept."""
     def decode(path):
         try:
             image = read_image(path, keep)
         except ValueError as error:
-            return error
+            return str(error)
         if keep and min(image.size) > keep:
-            size = [max(1, round(side * (keep / min(image.size)))) for side in image.size]
+            size = [round(side * (keep / min(image.size))) for side in image.size]
             image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3)
         return np.asarray(image) if keep else None
 
-    pixels, bad, progress = [], {}, Progress(f"reading {root}", len(files), stream=sys.stderr)
+    images, bad, progress = {}, {}, Progress(f"reading {root}", len(files), stream=sys.stderr)
     with ThreadPoolExecutor(cores()) as pool:                               # Pillow decodes outside Python's lock
-        for done, (path, result) in enumerate(zip(files, pool.map(decode, files)), 1):
-            if isinstance(result, ValueError):
-                bad[str(path)] = str(result)
+        for path, result in zip(files, pool.map(decode, files)):
+            if isinstance(result, str):
+                bad[str(path)] = result
             else:
-                pixels.append(result)
+                images[path] = result
             if sys.stderr.isatty():
-                progress.show(done)
-    return pixels, bad
+                progress.show(len(images) + len(bad))
+    return images, bad
 
 
 def check_files(root, files, size):
-    """Decodes every file once: -> the readable ones, and their reduced pixels where `size` is small, else None.
+    """Decodes every file once: -> {path: its reduced pixels where `size` is small, else None} of the readable ones.
 
     Unreadable files are named on stderr and left out. Raises ValueError where they are more than 1%."""
     if size <= KEEP_BELOW:
-        pixels, bad = decode_all(root, files, KEEP_SCALE * size)
+        images, bad = decode_all(root, files, KEEP_SCALE * size)
     else:
         names = hashlib.md5("\n".join(map(str, files)).encode()).hexdigest()
-        scan = remembered("bad", root, lambda found: found["files"] == names,
-                          lambda: {"files": names, "bad": decode_all(root, files)[1]})
-        pixels, bad = None, scan["bad"]
+        bad = remembered("bad", root, lambda found: found["files"] == names,
+                         lambda: {"files": names, "bad": decode_all(root, files)[1]})["bad"]
+        images = {path: None for path in files if str(path) not in bad}
     for message in bad.values():
         print(f"left out: {message}", file=sys.stderr)
     if bad:
@@ -205,13 +214,13 @@ def check_files(root, files, size):
     if len(bad) > 0.01 * len(files):
         raise ValueError(f"{len(bad)} of {len(files)} files in {root} are not readable images, over 1%; "
                          f"remove them, the first is {next(iter(bad))}")
-    return [path for path in files if str(path) not in bad], pixels
+    return images
 
 
 def remembered(kind, root, valid, make):
     """What make() returns, a JSON value, or what is in the cache folder, where that is valid(): to scan a million files
     takes minutes."""
-    path = cache_folder() / f"{kind}-{hashlib.md5(str(root.resolve()).encode()).hexdigest()}.json"
+    path = cache_folder() / f"{kind}-{hashlib.md5(str(root).encode()).hexdigest()}.json"
     try:
         found = json.loads(path.read_text())
         if valid(found):
@@ -226,67 +235,55 @@ def remembered(kind, root, valid, make):
     return made
 
 
-def walk(root):
-    """Every file below a folder, sorted, and when each folder changed; hidden ones are passed over."""
-    folders, files = {}, []
-    for folder, inner, names in os.walk(root):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        folders[folder] = os.stat(folder).st_mtime_ns                       # changes whenever an entry comes or goes
-        files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
-    return {"folders": folders, "files": sorted(files)}
-
-
 def list_files(root):
-    """Every file in the first-level subfolders of root (or in root, where it has none), sorted. Raises ValueError."""
+    """{path: class} of every file in the first-level subfolders of root, the classes (or in root, where it has none,
+    which is then the only class), sorted; hidden ones are passed over. Raises ValueError where there are none."""
     def unchanged(scan):
         return all(os.stat(folder).st_mtime_ns == then for folder, then in scan["folders"].items())
 
-    files = [Path(name) for name in remembered("files", root, unchanged, lambda: walk(root))["files"]]
-    nested = [path for path in files if path.parent != root]
+    def scan():
+        folders, names = {}, []
+        for folder, inner, here in os.walk(root):
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            folders[folder] = os.stat(folder).st_mtime_ns                   # changes whenever an entry comes or goes
+            names += [os.path.join(folder, name) for name in here if not name.startswith(".")]
+        return {"folders": folders, "files": sorted(names)}
+
+    files = [Path(name) for name in remembered("scan", root, unchanged, scan)["files"]]
+    nested = {path: path.relative_to(root).parts[0] for path in files if path.parent != root}
     if nested and len(nested) < len(files):
         print(f"passed over {len(files) - len(nested)} files in {root} that lie in no class folder", file=sys.stderr)
     if not files:
         raise ValueError(f"{root} holds no images; it should hold a subfolder of images for each class")
-    return nested or files
-
-
-def class_of(path, base):
-    """The first-level subfolder of `base` that a file is in; the name of `base` where it has none."""
-    return path.relative_to(base).parts[0] if path.parent != base else base.name
-
-
-def split_files(root):
-    """-> (folder, its files) for training, and for validation. With train/ and val/ inside, those; else a fixed hash of
-    each path holds out 5%. Raises ValueError where there are no images, or val/ has other classes than train/."""
-    train, val = root / "train", root / "val"
-    if train.is_dir() and val.is_dir():
-        pair = [(base, list_files(base)) for base in (train, val)]
-        ours, theirs = ({class_of(path, base) for path in files} for base, files in pair)
-        for name in sorted(ours ^ theirs):
-            here, missing = (train, val) if name in ours else (val, train)
-            raise ValueError(f"class '{name}' is in {here} but not in {missing}: both need the same class folders")
-        return pair
-    files = list_files(root)
-    digests = {path: hashlib.md5(str(path.relative_to(root)).encode()).hexdigest() for path in files}
-    held_out = {path for path in files if int(digests[path], 16) % 20 == 0} or set(files[:1])
-    return (root, [path for path in files if path not in held_out] or files), (root, sorted(held_out))
+    return nested or dict.fromkeys(files, root.name)
 
 
 def open_folder(root, size, check=True):
-    """-> (train, validation) Folder, as split_files() divides it. check: decode every file once, and leave out what
-    cannot be read. Raises ValueError as split_files() and check_files() do."""
-    root = Path(root)
-    if not root.is_dir():
+    """-> (train, validation) Folder: of train/ and val/ where both are inside, else a fixed hash of each path holds out
+    5%. check: decode every file once, and leave out what cannot be read.
+
+    Raises ValueError where there are no images or too many bad ones, or val/ has other classes than train/."""
+    if not os.path.isdir(root):
         raise ValueError(f"'{root}' is no data set and no folder; --data takes shapes, cifar10, imagenet, places2 or "
                          f"a folder of images")
-    pair, opened = split_files(root), []
-    classes = sorted({class_of(path, base) for base, files in pair for path in files})
-    numbers = {name: number for number, name in enumerate(classes)}
-    for base, files in pair:
-        good, pixels = check_files(base, files, size) if check else (files, None)
-        labels = np.array([numbers[class_of(path, base)] for path in good])
-        opened.append(Folder(good, labels, classes, size, pixels))
-    return tuple(opened)
+    root = Path(root).absolute()                      # the scans that are kept are found from any working folder
+    bases = [root / "train", root / "val"]
+    if not all(base.is_dir() for base in bases):
+        bases = [root]
+    listed = [list_files(base) for base in bases]
+    classes = sorted(set(listed[0].values()))
+    for name in sorted(set(classes) ^ set(listed[-1].values())):
+        here, missing = bases if name in classes else reversed(bases)
+        raise ValueError(f"class '{name}' is in {here} but not in {missing}: both need the same class folders")
+    parts = [check_files(base, files, size) if check else dict.fromkeys(files) for base, files in zip(bases, listed)]
+    if len(parts) == 1:
+        images = parts[0]
+        digests = {path: hashlib.md5(str(path.relative_to(root)).encode()).hexdigest() for path in images}
+        held_out = sorted(path for path in images if int(digests[path], 16) % 20 == 0) or list(images)[:1]
+        val = {path: images[path] for path in held_out}
+        parts = [{path: images[path] for path in images if path not in val} or images, val]
+    names = listed[0] | listed[-1]
+    return tuple(Folder(images, names, classes, size) for images in parts)
 
 
 def open_data(name, size=None, folder="data"):

@@ -28,43 +28,28 @@ def outline(name, x, y):
         return np.maximum((np.abs(x) * (top - bottom) + (y - top) * w) / slope, bottom - y)
 
     far = np.full_like(x, 9)
-    if name == "ball":
-        return np.hypot(x, y) - 0.85, far
-    if name == "box":
-        return box(x, y, 0.72, 0.72), far
-    if name == "cone":
-        return wedge(x, y, 0.95, -0.75, 0.9), far
-    if name == "fish":
-        tail = wedge(y, -x, -0.2, -0.95, 0.62)
-        return np.minimum((np.hypot((x + 0.22) / 0.74, y / 0.52) - 1) * 0.55, tail), tail
-    if name == "ring":
-        return np.abs(np.hypot(x, y) - 0.68) - 0.24, far
-    if name == "cross":
-        return np.minimum(box(x, y, 0.3, 0.9), box(x, y, 0.9, 0.3)), far
+    plain = {
+        "ball": lambda: np.hypot(x, y) - 0.85,
+        "box": lambda: box(x, y, 0.72, 0.72),
+        "cone": lambda: wedge(x, y, 0.95, -0.75, 0.9),
+        "ring": lambda: np.abs(np.hypot(x, y) - 0.68) - 0.24,
+        "cross": lambda: np.minimum(box(x, y, 0.3, 0.9), box(x, y, 0.9, 0.3)),
+        "moon": lambda: np.maximum(np.hypot(x, y) - 0.9, 0.8 - np.hypot(x - 0.6, y))}
+    if name in plain:
+        return plain[name](), far
     if name == "heart":                                            # a square on its corner with two half discs
         u, v = (x + y + 0.12) * 0.7071, (y - x + 0.12) * 0.7071
         discs = np.minimum(np.hypot(u - 0.55, v), np.hypot(u, v - 0.55)) - 0.55
         return np.minimum(box(u, v, 0.55, 0.55), discs), far
-    if name == "moon":
-        return np.maximum(np.hypot(x, y) - 0.9, 0.8 - np.hypot(x - 0.6, y)), far
+    if name == "fish":
+        tail = wedge(y, -x, -0.2, -0.95, 0.62)
+        return np.minimum((np.hypot((x + 0.22) / 0.74, y / 0.52) - 1) * 0.55, tail), tail
     if name == "house":
         roof = wedge(x, y, 0.95, 0.15, 0.95)
         return np.minimum(box(x, y + 0.3, 0.68, 0.5), roof), roof
     crown = np.minimum(wedge(x, y, 1.0, 0.15, 0.6), wedge(x, y, 0.6, -0.35, 0.8))
     trunk = box(x, y + 0.65, 0.24, 0.33)
     return np.minimum(crown, trunk), np.maximum(trunk, -crown)
-
-
-def outlines(labels, x, y):
-    """The two distances of outline() for a batch. x, y: (2, B, 32, 32), the object's coordinates of every pixel and of
-    what would shade it -> (2, B, 32, 32), and for the second part (B, 32, 32), which shades nothing."""
-    distance, second = np.empty_like(x), np.empty_like(x)
-    for label in np.unique(labels):
-        chosen = labels == label
-        distance[:, chosen], second[:, chosen] = outline(SHAPES[label], x[:, chosen], y[:, chosen])
-    # The distance beyond a sharp corner is too small, which would draw the soft shadow out into spikes.
-    distance[1] = np.maximum(distance[1], np.hypot(x[1], y[1]) - 1)
-    return distance, second[0]
 
 
 def hsv_to_rgb(h, s, v):
@@ -98,10 +83,15 @@ def draw_scenes(labels, uniform):
     dx = np.stack([pixel_x - center_x, pixel_x - center_x + light_x * reach]) / size           # (2, B, 1, 32)
     dy = np.stack([pixel_y - center_y, pixel_y - center_y + light_y * reach]) / size           # (2, B, 32, 1)
     x, y = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx        # (2, B, 32, 32)
-    (distance, shading), second = outlines(labels, x, y)
+    distances, second = np.empty_like(x), np.empty_like(x)
+    for label in np.unique(labels):
+        chosen = labels == label
+        distances[:, chosen], second[:, chosen] = outline(SHAPES[label], x[:, chosen], y[:, chosen])
+    # The distance beyond a sharp corner is too small, which would draw the soft shadow out into spikes.
+    distance, shading = distances[0], np.maximum(distances[1], np.hypot(x[1], y[1]) - 1)
     # Anti-aliasing: a pixel is covered in proportion to its distance from the outline, within half a pixel.
     cover = np.clip(0.5 - distance * size * 16, 0, 1)[..., None]
-    cover_second = np.clip(0.5 - second * size * 16, 0, 1)[..., None]
+    cover_second = np.clip(0.5 - second[0] * size * 16, 0, 1)[..., None]
     shadow = np.clip(0.5 - shading * size * 4, 0, 1)[..., None] * 0.5                          # soft: 4 pixels wide
 
     ground_colour, first_colour, second_colour = colours(uniform.T[6:])
