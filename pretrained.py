@@ -26,6 +26,10 @@ from lib.downloads import download
 from maskgit import MaskGIT
 from vqgan import VQGAN, ResBlock
 
+URL = "https://storage.googleapis.com/maskgit-public/checkpoints/"
+MODELS = ["imagenet256", "imagenet512"]
+KINDS = ["vqgan", "transformer", "autoregressive", "classifier"]            # what a run may hold, the tokenizer first
+DTYPES = {b"float32": torch.float32, b"float16": torch.float16, b"bfloat16": torch.bfloat16, b"float64": torch.float64}
 # The transformer's layers, around and inside its blocks: by our name, the names of the released ones that it unites.
 AROUND_THE_BLOCKS = {"token_embedding": ["Embed_0/word_embeddings"],
                      "position_embedding": ["Embed_0/position_embeddings"], "norm": ["Embed_0/embeddings_ln"],
@@ -95,9 +99,6 @@ def port_arrays(model):
                 yield f"{tower}.{path}.{name}".replace("shortcut", "nin_shortcut"), array
 
 
-DTYPES = {b"float32": torch.float32, b"float16": torch.float16, b"bfloat16": torch.bfloat16, b"float64": torch.float64}
-
-
 def import_msgpack():
     try:
         import msgpack
@@ -134,8 +135,7 @@ def read_released(path):
     try:
         found = list(flatten(msgpack.unpackb(data, ext_hook=unpack)))
     except Exception as error:                              # msgpack raises a dozen kinds on what it does not expect
-        raise ValueError(f"{path} is no Flax msgpack file, or is truncated "
-                         f"({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path} is no Flax msgpack file, or truncated ({type(error).__name__}: {error})") from error
     for name, times in Counter(name for name, _ in found).items():
         if times > 1:
             raise ValueError(f"{path} holds parameter {name} twice; leave one set of parameters in it")
@@ -215,9 +215,8 @@ def maskgit_from_jax(path, codebook_size=1024):
 def write_released(model, path):
     """Writes a VQGAN or MaskGIT as the authors released theirs. Raises OSError, or ValueError where that cannot be."""
     msgpack = import_msgpack()
-    groups = getattr(model.config, "groups", 32)
-    if groups != 32:
-        raise ValueError(f"the released format means 32 groups in each GroupNorm, and this tokenizer has {groups}")
+    if getattr(model.config, "groups", 32) != 32:
+        raise ValueError(f"the released format means 32 groups in each GroupNorm, not {model.config.groups}")
     if getattr(model.config, "null_class", False):
         raise ValueError("the released format has no null class, and this transformer was trained with --class-dropout")
     tree, packer = {}, msgpack.Packer()
@@ -240,11 +239,6 @@ def write_released(model, path):
             write(value, file)
 
     checkpoints.write_atomically(path, partial(write, tree))
-
-
-URL = "https://storage.googleapis.com/maskgit-public/checkpoints/"
-MODELS = ["imagenet256", "imagenet512"]
-KINDS = ["vqgan", "transformer", "autoregressive", "classifier"]            # what a run may hold, the tokenizer first
 
 
 def convert(args, folder):
@@ -329,8 +323,7 @@ def main():
         command = partial(convert, args, folder)
     else:
         problem = f"unknown model '{args.model}'" if args.model else "no model was named"
-        raise ValueError(f"{problem}: name one of {', '.join(MODELS)}, or files with --tokenizer, --transformer and "
-                         f"--run")
+        raise ValueError(f"{problem}: name one of {', '.join(MODELS)}, or give --tokenizer, --transformer and --run")
     for path in targets:
         if path.exists() and not args.overwrite:
             raise ValueError(f"{path} is already there: use --overwrite to replace it, or name another folder")
