@@ -26,99 +26,77 @@ from lib.downloads import download
 from maskgit import MaskGIT
 from vqgan import VQGAN, ResBlock
 
-# Inside a residual block of the tokenizer: our name, that in the released file, that in the PyTorch port.
-RES_BLOCK = [("norm1", "GroupNorm_0", "norm1"), ("conv1", "Conv_0", "conv1"), ("norm2", "GroupNorm_1", "norm2"),
-             ("conv2", "Conv_1", "conv2"), ("shortcut", "Conv_2", "nin_shortcut")]
-# Outside and inside the blocks of the transformer: the released names by ours.
-AROUND_THE_BLOCKS = {"token_embedding": "Embed_0/word_embeddings", "position_embedding": "Embed_0/position_embeddings",
-                     "norm": "Embed_0/embeddings_ln", "head.0": "MlmLayer_0/mlm_dense", "head.2": "MlmLayer_0/mlm_ln"}
-TRANSFORMER_BLOCK = {"attention.out": "Attention_0/self_attention/out", "norm1": "Attention_0/attention_output_ln",
-                     "mlp.0": "Mlp_0/intermediate_output", "mlp.2": "Mlp_0/layer_output",
-                     "norm2": "Mlp_0/layer_output_ln"}
+URL = "https://storage.googleapis.com/maskgit-public/checkpoints/"
+MODELS = ["imagenet256", "imagenet512"]
+KINDS = ["vqgan", "transformer", "autoregressive", "classifier"]            # what a run may hold, the tokenizer first
+DTYPES = {b"float32": torch.float32, b"float16": torch.float16, b"bfloat16": torch.bfloat16, b"float64": torch.float64}
+# The transformer's layers, around and inside its blocks: by our name, the names of the released ones that it unites.
+AROUND_THE_BLOCKS = {"token_embedding": ["Embed_0/word_embeddings"],
+                     "position_embedding": ["Embed_0/position_embeddings"], "norm": ["Embed_0/embeddings_ln"],
+                     "head.0": ["MlmLayer_0/mlm_dense"], "head.2": ["MlmLayer_0/mlm_ln"]}
+TRANSFORMER_BLOCK = {"attention.qkv": [f"Attention_0/self_attention/{part}" for part in ("query", "key", "value")],
+                     "attention.out": ["Attention_0/self_attention/out"], "norm1": ["Attention_0/attention_output_ln"],
+                     "mlp.0": ["Mlp_0/intermediate_output"], "mlp.2": ["Mlp_0/layer_output"],
+                     "norm2": ["Mlp_0/layer_output_ln"]}
 
 
-def tokenizer_layers(model):
-    """Every layer of a VQGAN that has weights: (our name, its name in the released file, that in the PyTorch port)."""
+def tokenizer_layers(parent, path):
+    """The layers of a tower of the tokenizer, or of a residual block: (a list of the released name, the layer).
+
+    Flax numbers the layers of each kind as they are called, which is the order in which ours are defined."""
+    counts = Counter()
+    for layer in parent.children():
+        kind = type(layer).__name__.removesuffix("2d")
+        name = f"{path}/{kind}_{counts[kind]}"
+        counts[kind] += 1
+        if isinstance(layer, ResBlock):
+            yield from tokenizer_layers(layer, name)
+        else:
+            yield [name], layer
+
+
+def released_arrays(model):
+    """Every array of a released file, of a VQGAN or MaskGIT: (its name, our weights that it stands for).
+
+    These are views of the model's weights in the shape of the released array, to be read, or to be written into."""
+    if isinstance(model, VQGAN):
+        yield "quantizer/codebook", model.quantizer.codebook.detach()
+        layers = [*tokenizer_layers(model.encoder.layers, "encoder"),
+                  *tokenizer_layers(model.decoder.layers, "decoder")]
+    else:
+        yield "MlmLayer_0/mlm_bias/bias", model.head_bias.detach()
+        layers = [(names, model.get_submodule(ours)) for ours, names in AROUND_THE_BLOCKS.items()]
+        for i, block in enumerate(model.blocks):
+            layers += [([f"TransformerLayer_{i}/{name}" for name in names], block.get_submodule(ours))
+                       for ours, names in TRANSFORMER_BLOCK.items()]
+    for names, layer in layers:
+        weight = {nn.Conv2d: "kernel", nn.Linear: "kernel", nn.Embedding: "embedding"}.get(type(layer), "scale")
+        for kind, united in layer.state_dict().items():
+            kind = weight if kind == "weight" else kind
+            for name, array in zip(names, united.chunk(len(names)), strict=True):
+                if kind == "kernel":                        # ours begin with (out, in), theirs end with (in, out)
+                    array = array.movedim((1, 0), (-2, -1))
+                if name.endswith(("query", "key", "value")):                # what comes out is split by head
+                    array = array.unflatten(-1, (model.config.heads, -1))
+                elif name.endswith("self_attention/out") and kind == "kernel":          # so is what goes in here
+                    array = array.unflatten(0, (model.config.heads, -1))
+                yield f"{name}/{kind}", array
+
+
+def port_arrays(model):
+    """As released_arrays, for the PyTorch port of the tokenizer, whose arrays are laid out as ours."""
     levels, blocks = range(len(model.config.multipliers)), range(model.config.res_blocks)
     down = [f"down.{level}.block.{i}" for level in levels for i in blocks]
     middle = [f"mid.{i}" for i in blocks]
     up = []
     for level in reversed(levels):                          # in the port the finest resolution is 0 on the way up too
         up += [f"up.{level}.block.{i}" for i in blocks] + [f"up.{level}.upsample_conv"] * (level > 0)
-    port_names = {"encoder": ["conv_in", *down, *middle, "norm_out", "conv_out"],
-                  "decoder": ["conv_in", *middle, *up, "norm_out", "conv_out"]}
-    for tower, names in port_names.items():
-        counts = Counter()                                  # Flax numbers the layers of each kind as they are called
-        layers = [(i, layer) for i, layer in enumerate(getattr(model, tower).layers) if list(layer.parameters())]
-        for (i, layer), port_name in zip(layers, names, strict=True):
-            kind = {ResBlock: "ResBlock", nn.Conv2d: "Conv", nn.GroupNorm: "GroupNorm"}[type(layer)]
-            ours, theirs, port = f"{tower}.layers.{i}", f"{tower}/{kind}_{counts[kind]}", f"{tower}.{port_name}"
-            counts[kind] += 1
-            if kind != "ResBlock":
-                yield ours, theirs, port
-                continue
-            for part, their_part, port_part in RES_BLOCK:
-                if getattr(layer, part) is not None:
-                    yield f"{ours}.{part}", f"{theirs}/{their_part}", f"{port}.{port_part}"
-
-
-def transformer_layers(model):
-    """Every layer of a MaskGIT that has weights: (our name, its names in the released file: one, or three parts)."""
-    for ours, theirs in AROUND_THE_BLOCKS.items():
-        yield ours, [theirs]
-    for i in range(model.config.depth):
-        attention = f"TransformerLayer_{i}/Attention_0/self_attention"
-        yield f"blocks.{i}.attention.qkv", [f"{attention}/{part}" for part in ("query", "key", "value")]
-        for ours, theirs in TRANSFORMER_BLOCK.items():
-            yield f"blocks.{i}.{ours}", [f"TransformerLayer_{i}/{theirs}"]
-
-
-def released_arrays(model):
-    """Every parameter of a VQGAN or MaskGIT: (our name, the names of the released arrays that make it up, their shape).
-    One rule then leads from theirs to ours (`from_released`) and one back (`to_released`)."""
-    if isinstance(model, VQGAN):
-        layers = [(ours, [theirs]) for ours, theirs, _ in tokenizer_layers(model)]
-        yield "quantizer.codebook", ["quantizer/codebook"], tuple(model.quantizer.codebook.shape)
-    else:
-        layers, heads = transformer_layers(model), (model.config.heads, model.config.dim // model.config.heads)
-        yield "head_bias", ["MlmLayer_0/mlm_bias/bias"], tuple(model.head_bias.shape)
-    for ours, theirs in layers:
-        layer = model.get_submodule(ours)
-        weight = {nn.Conv2d: "kernel", nn.Linear: "kernel", nn.Embedding: "embedding"}.get(type(layer), "scale")
-        for name, parameter in layer.named_parameters():
-            kind, shape = weight if name == "weight" else "bias", tuple(parameter.shape)
-            if kind == "kernel":                            # (height, width, in, out) or (in, out); ours begin with out
-                shape = (*shape[2:], shape[1], shape[0])
-            if ours.endswith("attention.qkv"):              # each of its three parts is split by head
-                shape = (*shape[:-1], *heads)
-            elif ours.endswith("attention.out") and kind == "kernel":
-                shape = (*heads, shape[-1])                 # so is what goes in here
-            yield f"{ours}.{name}", [f"{path}/{kind}" for path in theirs], shape
-
-
-def from_released(name, array, shape):
-    """A released array -> this part of ours, of `shape`."""
-    if not name.endswith("/kernel"):
-        return array.reshape(shape)
-    return array.permute(3, 2, 0, 1) if array.ndim == 4 else array.reshape(shape[::-1]).T
-
-
-def to_released(name, part, shape):
-    """This part of ours -> a released array of `shape`."""
-    if not name.endswith("/kernel"):
-        return part.reshape(shape)
-    return part.permute(2, 3, 1, 0) if part.ndim == 4 else part.T.reshape(shape)
-
-
-def port_arrays(model):
-    """As released_arrays, for the PyTorch port of the tokenizer, whose arrays are laid out as ours."""
-    yield "quantizer.codebook", ["quantize.embedding.weight"], tuple(model.quantizer.codebook.shape)
-    for ours, _, port in tokenizer_layers(model):
-        for name, parameter in model.get_submodule(ours).named_parameters():
-            yield f"{ours}.{name}", [f"{port}.{name}"], tuple(parameter.shape)
-
-
-DTYPES = {b"float32": torch.float32, b"float16": torch.float16, b"bfloat16": torch.bfloat16, b"float64": torch.float64}
+    yield "quantize.embedding.weight", model.quantizer.codebook.detach()
+    for tower, names in (("encoder", [*down, *middle]), ("decoder", [*middle, *up])):
+        layers = [layer for layer in getattr(model, tower).layers if list(layer.parameters())]
+        for path, layer in zip(["conv_in", *names, "norm_out", "conv_out"], layers, strict=True):
+            for name, array in layer.state_dict().items():
+                yield f"{tower}.{path}.{name}".replace("shortcut", "nin_shortcut"), array
 
 
 def import_msgpack():
@@ -157,8 +135,7 @@ def read_released(path):
     try:
         found = list(flatten(msgpack.unpackb(data, ext_hook=unpack)))
     except Exception as error:                              # msgpack raises a dozen kinds on what it does not expect
-        raise ValueError(f"{path} is no Flax msgpack file, or is truncated "
-                         f"({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path} is no Flax msgpack file, or truncated ({type(error).__name__}: {error})") from error
     for name, times in Counter(name for name, _ in found).items():
         if times > 1:
             raise ValueError(f"{path} holds parameter {name} twice; leave one set of parameters in it")
@@ -167,7 +144,7 @@ def read_released(path):
 
 def shape_of(path, arrays, name):
     if name not in arrays:
-        raise ValueError(f"{path}: parameter {name} is missing")
+        raise ValueError(f"{path}: parameter {name} is missing: this is no released model or port, or not a whole one")
     return tuple(arrays[name].shape)
 
 
@@ -176,73 +153,50 @@ def count(arrays, start):
     return len({re.match(r"\d*", name.removeprefix(start)).group() for name in arrays if name.startswith(start)})
 
 
-def build(model_class, config, arrays, names, path):
-    """A model in eval mode from the arrays of a file, each used exactly once. names: released_arrays or port_arrays."""
-    with torch.device("meta"):                              # no memory, no time for a random start
+def build(model_class, config, arrays, layout, path):
+    """A model in eval mode from a file's arrays, each used exactly once. layout: released_arrays or port_arrays."""
+    with torch.device("meta"):                              # no time for a random start
         model = model_class(config)
-    weights, own = {}, model.state_dict()
-    for ours, theirs, shape in names(model):
-        parts, size = [], own[ours].shape
-        for name in theirs:
-            found = shape_of(path, arrays, name)
-            if found != shape:
-                raise ValueError(f"{path}: parameter {name} has shape {found} where {shape} is expected")
-            parts.append(from_released(name, arrays.pop(name), (size[0] // len(theirs), *size[1:])))
-        weights[ours] = torch.cat(parts).float()
+    for name, own in layout(model.to_empty(device="cpu")):
+        found, expected = shape_of(path, arrays, name), tuple(own.shape)
+        if found != expected:
+            raise ValueError(f"{path}: parameter {name} has shape {found} where {expected} is expected")
+        own.copy_(arrays.pop(name))
     for name in arrays:
         raise ValueError(f"{path}: parameter {name} is unexpected")
-    model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
-def tokenizer_config(path, codebook, filters, widths, res_blocks):
-    """The VQGAN.Config of a file; shapes do not tell the groups of GroupNorm, 32 as released. Raises ValueError."""
-    if not widths or not res_blocks or filters % 32:
-        raise ValueError(f"{path} is no tokenizer as released: it has {len(widths)} resolutions, {res_blocks} residual "
-                         f"blocks and {filters} filters")
-    return VQGAN.Config(*codebook, filters, tuple(width // filters for width in widths), res_blocks)
-
-
-def vqgan_from_jax(path):
-    """The authors' released tokenizer file -> VQGAN in eval mode, its configuration read off the shapes.
+def read_tokenizer(path):
+    """The authors' released tokenizer file, or its PyTorch port, which is maskgit-vqgan-imagenet-f16-256.bin of
+    open-muse and 1d-tokenizer -> VQGAN in eval mode, its configuration read off the shapes.
 
     Raises OSError, or ValueError for a damaged file, and for a parameter too many or too few, which it names."""
-    arrays = read_released(path)
-    shape = partial(shape_of, path, arrays)
-    filters, _ = shape("encoder/Conv_0/kernel")[-1], shape("decoder/Conv_0/kernel")
-    levels = count(arrays, "decoder/Conv_") - 1             # into the decoder, up at each level but the finest, and out
-    res_blocks = count(arrays, "encoder/ResBlock_") // (levels + 1)
-    widths = [shape(f"encoder/ResBlock_{level * res_blocks}/Conv_0/kernel")[-1] for level in range(levels)]
-    config = tokenizer_config(path, shape("quantizer/codebook"), filters, widths, res_blocks)
-    return build(VQGAN, config, arrays, released_arrays, path)
-
-
-def vqgan_from_port(path):
-    """The tokenizer's PyTorch port -> VQGAN in eval mode. Raises as vqgan_from_jax does.
-    Its file is maskgit-vqgan-imagenet-f16-256.bin of open-muse and 1d-tokenizer."""
-    state = checkpoints.load_tensors(path)
-    if "quantize.embedding.weight" not in state:
-        raise ValueError(f"{path} is not the PyTorch port of the released tokenizer: it has no "
-                         f"quantize.embedding.weight")
-    shape = partial(shape_of, path, state)
-    filters, levels = shape("encoder.conv_in.weight")[0], count(state, "encoder.down.")
-    widths = [shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
-    res_blocks = count(state, "encoder.mid.")
-    config = tokenizer_config(path, shape("quantize.embedding.weight"), filters, widths, res_blocks)
-    return build(VQGAN, config, state, port_arrays, path)
-
-
-def read_tokenizer(path):
-    """A released tokenizer or its PyTorch port, told apart by the first bytes -> VQGAN in eval mode."""
     with open(path, "rb") as file:
         is_port = file.read(2) in (b"PK", b"\x80\x02")      # the port is a zip archive, or a bare pickle
-    return vqgan_from_port(path) if is_port else vqgan_from_jax(path)
+    arrays = checkpoints.load_tensors(path) if is_port else read_released(path)
+    shape = partial(shape_of, path, arrays)
+    if is_port:
+        codebook, filters = shape("quantize.embedding.weight"), shape("encoder.conv_in.weight")[0]
+        levels, res_blocks = count(arrays, "encoder.down."), count(arrays, "encoder.mid.")
+        widths = [shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
+    else:
+        codebook, filters = shape("quantizer/codebook"), shape("encoder/Conv_0/kernel")[-1]
+        shape("decoder/Conv_0/kernel")                      # raises where there is no decoder to count in
+        levels = count(arrays, "decoder/Conv_") - 1         # into the decoder, up at each level but the finest, and out
+        res_blocks = count(arrays, "encoder/ResBlock_") // (levels + 1)
+        widths = [shape(f"encoder/ResBlock_{level * res_blocks}/Conv_0/kernel")[-1] for level in range(levels)]
+    if not widths or not res_blocks or filters % 32:        # shapes do not tell the groups of GroupNorm: 32 as released
+        raise ValueError(f"{path} is no tokenizer as released: it has {len(widths)} resolutions, {res_blocks} residual "
+                         f"blocks and {filters} filters")
+    config = VQGAN.Config(*codebook, filters, tuple(width // filters for width in widths), res_blocks)
+    return build(VQGAN, config, arrays, port_arrays if is_port else released_arrays, path)
 
 
 def maskgit_from_jax(path, codebook_size=1024):
     """The authors' released transformer file -> MaskGIT in eval mode, its configuration read off the shapes.
 
-    codebook_size: of its tokenizer; the rest of the table is classes and [MASK]. Raises as vqgan_from_jax does, and
+    codebook_size: of its tokenizer; the rest of the table is classes and [MASK]. Raises as read_tokenizer does, and
     ValueError where the table is too small for the codebook."""
     arrays = read_released(path)
     shape = partial(shape_of, path, arrays)
@@ -261,19 +215,17 @@ def maskgit_from_jax(path, codebook_size=1024):
 def write_released(model, path):
     """Writes a VQGAN or MaskGIT as the authors released theirs. Raises OSError, or ValueError where that cannot be."""
     msgpack = import_msgpack()
-    groups = getattr(model.config, "groups", 32)
-    if groups != 32:
-        raise ValueError(f"the released format means 32 groups in each GroupNorm, and this tokenizer has {groups}")
+    if getattr(model.config, "groups", 32) != 32:
+        raise ValueError(f"the released format means 32 groups in each GroupNorm, not {model.config.groups}")
     if getattr(model.config, "null_class", False):
         raise ValueError("the released format has no null class, and this transformer was trained with --class-dropout")
-    tree, weights, packer = {"params": {}}, model.state_dict(), msgpack.Packer()
-    for ours, theirs, shape in released_arrays(model):
-        for name, part in zip(theirs, weights[ours].chunk(len(theirs))):
-            *folders, last = name.split("/")
-            node = tree["params"]
-            for folder in folders:
-                node = node.setdefault(folder, {})
-            node[last] = to_released(name, part, shape)
+    tree, packer = {}, msgpack.Packer()
+    for name, array in released_arrays(model):
+        *folders, last = f"params/{name}".split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[last] = array
 
     def write(node, file):                                  # piece by piece, never the whole file in memory
         if torch.is_tensor(node):
@@ -289,17 +241,12 @@ def write_released(model, path):
     checkpoints.write_atomically(path, partial(write, tree))
 
 
-URL = "https://storage.googleapis.com/maskgit-public/checkpoints/"
-MODELS = ["imagenet256", "imagenet512"]
-KINDS = ["vqgan", "transformer", "autoregressive", "classifier"]            # what a run may hold, the tokenizer first
-
-
 def convert(args, folder):
-    """Writes vqgan.pt and, where there is a transformer, transformer.pt of a run.
-
-    They are made from the released files that args names, and for what it does not name from those of args.model."""
+    """Writes vqgan.pt and, where there is a transformer, transformer.pt of a run: from the released files that args
+    names, and for what it does not name from those of args.model."""
     files = [args.tokenizer, args.transformer]
     if args.model:
+        import_msgpack()                                    # without it, there is no use in fetching
         names = [f"{kind}_{args.model}_checkpoint" for kind in ("tokenizer", "maskgit")]
         files = [file or download(URL + name, name, offline=args.offline) for file, name in zip(files, names)]
     tokenizer_file, transformer_file = files
@@ -325,12 +272,13 @@ def convert(args, folder):
     print(f"next: python {'sample.py' if transformer_file else 'train_transformer.py --data imagenet'} --run {folder}")
 
 
-def export(run, tokenizer_file, transformer_file):
-    """Writes both models of a run as released."""
-    for kind, model_class, target in (("vqgan", VQGAN, tokenizer_file), ("transformer", MaskGIT, transformer_file)):
+def export(run, targets):
+    """Writes both models of a run as released. targets: the files of the tokenizer and of the transformer."""
+    import_msgpack()
+    for kind, model_class, target in zip(("vqgan", "transformer"), (VQGAN, MaskGIT), targets, strict=True):
         model, _ = checkpoints.rebuild(run / f"{kind}.pt", kind, model_class)
         write_released(model, target)
-    print(f"wrote {tokenizer_file} and {transformer_file}")
+        print(f"wrote {target}")
 
 
 def halve(run, folder):
@@ -342,15 +290,14 @@ def halve(run, folder):
         checkpoint = checkpoints.load_checkpoint(source, kind)
         checkpoint["model"] = {name: value.half() if value.is_floating_point() else value
                                for name, value in checkpoint["model"].items()}
-        if kind == "vqgan":                                 # rounded, it is another tokenizer, with other tokens
-            rounded = checkpoints.load_weights(VQGAN(VQGAN.Config(**checkpoint["config"])), checkpoint["model"], source)
-        if "tokenizer" in checkpoint:
-            checkpoint["tokenizer"] = checkpoints.fingerprint(rounded)
+        if "tokenizer" in checkpoint:                       # rounded, it is another one, with other tokens
+            tokenizer, _ = checkpoints.rebuild(folder / "vqgan.pt", "vqgan", VQGAN)
+            checkpoint["tokenizer"] = checkpoints.fingerprint(tokenizer)
         checkpoints.save_checkpoint(target, checkpoint)
         print(f"wrote {target}: {target.stat().st_size / 1e6:.2f} MB")
 
 
-def parse_arguments():
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="imagenet256 or imagenet512, to be fetched")
     parser.add_argument("--tokenizer", metavar="FILE", help="a released tokenizer that is at hand, or its PyTorch port")
@@ -361,29 +308,22 @@ def parse_arguments():
     pair = {"nargs": 2, "type": Path, "metavar": ("DIR", "RUN")}
     parser.add_argument("--export", **pair, help="write RUN's models to DIR as released")
     parser.add_argument("--half", **pair, help="write RUN's models to DIR in float16")
-    return parser.parse_args()
+    args = parser.parse_args()
 
-
-def main():
-    args = parse_arguments()
     if args.half:
         folder, run = args.half
         targets, command = [folder / f"{kind}.pt" for kind in KINDS], partial(halve, run, folder)
     elif args.export:
-        import_msgpack()
         folder, run = args.export
         targets = [folder / f"{kind}_{run.resolve().name}_checkpoint" for kind in ("tokenizer", "maskgit")]
-        command = partial(export, run, *targets)
+        command = partial(export, run, targets)
     elif args.model in MODELS or args.model is None and args.tokenizer and args.run:
-        if args.model:
-            import_msgpack()                                # without it, there is no use in fetching
         folder = Path(args.run or Path("runs", args.model))
         targets = [folder / f"{kind}.{ending}" for kind in KINDS[:2] for ending in ("pt", "resume.pt")]
         command = partial(convert, args, folder)
     else:
         problem = f"unknown model '{args.model}'" if args.model else "no model was named"
-        raise ValueError(f"{problem}: name one of {', '.join(MODELS)}, or files with --tokenizer, --transformer and "
-                         f"--run")
+        raise ValueError(f"{problem}: name one of {', '.join(MODELS)}, or give --tokenizer, --transformer and --run")
     for path in targets:
         if path.exists() and not args.overwrite:
             raise ValueError(f"{path} is already there: use --overwrite to replace it, or name another folder")

@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import http.client
 import os
+import ssl
 import sys
 import time
 import urllib.error
@@ -12,6 +13,8 @@ from pathlib import Path
 from lib.pictures import Progress
 
 TRIES = 4
+# How the network fails in the middle of a file, which another try may help against. Any other OSError is of the disk.
+BROKEN_OFF = (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
 
 def cache_folder():
@@ -72,64 +75,47 @@ def fetch(url, part, size):
     for wait in range(TRIES):
         time.sleep(wait)
         try:
-            response = request_rest(url, part)
-            if response:
-                store(response, url, part, size)
-            return
-        except http.client.HTTPException as error:          # what another try may help against
+            return fetch_rest(url, part, size)
+        except BROKEN_OFF as error:
             reason = error
     raise OSError(f"cannot fetch {url}: {reason}, {TRIES} times; run this again to go on from there")
 
 
-def request_rest(url, part):
-    """The server's response with what `part` lacks; None where it lacks nothing."""
-    name, have = part.with_suffix(""), part.stat().st_size if part.exists() else 0
+def fetch_rest(url, part, size):
+    """One try of fetch(). Raises as it does, or one of BROKEN_OFF."""
+    path, have = part.with_suffix(""), part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        return urllib.request.urlopen(request, timeout=30)
+        with urllib.request.urlopen(request, timeout=30) as response:
+            # A server that cannot send the rest alone (status 206) sends all of it.
+            have = have if response.status == 206 else 0
+            length = response.headers.get("Content-Length")
+            total = have + int(length) if length else size
+            if size and total != size:
+                raise ValueError(f"{url} has {total} bytes, not {size}: put the right file at {path} yourself")
+            progress = Progress(f"fetching {path.name}", (total or 0) / 1e6, "MB", have / 1e6, sys.stderr)
+            with open(part, "ab" if have else "wb") as file:
+                while chunk := response.read(1 << 17):
+                    file.write(chunk)
+                    have += len(chunk)
+                    if total:
+                        progress.show(have / 1e6)
+                file.flush()
+                os.fsync(file.fileno())
+        if total is not None and have != total:
+            raise http.client.HTTPException(f"the connection broke off at {have} of {total} bytes")
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise OSError(f"cannot fetch {url}: the server answers {error.code} {error.reason}; try again later, or "
-                          f"put the file at {name} yourself") from error
-        if error.headers.get("Content-Range") == f"bytes */{have}":
-            return None                                     # nothing lies beyond what is there
-        part.unlink()
-        raise http.client.HTTPException("the server has less of it than was there") from error
+                          f"put the file at {path} yourself") from error
+        if error.headers.get("Content-Range") != f"bytes */{have}":             # else there is no more than we have
+            part.unlink()
+            raise http.client.HTTPException("the server has less of it than was there") from error
     except urllib.error.URLError as error:
-        raise OSError(f"cannot reach {url} ({error.reason}): check the network, or put the file at {name} "
+        raise OSError(f"cannot reach {url} ({error.reason}): check the network, or put the file at {path} "
                       f"yourself") from error
-    except (OSError, http.client.HTTPException) as error:
-        raise http.client.HTTPException(f"the connection broke off ({error})") from error
-
-
-def store(response, url, part, size):
-    """Writes a response to `part`. Raises HTTPException where the connection breaks off."""
-    # A server that cannot send the rest alone (status 206) sends all of it.
-    have = part.stat().st_size if response.status == 206 else 0
-    length = response.headers.get("Content-Length")
-    total = have + int(length) if length else size
-    if size and total != size:
-        raise ValueError(f"{url} has {total} bytes, not {size}: put the right file at {part.with_suffix('')} yourself")
-    done, progress = have, Progress(f"fetching {part.stem}", (total or 0) / 1e6, "MB", have / 1e6, sys.stderr)
-    try:
-        with response, open(part, "ab" if have else "wb") as file:
-            while chunk := receive(response):
-                file.write(chunk)
-                done += len(chunk)
-                if total:
-                    progress.show(done / 1e6)
-            file.flush()
-            os.fsync(file.fileno())
+    except BROKEN_OFF:
+        raise
     except OSError as error:
         raise OSError(f"cannot write {part}: {error.strerror}; free some space, or choose another folder "
                       f"(MASKGIT_CACHE, --data-dir), and run this again") from error
-    if total is not None and done != total:
-        raise http.client.HTTPException(f"the connection broke off at {done} of {total} bytes")
-
-
-def receive(response):
-    """The next bytes, none at the end. Raises HTTPException, never the OSError that would mean the disk."""
-    try:
-        return response.read(1 << 17)
-    except OSError as error:
-        raise http.client.HTTPException(f"the connection broke off ({error})") from error

@@ -28,7 +28,7 @@ class LPIPS(nn.Module):
                 width = outputs
             self.taps.append(len(layers) - 1)               # features are compared before each pooling
         self.features = nn.Sequential(*layers)              # numbered as torchvision's, whose names it shares
-        self.linear = nn.ParameterList(torch.zeros(widths[-1]) for widths in self.WIDTHS)
+        self.linear = nn.ParameterList(torch.zeros(widths[-1], 1, 1) for widths in self.WIDTHS)
         # Mean and deviation of ImageNet's colours.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
@@ -40,8 +40,7 @@ class LPIPS(nn.Module):
             a, b = layer(a), layer(b)
             if i in self.taps:
                 u, v = (F.normalize(x.float(), dim=1, eps=1e-10) for x in (a, b))           # each pixel's to length 1
-                weight = self.linear[self.taps.index(i)][:, None, None]
-                distance = distance + ((u - v).square() * weight).sum(1).mean((1, 2))
+                distance = distance + ((u - v).square() * self.linear[self.taps.index(i)]).sum(1).mean((1, 2))
         return distance
 
 
@@ -55,5 +54,5 @@ def load_lpips(offline=False):
                       f"(from {LINEAR}) in {cache_folder()}; --perceptual none trains without") from error
     weights = {name: value for name, value in load_tensors(vgg16).items() if name.startswith("features.")}
     for name, value in load_tensors(linear).items():        # they are called lin0.model.1.weight (1, 64, 1, 1), ...
-        weights[f"linear.{name[3:4]}"] = value.flatten()
+        weights[f"linear.{name[3:4]}"] = value.squeeze(0)
     return load_weights(LPIPS(), weights, f"{vgg16} or {linear}")

@@ -25,14 +25,7 @@ from lib.devices import Machine
 from lib.downloads import download
 from lib.lpips import LPIPS, load_lpips
 from maskgit import MaskGIT, MaskGITConfig
-from pretrained import (
-    maskgit_from_jax,
-    read_tokenizer,
-    tokenizer_layers,
-    vqgan_from_jax,
-    vqgan_from_port,
-    write_released,
-)
+from pretrained import maskgit_from_jax, port_arrays, read_tokenizer, write_released
 from vqgan import VQGAN, VQGANConfig
 
 TOKENIZER, TRANSFORMER = DATA / "tokenizer_tiny.msgpack", DATA / "transformer_tiny.msgpack"
@@ -60,7 +53,7 @@ def says(error, *words):
 @torch.no_grad()
 def test_released_tokenizer(msgpack):
     ref, _ = load("tokenizer_tiny")
-    model = vqgan_from_jax(TOKENIZER)
+    model = read_tokenizer(TOKENIZER)
     assert not model.training
     assert model.config == VQGANConfig(codebook_size=64, codebook_dim=16, filters=32, multipliers=(1, 1, 2),
                                        res_blocks=1)
@@ -81,7 +74,7 @@ def test_released_transformer(msgpack):
 
 
 def test_export_gives_the_released_file_again(msgpack, tmp_path):
-    for path, model in ((TOKENIZER, vqgan_from_jax(TOKENIZER)), (TRANSFORMER, maskgit_from_jax(TRANSFORMER, 64))):
+    for path, model in ((TOKENIZER, read_tokenizer(TOKENIZER)), (TRANSFORMER, maskgit_from_jax(TRANSFORMER, 64))):
         write_released(model, tmp_path / "file")
         assert tree_of(msgpack, tmp_path / "file") == tree_of(msgpack, path)
 
@@ -96,7 +89,7 @@ def test_export_and_import_change_no_bit(msgpack, model, tmp_path):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     write_released(model, tmp_path / "file")
-    found = vqgan_from_jax(tmp_path / "file") if isinstance(model, VQGAN) else maskgit_from_jax(tmp_path / "file", 64)
+    found = read_tokenizer(tmp_path / "file") if isinstance(model, VQGAN) else maskgit_from_jax(tmp_path / "file", 64)
     assert found.config == model.config
     assert found.state_dict().keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
@@ -132,7 +125,7 @@ def leaves(tree, path=()):
         yield from leaves(value, (*path, key)) if isinstance(value, dict) else [(*path, key)]
 
 
-@pytest.mark.parametrize("path, read", [(TOKENIZER, vqgan_from_jax),
+@pytest.mark.parametrize("path, read", [(TOKENIZER, read_tokenizer),
                                         (TRANSFORMER, lambda path: maskgit_from_jax(path, 64))])
 def test_a_parameter_too_few_too_many_or_misshapen_is_named(msgpack, path, read, tmp_path):
     file, tree = tmp_path / "file", tree_of(msgpack, path)
@@ -289,9 +282,7 @@ def test_port_of_the_tokenizer(tmp_path):
     for name, parameter in model.named_parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.1)
     own = model.state_dict()
-    weights = {"quantize.embedding.weight": own["quantizer.codebook"]}
-    for ours, _, port in tokenizer_layers(model):
-        weights |= {f"{port}.{kind}": own[f"{ours}.{kind}"] for kind in ("weight", "bias") if f"{ours}.{kind}" in own}
+    weights = dict(port_arrays(model))
     assert len(weights) == len(own)
     images = torch.rand(2, 3, 32, 32)
     close(port_reconstruction(weights, 4, 2, images), model(images)[0])
@@ -304,11 +295,11 @@ def test_port_of_the_tokenizer(tmp_path):
     changed = {name: value for name, value in weights.items() if name != "decoder.up.3.upsample_conv.bias"}
     torch.save(changed, tmp_path / "port.bin")
     with pytest.raises(ValueError) as error:
-        vqgan_from_port(tmp_path / "port.bin")
+        read_tokenizer(tmp_path / "port.bin")
     says(error, tmp_path / "port.bin", "decoder.up.3.upsample_conv.bias", "missing")
     torch.save(weights | {"encoder.more": torch.zeros(1)}, tmp_path / "port.bin")
     with pytest.raises(ValueError) as error:
-        vqgan_from_port(tmp_path / "port.bin")
+        read_tokenizer(tmp_path / "port.bin")
     says(error, "encoder.more", "unexpected")
 
 
