@@ -167,7 +167,7 @@ def build(model_class, config, arrays, layout, path):
     return model.eval()
 
 
-def read_tokenizer(path):
+def vqgan_from_jax(path):
     """The authors' released tokenizer file, or its PyTorch port, which is maskgit-vqgan-imagenet-f16-256.bin of
     open-muse and 1d-tokenizer -> VQGAN in eval mode, its configuration read off the shapes.
 
@@ -196,7 +196,7 @@ def read_tokenizer(path):
 def maskgit_from_jax(path, codebook_size=1024):
     """The authors' released transformer file -> MaskGIT in eval mode, its configuration read off the shapes.
 
-    codebook_size: of its tokenizer; the rest of the table is classes and [MASK]. Raises as read_tokenizer does, and
+    codebook_size: of its tokenizer; the rest of the table is classes and [MASK]. Raises as vqgan_from_jax does, and
     ValueError where the table is too small for the codebook."""
     arrays = read_released(path)
     shape = partial(shape_of, path, arrays)
@@ -250,7 +250,7 @@ def convert(args, folder):
         names = [f"{kind}_{args.model}_checkpoint" for kind in ("tokenizer", "maskgit")]
         files = [file or download(URL + name, name, offline=args.offline) for file, name in zip(files, names)]
     tokenizer_file, transformer_file = files
-    tokenizer, side, classes = read_tokenizer(tokenizer_file), 16, imagenet_classes()
+    tokenizer, side, classes = vqgan_from_jax(tokenizer_file), 16, imagenet_classes()
     models = {"vqgan": tokenizer}
     if transformer_file:
         models["transformer"] = transformer = maskgit_from_jax(transformer_file, tokenizer.config.codebook_size)

@@ -205,6 +205,7 @@ class Features:
     def __init__(self, machine, classes, classifier, inception, example):
         self.machine, self.classes, self.classifier, self.inception = machine, classes, classifier, inception
         self.distance, self.score = ("FID", "IS") if inception else ("FCD", "IS(classifier)")
+        self.latest_real = None
         self.name = f"{'Inception' if inception else 'the classifier'}'s ({fingerprint(inception or classifier)})"
         with torch.no_grad():
             self.shift = mean_over_ranks(self.of(example)[0].double().mean(0))                          # (D,)
@@ -234,10 +235,14 @@ class Features:
     def figures(self, sums, real):
         """Table 1's columns, BESIDE_REAL and BY_CLASS, {name: value}. real: the sums of real images."""
         device = self.machine.device if self.machine.device.type == "cuda" else torch.device("cpu")
+        same, self.latest_real = real is self.latest_real, real
         sums, real = ({name: value.to(device) for name, value in each.items()} for each in (sums, real))
         ours, theirs = (metrics.mean_and_covariance(each, self.shift.to(device)) for each in (sums, real))
         score, deviation = metrics.inception_score(sums)
-        row = {self.distance: metrics.frechet_distance(*ours, *theirs), self.score: score, "± over splits": deviation}
+        if not same:                                   # for 2,048 features it takes seconds, which each row would wait
+            self.real_root = metrics.square_root(theirs[1])
+        row = {self.distance: metrics.frechet_distance(*ours, *theirs, self.real_root),
+               self.score: score, "± over splits": deviation}
         if "features" in sums:
             row["precision"], row["recall"] = metrics.precision_recall(sums["features"], real["features"])
         sharpness, real_sharpness = (each["sharpness"] / each["count"] for each in (sums, real))

@@ -31,13 +31,15 @@ def mean_and_covariance(sums, shift):
     return shift + mean, (sums["outer"] - n * torch.outer(mean, mean)) / (n - 1)
 
 
-def frechet_distance(mean1, covariance1, mean2, covariance2):
-    """|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½), between two Gaussians, a float >= 0. Means (D,), covariances (D, D).
+def frechet_distance(mean1, covariance1, mean2, covariance2, root2=None):
+    """|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½), between two Gaussians, a float >= 0. Means (D,), covariances (D, D);
+    root2, where it is known: square_root(covariance2).
 
     tr (C1 C2)^½ is the sum of the singular values of C1^½ C2^½: no square root of a product's rounding errors is taken,
     so covariances may be singular, as they are with fewer images than features. Source: Heusel et al. 2017, Eq. 6;
     Dowson and Landau 1982."""
-    overlap = torch.linalg.svdvals(square_root(covariance1).T @ square_root(covariance2)).sum()
+    root2 = square_root(covariance2) if root2 is None else root2
+    overlap = torch.linalg.svdvals(square_root(covariance1).T @ root2).sum()
     distance = (mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * overlap
     return distance.clamp(min=0).item()
 

@@ -25,7 +25,7 @@ from lib.devices import Machine
 from lib.downloads import download
 from lib.lpips import LPIPS, load_lpips
 from maskgit import MaskGIT, MaskGITConfig
-from pretrained import maskgit_from_jax, port_arrays, read_tokenizer, write_released
+from pretrained import maskgit_from_jax, port_arrays, vqgan_from_jax, write_released
 from vqgan import VQGAN, VQGANConfig
 
 TOKENIZER, TRANSFORMER = DATA / "tokenizer_tiny.msgpack", DATA / "transformer_tiny.msgpack"
@@ -53,7 +53,7 @@ def says(error, *words):
 @torch.no_grad()
 def test_released_tokenizer(msgpack):
     ref, _ = load("tokenizer_tiny")
-    model = read_tokenizer(TOKENIZER)
+    model = vqgan_from_jax(TOKENIZER)
     assert not model.training
     assert model.config == VQGANConfig(codebook_size=64, codebook_dim=16, filters=32, multipliers=(1, 1, 2),
                                        res_blocks=1)
@@ -74,7 +74,7 @@ def test_released_transformer(msgpack):
 
 
 def test_export_gives_the_released_file_again(msgpack, tmp_path):
-    for path, model in ((TOKENIZER, read_tokenizer(TOKENIZER)), (TRANSFORMER, maskgit_from_jax(TRANSFORMER, 64))):
+    for path, model in ((TOKENIZER, vqgan_from_jax(TOKENIZER)), (TRANSFORMER, maskgit_from_jax(TRANSFORMER, 64))):
         write_released(model, tmp_path / "file")
         assert tree_of(msgpack, tmp_path / "file") == tree_of(msgpack, path)
 
@@ -89,7 +89,7 @@ def test_export_and_import_change_no_bit(msgpack, model, tmp_path):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     write_released(model, tmp_path / "file")
-    found = read_tokenizer(tmp_path / "file") if isinstance(model, VQGAN) else maskgit_from_jax(tmp_path / "file", 64)
+    found = vqgan_from_jax(tmp_path / "file") if isinstance(model, VQGAN) else maskgit_from_jax(tmp_path / "file", 64)
     assert found.config == model.config
     assert found.state_dict().keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
@@ -125,7 +125,7 @@ def leaves(tree, path=()):
         yield from leaves(value, (*path, key)) if isinstance(value, dict) else [(*path, key)]
 
 
-@pytest.mark.parametrize("path, read", [(TOKENIZER, read_tokenizer),
+@pytest.mark.parametrize("path, read", [(TOKENIZER, vqgan_from_jax),
                                         (TRANSFORMER, lambda path: maskgit_from_jax(path, 64))])
 def test_a_parameter_too_few_too_many_or_misshapen_is_named(msgpack, path, read, tmp_path):
     file, tree = tmp_path / "file", tree_of(msgpack, path)
@@ -159,7 +159,7 @@ def test_damaged_files(msgpack, tmp_path):
                  b"\x93\x01\x02\x03", whole.replace(b"float32", b"complex"),
                  whole.replace(b"\x92\x20\x04\x08", b"\x92\x20\x04\x09")):
         file.write_bytes(data)
-        for read in (maskgit_from_jax, read_tokenizer):
+        for read in (maskgit_from_jax, vqgan_from_jax):
             with pytest.raises(ValueError) as error:
                 read(file)
             says(error, file)
@@ -288,18 +288,18 @@ def test_port_of_the_tokenizer(tmp_path):
     close(port_reconstruction(weights, 4, 2, images), model(images)[0])
     for zipped in (True, False):                            # as torch.save writes now, and as it did before 1.6
         torch.save(weights, tmp_path / "port.bin", _use_new_zipfile_serialization=zipped)
-        found = read_tokenizer(tmp_path / "port.bin")
+        found = vqgan_from_jax(tmp_path / "port.bin")
         assert found.config == model.config and not found.training
         assert all(torch.equal(value, own[name]) for name, value in found.state_dict().items())
 
     changed = {name: value for name, value in weights.items() if name != "decoder.up.3.upsample_conv.bias"}
     torch.save(changed, tmp_path / "port.bin")
     with pytest.raises(ValueError) as error:
-        read_tokenizer(tmp_path / "port.bin")
+        vqgan_from_jax(tmp_path / "port.bin")
     says(error, tmp_path / "port.bin", "decoder.up.3.upsample_conv.bias", "missing")
     torch.save(weights | {"encoder.more": torch.zeros(1)}, tmp_path / "port.bin")
     with pytest.raises(ValueError) as error:
-        read_tokenizer(tmp_path / "port.bin")
+        vqgan_from_jax(tmp_path / "port.bin")
     says(error, "encoder.more", "unexpected")
 
 
@@ -311,7 +311,7 @@ def test_a_port_file_cannot_run_code(tmp_path):
     for zipped in (True, False):
         torch.save({"quantize.embedding.weight": Evil()}, tmp_path / "port.bin", _use_new_zipfile_serialization=zipped)
         with pytest.raises(ValueError) as error:
-            read_tokenizer(tmp_path / "port.bin")
+            vqgan_from_jax(tmp_path / "port.bin")
         says(error, tmp_path / "port.bin")
     assert not (tmp_path / "ran").exists()
 
