@@ -52,8 +52,6 @@ PLANNED = {"shapes": (256, 64, 10), "cifar10": (1024, 256, 10), "imagenet": (102
 LOGGED = ["loss", "accuracy", "gradient", "val_loss", "val_nll", "FCD", "FID"]
 
 
-# --------------------------------------------------------------------------------------------- one step, building
-
 def mask_for_training(schedule, model, tokens, generator):
     """§3.2: masks γ(r)·N tokens of each image -> what the model sees and which tokens it is to predict, both (B, N).
 
@@ -172,15 +170,6 @@ def start_from(args, config, tokenizer_id, classes):
     return config, start, list(classes) == checkpoint["classes"]
 
 
-# ---------------------------------------------------------------------------------------------------- the training run
-
-def plan(args, machine):
-    """--dry-run, before there is a tokenizer."""
-    config = configuration(args, *PLANNED[args.preset or (args.data if args.data in PLANNED else "folder")])
-    what = f"{config.num_tokens} tokens of {config.codebook_size}"
-    costs.print_plan(args, machine, functools.partial(imagined_step, args, config), what)
-
-
 @torch.no_grad()
 def draw(model, tokenizer, labels, generator, machine):
     """Samples of these classes (B,) in the paper's number of steps -> images uint8 (B, 3, S, S), and their tokens."""
@@ -203,8 +192,10 @@ def preview(drawing, classes, machine):
 
 def train(args, machine):
     args.parts = training.micro_batches(args, machine)
-    if args.dry_run:
-        return plan(args, machine)
+    if args.dry_run:                                                       # before there is a tokenizer
+        config = configuration(args, *PLANNED[args.preset or (args.data if args.data in PLANNED else "folder")])
+        what = f"{config.num_tokens} tokens of {config.codebook_size}"
+        return costs.print_plan(args, machine, functools.partial(imagined_step, args, config), what)
     vqgan = args.vqgan or training.folder_of(args) / "vqgan.pt"
     tokenizer = FrozenTokenizer(vqgan, VQGAN, args.image_size, args.micro_batch or 64, machine)
     found = {"image_size": tokenizer.image_size, "tokenizer": tokenizer.fingerprint}
@@ -245,7 +236,7 @@ def train(args, machine):
         labels = machine.put(labels, own_share=True)
         metrics = train_step(nets, tokens, labels, step, args, machine, generator)
         run.finish_step(step + 1, metrics, draw_preview, judge)
-    run.say_the_end(f"python sample.py --run {run.folder}")
+    run.say(f"wrote {run.model_file}; look at {run.picture}. Next: python sample.py --run {run.folder}")
 
 
 def main():

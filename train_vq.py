@@ -64,8 +64,6 @@ LOGGED = ["reconstruction", "perceptual", "commitment", "codebook", "entropy", "
           "psnr", "usage", "sharpness"]
 
 
-# --------------------------------------------------------------------------------------------------------- the losses
-
 def tokenizer_losses(args, model, discriminator, lpips, images, adversarial):
     """The tokenizer: reconstruct, stay near the codes, look alike to `lpips` (or None), and pass for real.
 
@@ -104,8 +102,6 @@ def centred(discriminator):
         return discriminator(images * 2 - 1)
     return logits
 
-
-# ------------------------------------------------------------------------------------------------------ building, steps
 
 def build(args, config, machine, lpips=None, start=None):
     """What stage 1 trains, on the machine: the models, their averaged weights and optimizers; what is saved of them, by
@@ -197,8 +193,6 @@ def preview(model, images, batch, machine):
     return figures, pictures.grid(rows, ["image", "restored"] * 2)
 
 
-# ---------------------------------------------------------------------------------------------------- the training run
-
 def configuration(args):
     """The flags -> a VQGANConfig, and the VQGAN to start from or None. Raises ValueError where they do not fit."""
     start, config = None, VQGANConfig(args.codebook_size, args.codebook_dim, args.filters, args.multipliers,
@@ -237,7 +231,7 @@ def train(args, machine):
             nets.model.start_codebook(images, generator)
         losses = train_step(nets, images, step, args, machine)
         run.finish_step(step + 1, losses, draw_preview)
-    run.say_the_end("python train_transformer.py")
+    run.say(f"wrote {run.model_file}; look at {run.picture}. Next: python train_transformer.py")
 
 
 def main():

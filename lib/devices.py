@@ -25,8 +25,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # the kernel hands out costs time (4% of a step of the paper's transformer). Read by torch at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-# -------------------------------------------------------------------------------------------------- the command line
-
 
 def command_line(main):
     """Runs a script's main(): a ValueError or OSError becomes one line on stderr and exit status 2.
@@ -111,8 +109,6 @@ def add_machine_flags(parser, compiles=True):
     if compiles:
         add_flags(parser, {"compile": (yes_or_no, None, "yes or no: torch.compile (default: yes on cuda)")})
 
-
-# ------------------------------------------------------------------------------------------------------- the machine
 
 def cores():
     """How many CPU cores are this process's: those it may use, shared with the other ranks of the machine; at most 16,
@@ -315,8 +311,6 @@ def step_seed(seed, step, rank=0):
     """A 64-bit hash of (seed, step, rank)."""
     return int.from_bytes(hashlib.blake2s(f"{seed} {step} {rank}".encode(), digest_size=8).digest(), "little") >> 1
 
-
-# ----------------------------------------------------------------------- what models call, and devices do differently
 
 def mean_over_ranks(tensor):
     """The mean of a tensor over the ranks, on all of them, without a gradient. One process: the tensor, detached."""

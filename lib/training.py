@@ -26,8 +26,6 @@ from lib.devices import add_flags, add_machine_flags, count, mean_over_ranks, wh
 from lib.optimizers import match_layouts
 from lib.pictures import clock, draw_log, save_image, show_line
 
-# ------------------------------------------------------------------------------------------------- flags and presets
-
 # How often a run says, shows and keeps something: a row as in the scripts' tables, decisive for no result.
 PACE = {
     "log_every": (count, 50, 50, 50, "steps between log lines"),
@@ -110,8 +108,6 @@ def micro_batches(args, machine):
     return own_share // size
 
 
-# ------------------------------------------------------------------------------------------------------------ the run
-
 def folder_of(args):
     """The run's folder: --run, or runs/NAME, after the data."""
     return Path(args.run or Path("runs", Path(args.data).name))
@@ -182,12 +178,9 @@ class Run:
         self.log.flops = flops
         parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         where = f"{self.machine.device} x {self.machine.devices}"
-        self._say(f"{self.folder}: {parameters:.2f} M parameters, {what}, on {where}")
+        self.say(f"{self.folder}: {parameters:.2f} M parameters, {what}, on {where}")
 
-    def say_the_end(self, following):
-        self._say(f"the {self.stage} is {self.model_file}; look at {self.picture}. Next: {following}")
-
-    def _say(self, text):
+    def say(self, text):
         if self.machine.leads:
             print(text, flush=True)
 
