@@ -33,8 +33,8 @@ from lib.checkpoints import write_atomically
 from lib.costs import flops
 from lib.lpips import LPIPS
 from lib.pictures import new_figure, save_figure
-from maskgit import MaskGIT, MaskGITConfig, decode, sample_tokens
-from vqgan import VQGAN, VQGANConfig
+from maskgit import MaskGIT, decode, sample_tokens
+from vqgan import VQGAN
 
 PRESETS = {"imagenet256": ("imagenet", 256), "imagenet512": ("imagenet", 512), "cifar10": ("cifar10", 32),
            "shapes": ("shapes", 32)}
@@ -43,12 +43,12 @@ PRESETS = {"imagenet256": ("imagenet", 256), "imagenet512": ("imagenet", 512), "
 def configuration(preset):
     """The flags of both stages, as the training scripts have them, and the configurations of both models."""
     name, size = PRESETS[preset]
-    one, two = (SimpleNamespace(**script.PRESETS[name], seed=0, parts=1) for script in (train_vq, train_transformer))
-    one.image_size = size
-    vqgan = VQGANConfig(one.codebook_size, one.codebook_dim, one.filters, one.multipliers, one.res_blocks, one.groups)
+    own = {"seed": 0, "parts": 1, "init": None, "decoder": "parallel"}
+    one, two = (SimpleNamespace(**script.PRESETS[name], **own) for script in (train_vq, train_transformer))
+    one.image_size, one.perceptual = size, "lpips" if size >= 128 else "none"
+    vqgan, _ = train_vq.configuration(one)
     classes, side = 1000 if name == "imagenet" else 10, size // vqgan.stride
-    maskgit = MaskGITConfig(vqgan.codebook_size, classes, side ** 2, two.dim, two.depth, two.heads, 4 * two.dim,
-                            two.dropout, null_class=two.class_dropout > 0)
+    maskgit = train_transformer.configuration(two, vqgan.codebook_size, side ** 2, classes)
     return SimpleNamespace(stage1=one, stage2=two, vqgan=vqgan, maskgit=maskgit, image_size=size, side=side)
 
 
@@ -105,12 +105,11 @@ def time_train_transformer(machine, sizes, batch, repeats):
 
 
 def time_train_vq(machine, sizes, batch, repeats):
-    """With the discriminator and, from 128 pixels on, LPIPS (on random weights, which take as long).
+    """With the discriminator and, from 128 pixels on, LPIPS (of random weights, which take as long).
 
     The R1 penalty, due at every r1_every-th step, counts in proportion; its FLOPs, hidden from the counter, do not."""
     args, shape = sizes.stage1, (batch, 3, sizes.image_size, sizes.image_size)
-    lpips = LPIPS() if sizes.image_size >= 128 else None
-    nets = train_vq.build(args, sizes.vqgan, machine, lpips)
+    nets = train_vq.build(args, sizes.vqgan, machine, LPIPS() if args.perceptual == "lpips" else None)
     images = machine.to_floats(torch.randint(256, shape, dtype=torch.uint8))
     due = args.steps - args.steps % args.r1_every                       # by then, the discriminator has set in
 
@@ -123,53 +122,41 @@ def time_train_vq(machine, sizes, batch, repeats):
 
 
 @torch.no_grad()
-def time_decode(machine, sizes, batch, repeats):
-    config, steps = sizes.maskgit, sizes.maskgit.default_steps
-    model = MaskGIT(config).to(machine.device).eval()
-    forward = torch.compile(model) if machine.compiled else model
-    labels = machine.put(torch.arange(batch) % config.num_classes)
+def time_inference(row, machine, sizes, batch, repeats):
+    """decode: all steps from class labels to tokens. encode: from images to tokens. restore: from tokens to images."""
+    if row == "decode":
+        function = functools.partial(decode, steps=sizes.maskgit.default_steps)
+        model, given = MaskGIT(sizes.maskgit), torch.arange(batch) % sizes.maskgit.num_classes
+    elif row == "encode":
+        function, model = VQGAN.encode, VQGAN(sizes.vqgan)
+        given = torch.rand(batch, 3, sizes.image_size, sizes.image_size).contiguous(memory_format=machine.layout)
+    else:
+        function, model = VQGAN.decode, VQGAN(sizes.vqgan)
+        given = torch.randint(sizes.vqgan.codebook_size, (batch, sizes.side, sizes.side))
+    model, given = model.to(machine.device, memory_format=machine.layout).eval(), machine.put(given)
+    # Of decode(), only the model's passes are compiled.
+    fast, fast_model = (function, machine.compile(model)) if row == "decode" else (machine.compile(function), model)
 
     def step():
         with machine.autocast():
-            decode(forward, labels, steps, generator=machine.generator(0))
-
-    def one_pass():
-        with torch.device("meta"):
-            tokens = torch.empty(batch, config.num_tokens, dtype=torch.long)
-            MaskGIT(config).eval()(tokens, tokens[:, 0])
-    return seconds(machine, step, repeats), steps * flops(one_pass)
-
-
-@torch.no_grad()
-def time_tokenizer(method, machine, sizes, batch, repeats):
-    """method: VQGAN.encode, of images, or VQGAN.decode, of tokens."""
-    images = torch.randint(256, (batch, 3, sizes.image_size, sizes.image_size), dtype=torch.uint8)
-    tokens = torch.randint(sizes.vqgan.codebook_size, (batch, sizes.side, sizes.side))
-    given = machine.to_floats(images) if method is VQGAN.encode else machine.put(tokens)
-    model = VQGAN(sizes.vqgan).to(machine.device, memory_format=machine.layout).eval()
-    compiled = torch.compile(method) if machine.compiled else method
-
-    def step():
-        with machine.autocast():
-            compiled(model, given)
-    return seconds(machine, step, repeats), flops(lambda: method(VQGAN(sizes.vqgan).to("meta"), given.to("meta")))
+            fast(fast_model, given)
+    return seconds(machine, step, repeats), flops(lambda: function(model.to("meta"), given.to("meta")))
 
 
 # By row: a function that returns seconds and FLOPs of a batch; how many images that is, for the presets of the paper's
 # size on a CPU, for `shapes` there, and on a GPU.
 ROWS = {
     "train-transformer": (time_train_transformer, [4], [32], [256]),
-    "decode": (time_decode, [1, 4, 16], [1, 16, 64, 256], [1, 16, 64, 256]),
+    "decode": (functools.partial(time_inference, "decode"), [1, 4, 16], [1, 16, 64, 256], [1, 16, 64, 256]),
     "train-vq": (time_train_vq, [1], [16], [32]),
-    "encode": (functools.partial(time_tokenizer, VQGAN.encode), [1], [64], [64]),
-    "restore": (functools.partial(time_tokenizer, VQGAN.decode), [1], [64], [64]),
+    "encode": (functools.partial(time_inference, "encode"), [1], [64], [64]),
+    "restore": (functools.partial(time_inference, "restore"), [1], [64], [64]),
 }
 
 
-def measure(machine, args, write):
-    """Times every row that is asked for, prints it, and calls write(args, the rows so far)."""
+def measure(machine, args):
+    """Times every row that is asked for and prints it; yields it as a list of one dict."""
     print("preset       row                batch   seconds  images/s  TFLOP/s    peak  share   memory")
-    results = []
     for preset, row in itertools.product(args.preset, args.rows):
         function, large, small, on_gpu = ROWS[row]
         on_cpu = small if preset == "shapes" else large
@@ -185,55 +172,50 @@ def measure(machine, args, write):
                 print(f"{preset:12} {row:18} {batch:5}   out of memory", flush=True)
                 continue
             memory, peak = peak_memory(machine), max(before, matrix_peak(machine))
-            results.append({"preset": preset, "row": row, "batch": batch, "seconds": took, "flops": count, "peak": peak,
-                            "images_per_second": batch / took, "share": count / took / peak, "memory": memory})
             print(f"{preset:12} {row:18} {batch:5} {took:9.4g} {batch / took:9.4g} {count / took / 1e12:8.4g} "
                   f"{peak / 1e12:7.4g} {count / took / peak:6.1%} {memory / 2 ** 30:5.2f} GB", flush=True)
-            write(args, results)
+            yield [{"preset": preset, "row": row, "batch": batch, "seconds": took, "flops": count, "peak": peak,
+                    "images_per_second": batch / took, "share": count / took / peak, "memory": memory}]
+
+
+def compare(machine, args):
+    """Times a batch against the number of passes, parallel and sequential; prints these rows and yields them."""
+    print("preset       batch decoder                passes   seconds to parallel, 8")
+    batches = args.batch or ([1, 16, 64] if machine.device.type == "cuda" else [1, 4])
+    for preset, batch in itertools.product(args.preset, batches):
+        torch.manual_seed(0)
+        times = time_decoders(machine, configuration(preset).maskgit, batch, args.repeats)
+        eight_steps = 8 * times[0][2]
+        for decoder, passes, took in times:
+            print(f"{preset:12} {batch:5} {decoder:22} {passes:6} {took:9.4g} {took / eight_steps:14.3g}")
+        yield [{"preset": preset, "batch": batch, "row": decoder, "passes": passes, "seconds": took}
+               for decoder, passes, took in times]
 
 
 @torch.no_grad()
-def compare(machine, args, write):
-    """Times a batch against the number of passes, parallel and sequential; prints and writes as measure() does."""
-    results = []
-    print("preset       batch decoder                passes   seconds to parallel, 8")
-    for preset in args.preset:
-        config = dataclasses.replace(configuration(preset).maskgit, dropout=0.0)
-        torch.manual_seed(0)
-        parallel = MaskGIT(config).to(machine.device).eval()
-        causal = MaskGIT(dataclasses.replace(config, causal=True)).to(machine.device).eval()
-        for batch in args.batch or ([1, 16, 64] if machine.device.type == "cuda" else [1, 4]):
-            with machine.autocast():
-                one_step, times = time_decoders(machine, parallel, causal, batch, args.repeats)
-            for label, passes, took in times:
-                results.append({"preset": preset, "batch": batch, "row": label, "passes": passes, "seconds": took})
-                print(f"{preset:12} {batch:5} {label:22} {passes:6} {took:9.4g} {took / one_step / 8:14.3g}")
-            write(args, results)
-
-
-def time_decoders(machine, parallel, causal, batch, repeats):
-    """-> seconds of a parallel step; [(decoder, passes, seconds)] of whole decodings."""
-    N = parallel.config.num_tokens
-    forward = torch.compile(parallel) if machine.compiled else parallel
-    one_position = torch.compile(causal.predict) if machine.compiled else causal.predict
-    labels = machine.put(torch.arange(batch) % parallel.config.num_classes)
+def time_decoders(machine, config, batch, repeats):
+    """-> [(decoder, passes, seconds)] of whole decodings, first the parallel one of a single step."""
+    parallel = MaskGIT(config).to(machine.device).eval()
+    causal = MaskGIT(dataclasses.replace(config, causal=True)).to(machine.device).eval()
+    forward, predict_one, N = machine.compile(parallel), machine.compile(causal.predict), config.num_tokens
+    labels = machine.put(torch.arange(batch) % config.num_classes)
     rows = torch.zeros(batch, N + 1, dtype=torch.long, device=machine.device)
     caches = causal.empty_caches()
 
-    def cached(i):
+    def sequential_pass(i, cached):
         caches[0].position.fill_(i)                                                             # of all layers
-        sample_tokens(one_position(rows[:, i:i + 1], caches)[:, -1].float(), 1.0, None)
+        logits = predict_one(rows[:, i:i + 1], caches) if cached else causal.predict(rows[:, :i + 1])
+        sample_tokens(logits[:, -1].float(), 1.0, None)
 
-    def uncached(i):
-        sample_tokens(causal.predict(rows[:, :i + 1])[:, -1].float(), 1.0, None)
-
-    one_step = seconds(machine, lambda: decode(forward, labels, 2), repeats) / 2
-    times = [("parallel", steps, steps * one_step) for steps in (1, 2, 4, 8, 12, 16, 32, 64, 128, 256) if steps <= N]
-    for label, function in (("sequential, cached", cached), ("sequential, uncached", uncached)):
+    with machine.autocast():
+        one_step = seconds(machine, lambda: decode(forward, labels, 2), repeats) / 2
+        counts = [steps for steps in (1, 2, 4, 8, 12, 16, 32, 64, 128, 256) if steps <= N]
+        times = [("parallel", steps, steps * one_step) for steps in counts]
         places = [round((i + 0.5) * N / 8) for i in range(8)]
-        each = [seconds(machine, functools.partial(function, i), 1) for i in places]
-        times.append((label, N, N * statistics.mean(each)))
-    return one_step, times
+        for label, cached in (("sequential, cached", True), ("sequential, uncached", False)):
+            each = [seconds(machine, functools.partial(sequential_pass, i, cached), 1) for i in places]
+            times.append((label, N, N * statistics.mean(each)))
+    return times
 
 
 def plot(path, results, x, y):
@@ -256,15 +238,14 @@ def bench(args, machine):
         name = torch.cuda.get_device_name()
     precision = "bfloat16" if machine.bf16 else "float32"
     print(f"{name}, {precision}, torch {torch.__version__}, compiled: {machine.compiled}")
-
-    def write(args, results):
+    content = {"device": name, "precision": precision, "torch": torch.__version__, "rows": []}
+    timed, x, y = (compare, "passes", "seconds") if args.compare else (measure, "batch", "images_per_second")
+    for rows in timed(machine, args):
+        content["rows"] += rows
         if args.json:
-            content = {"device": name, "precision": precision, "torch": torch.__version__, "rows": results}
             write_atomically(args.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
         if args.plot:
-            x, y = ("passes", "seconds") if args.compare else ("batch", "images_per_second")
-            plot(args.plot, results, x, y)
-    (compare if args.compare else measure)(machine, args, write)
+            plot(args.plot, content["rows"], x, y)
 
 
 def main():
