@@ -20,7 +20,7 @@ import itertools
 import json
 import platform
 import statistics
-import time
+import timeit
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +32,7 @@ from lib import devices
 from lib.checkpoints import write_atomically
 from lib.costs import flops
 from lib.lpips import LPIPS
-from lib.pictures import new_figure, save_figure
+from lib.pictures import new_figure
 from maskgit import MaskGIT, decode, sample_tokens
 from vqgan import VQGAN
 
@@ -52,17 +52,14 @@ def configuration(preset):
     return SimpleNamespace(stage1=one, stage2=two, vqgan=vqgan, maskgit=maskgit, image_size=size, side=side)
 
 
-def seconds(machine, function, repeats):
-    """Median time of a call, after two to warm up (and compile)."""
-    times = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        function()
+def seconds(machine, repeats, function, *arguments):
+    """Median time of function(*arguments), after two calls to warm up (and compile)."""
+    def call():
+        function(*arguments)
         machine.sync()
         if machine.device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+    return statistics.median(timeit.repeat(call, number=1, repeat=repeats + 2)[2:])
 
 
 def matrix_peak(machine):
@@ -70,7 +67,7 @@ def matrix_peak(machine):
     best, dtype = 0, torch.bfloat16 if machine.bf16 else torch.float32
     for n in (4096, 8192) if machine.device.type == "cuda" else (1024, 2048):
         a = torch.randn(n, n, device=machine.device, dtype=dtype)
-        best = max(best, 2 * n ** 3 / seconds(machine, functools.partial(torch.matmul, a, a), 7))
+        best = max(best, 2 * n ** 3 / seconds(machine, 7, torch.matmul, a, a))
     return best
 
 
@@ -98,10 +95,9 @@ def time_train_transformer(machine, sizes, batch, repeats):
     nets = train_transformer.build(args, config, machine)
     tokens = machine.put(torch.randint(config.codebook_size, (batch, config.num_tokens)))
     labels = machine.put(torch.randint(config.num_classes, (batch,)))
-
-    def step():
-        train_transformer.train_step(nets, tokens, labels, args.warmup, args, machine, machine.seed_step(0, 0))
-    return seconds(machine, step, repeats), flops(train_transformer.imagined_step(args, config, batch)[1])
+    took = seconds(machine, repeats, train_transformer.train_step, nets, tokens, labels, args.warmup, args, machine,
+                   machine.seed_step(0, 0))
+    return took, flops(train_transformer.imagined_step(args, config, batch)[1])
 
 
 def time_train_vq(machine, sizes, batch, repeats):
@@ -112,11 +108,8 @@ def time_train_vq(machine, sizes, batch, repeats):
     nets = train_vq.build(args, sizes.vqgan, machine, LPIPS() if args.perceptual == "lpips" else None)
     images = machine.to_floats(torch.randint(256, shape, dtype=torch.uint8))
     due = args.steps - args.steps % args.r1_every                       # by then, the discriminator has set in
-
-    def step(number):
-        train_vq.train_step(nets, images, number, args, machine)
-
-    with_r1, without = (seconds(machine, functools.partial(step, number), repeats) for number in (due, due + 1))
+    with_r1, without = (seconds(machine, repeats, train_vq.train_step, nets, images, step, args, machine)
+                        for step in (due, due + 1))
     counted = flops(train_vq.imagined_step(args, sizes.vqgan, batch)[1])
     return without + (with_r1 - without) / args.r1_every, counted
 
@@ -133,14 +126,12 @@ def time_inference(row, machine, sizes, batch, repeats):
     else:
         function, model = VQGAN.decode, VQGAN(sizes.vqgan)
         given = torch.randint(sizes.vqgan.codebook_size, (batch, sizes.side, sizes.side))
-    model, given = model.to(machine.device, memory_format=machine.layout).eval(), machine.put(given)
+    model = machine.freeze(model.to(machine.device, memory_format=machine.layout).eval())
     # Of decode(), only the model's passes are compiled.
-    fast, fast_model = (function, machine.compile(model)) if row == "decode" else (machine.compile(function), model)
-
-    def step():
-        with machine.autocast():
-            fast(fast_model, given)
-    return seconds(machine, step, repeats), flops(lambda: function(model.to("meta"), given.to("meta")))
+    fast = (function, machine.compile(model)) if row == "decode" else (machine.compile(function), model)
+    with machine.autocast():
+        took = seconds(machine, repeats, *fast, machine.put(given))
+    return took, flops(lambda: function(model.to("meta", torch.float32), given.to("meta")))
 
 
 # By row: a function that returns seconds and FLOPs of a batch; how many images that is, for the presets of the paper's
@@ -208,28 +199,27 @@ def time_decoders(machine, config, batch, repeats):
         sample_tokens(logits[:, -1].float(), 1.0, None)
 
     with machine.autocast():
-        one_step = seconds(machine, lambda: decode(forward, labels, 2), repeats) / 2
+        one_step = seconds(machine, repeats, decode, forward, labels, 2) / 2
         counts = [steps for steps in (1, 2, 4, 8, 12, 16, 32, 64, 128, 256) if steps <= N]
         times = [("parallel", steps, steps * one_step) for steps in counts]
         places = [round((i + 0.5) * N / 8) for i in range(8)]
         for label, cached in (("sequential, cached", True), ("sequential, uncached", False)):
-            each = [seconds(machine, functools.partial(sequential_pass, i, cached), 1) for i in places]
+            each = [seconds(machine, 1, sequential_pass, i, cached) for i in places]
             times.append((label, N, N * statistics.mean(each)))
     return times
 
 
 def plot(path, results, x, y):
     """results[y] against results[x]: a curve for each row of each preset (and, if x is not the batch, each batch)."""
-    figure, axis = new_figure(9, 4.5)
     curves = {}
     for result in results:
         batch = "" if x == "batch" else f", batch {result['batch']}"
         curves.setdefault(f"{result['preset']}{batch}: {result['row']}", []).append((result[x], result[y]))
-    for name, points in curves.items():
-        axis.plot(*zip(*points), "o-", ms=5, lw=1, label=name)
-    axis.set(xscale="log", yscale="log", xlabel=x, ylabel=y.replace("_per_", "/"))
-    figure.legend(loc="outside right", fontsize=8)
-    save_figure(path, figure)
+    with new_figure(path, 9, 4.5) as (figure, (axis,)):
+        for name, points in curves.items():
+            axis.plot(*zip(*points), "o-", ms=5, lw=1, label=name)
+        axis.set(xscale="log", yscale="log", xlabel=x, ylabel=y.replace("_per_", "/"))
+        figure.legend(loc="outside right", fontsize=8)
 
 
 def bench(args, machine):
