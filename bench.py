@@ -64,11 +64,10 @@ def seconds(machine, repeats, function, *arguments):
 
 def matrix_peak(machine):
     """FLOP/s of the fastest square matrix product, in the precision that the rows run in."""
-    best, dtype = 0, torch.bfloat16 if machine.bf16 else torch.float32
-    for n in (4096, 8192) if machine.device.type == "cuda" else (1024, 2048):
-        a = torch.randn(n, n, device=machine.device, dtype=dtype)
-        best = max(best, 2 * n ** 3 / seconds(machine, 7, torch.matmul, a, a))
-    return best
+    sides = (4096, 8192) if machine.device.type == "cuda" else (1024, 2048)
+    dtype = torch.bfloat16 if machine.bf16 else torch.float32
+    squares = [torch.randn(n, n, device=machine.device, dtype=dtype) for n in sides]
+    return max(2 * len(a) ** 3 / seconds(machine, 7, torch.matmul, a, a) for a in squares)
 
 
 def start_afresh(machine):
@@ -169,44 +168,39 @@ def measure(machine, args):
                     "images_per_second": batch / took, "share": count / took / peak, "memory": memory}]
 
 
-def compare(machine, args):
-    """Times a batch against the number of passes, parallel and sequential; prints these rows and yields them."""
-    print("preset       batch decoder                passes   seconds to parallel, 8")
-    batches = args.batch or ([1, 16, 64] if machine.device.type == "cuda" else [1, 4])
-    for preset, batch in itertools.product(args.preset, batches):
-        torch.manual_seed(0)
-        times = time_decoders(machine, configuration(preset).maskgit, batch, args.repeats)
-        eight_steps = 8 * times[0][2]
-        for decoder, passes, took in times:
-            print(f"{preset:12} {batch:5} {decoder:22} {passes:6} {took:9.4g} {took / eight_steps:14.3g}")
-        yield [{"preset": preset, "batch": batch, "row": decoder, "passes": passes, "seconds": took}
-               for decoder, passes, took in times]
+def sequential_pass(predict, rows, i, caches):
+    """What decode_sequential() does for token i. predict: that of a causal MaskGIT, whose caches are given, or None."""
+    if caches:
+        caches[0].position.fill_(i)                                                             # of all layers
+    logits = predict(rows[:, i:i + 1], caches) if caches else predict(rows[:, :i + 1])
+    sample_tokens(logits[:, -1].float(), 1.0, None)
 
 
 @torch.no_grad()
-def time_decoders(machine, config, batch, repeats):
-    """-> [(decoder, passes, seconds)] of whole decodings, first the parallel one of a single step."""
-    parallel = MaskGIT(config).to(machine.device).eval()
-    causal = MaskGIT(dataclasses.replace(config, causal=True)).to(machine.device).eval()
-    forward, predict_one, N = machine.compile(parallel), machine.compile(causal.predict), config.num_tokens
-    labels = machine.put(torch.arange(batch) % config.num_classes)
-    rows = torch.zeros(batch, N + 1, dtype=torch.long, device=machine.device)
-    caches = causal.empty_caches()
-
-    def sequential_pass(i, cached):
-        caches[0].position.fill_(i)                                                             # of all layers
-        logits = predict_one(rows[:, i:i + 1], caches) if cached else causal.predict(rows[:, :i + 1])
-        sample_tokens(logits[:, -1].float(), 1.0, None)
-
-    with machine.autocast():
-        one_step = seconds(machine, repeats, decode, forward, labels, 2) / 2
-        counts = [steps for steps in (1, 2, 4, 8, 12, 16, 32, 64, 128, 256) if steps <= N]
-        times = [("parallel", steps, steps * one_step) for steps in counts]
-        places = [round((i + 0.5) * N / 8) for i in range(8)]
-        for label, cached in (("sequential, cached", True), ("sequential, uncached", False)):
-            each = [seconds(machine, 1, sequential_pass, i, cached) for i in places]
-            times.append((label, N, N * statistics.mean(each)))
-    return times
+def compare(machine, args):
+    """Times a batch against the number of passes, parallel and sequential; prints these rows and yields them."""
+    print("preset       batch decoder                passes   seconds to parallel, 8")
+    for preset in args.preset:
+        config = configuration(preset).maskgit
+        torch.manual_seed(0)
+        parallel = MaskGIT(config).to(machine.device).eval()
+        causal = MaskGIT(dataclasses.replace(config, causal=True)).to(machine.device).eval()
+        forward, predict_one, N = machine.compile(parallel), machine.compile(causal.predict), config.num_tokens
+        for batch in args.batch or ([1, 16, 64] if machine.device.type == "cuda" else [1, 4]):
+            labels = machine.put(torch.arange(batch) % config.num_classes)
+            rows = torch.zeros(batch, N + 1, dtype=torch.long, device=machine.device)
+            with machine.autocast():
+                one_step = seconds(machine, args.repeats, decode, forward, labels, 2) / 2
+                times = [("parallel", T, T * one_step) for T in (1, 2, 4, 8, 12, 16, 32, 64, 128, 256) if T <= N]
+                for decoder, predict, caches in (("sequential, cached", predict_one, causal.empty_caches()),
+                                                 ("sequential, uncached", causal.predict, None)):
+                    each = [seconds(machine, 1, sequential_pass, predict, rows, i, caches)
+                            for i in range(N // 16, N, N // 8)]
+                    times.append((decoder, N, N * statistics.mean(each)))
+            for decoder, passes, took in times:
+                print(f"{preset:12} {batch:5} {decoder:22} {passes:6} {took:9.4g} {took / one_step / 8:14.3g}")
+            yield [{"preset": preset, "batch": batch, "row": decoder, "passes": passes, "seconds": took}
+                   for decoder, passes, took in times]
 
 
 def plot(path, results, x, y):
@@ -223,9 +217,8 @@ def plot(path, results, x, y):
 
 
 def bench(args, machine):
-    name = f"{platform.machine()} {machine.device.type}, {torch.get_num_threads()} threads"
-    if machine.device.type == "cuda":
-        name = torch.cuda.get_device_name()
+    cpu = f"{platform.machine()} {machine.device.type}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if machine.device.type == "cuda" else cpu
     precision = "bfloat16" if machine.bf16 else "float32"
     print(f"{name}, {precision}, torch {torch.__version__}, compiled: {machine.compiled}")
     content = {"device": name, "precision": precision, "torch": torch.__version__, "rows": []}

@@ -62,7 +62,7 @@ def box_region(args, photo, size, side):
         y, x, height, width = [int(part) for part in args.box.split(",")]
     except ValueError:
         raise ValueError(f"--box {args.box} should be TOP,LEFT,HEIGHT,WIDTH in pixels, such as 40,60,100,80") from None
-    if height < 1 or width < 1 or y < 0 or x < 0 or y + height > photo.height or x + width > photo.width:
+    if not (0 <= y < y + height <= photo.height and 0 <= x < x + width <= photo.width):
         raise ValueError(f"--box {args.box} is empty or reaches outside {args.photo}, "
                          f"which is {photo.width} x {photo.height} pixels")
     stride, (left, top, across) = size // side, fit_square(photo, size, args.fit)[1]
@@ -152,19 +152,17 @@ def repaint(args, tokenizer, transformer, picture, known, labels, options):
 
 def panorama(args, tokenizer, transformer, picture, tokens, labels, options):
     """Extrapolation: paints to both sides of the photo until all is --extrapolate pixels wide. Returns as repaint()."""
-    size, width, stride = picture.shape[-1], args.extrapolate, tokenizer.config.stride
+    size, width, config = picture.shape[-1], args.extrapolate, tokenizer.config
     if width <= size:
         raise ValueError(f"--extrapolate {width} must be wider than the image, which is {size} pixels here")
     margins = (width - size) // 2, (width - size + 1) // 2                      # in pixels, left and right of the photo
-    left, right = [math.ceil(margin / stride) for margin in margins]            # in tokens, so the first may overhang
-    overhang = left * stride - margins[0]
+    left, right = [math.ceil(margin / config.stride) for margin in margins]     # in tokens, so the first may overhang
+    overhang = left * config.stride - margins[0]
     mask = F.pad(torch.zeros(size, size, dtype=torch.bool), margins, value=True)
     canvases = extrapolate(transformer, tokens.expand(len(labels), -1, -1), labels, left, right, **options)
-    # The decoder is convolutional: it restores the whole width at once, so there are no seams.
-    # What is not painted yet becomes a code for its sake, under full grey.
-    last_code = tokenizer.config.codebook_size - 1
-    frames = [restore(tokenizer, canvas.clamp(max=last_code), canvas == transformer.mask_id, 1.0, batch=1)
-              for canvas in (canvases if args.film else canvases[-1:])]
+    # The decoder is convolutional: it restores the whole width at once, so there are no seams. It knows no mask_id.
+    frames = [restore(tokenizer, wide.clamp(max=config.codebook_size - 1), wide == transformer.mask_id, 1.0, batch=1)
+              for wide in (canvases if args.film else canvases[-1:])]
     return F.pad(picture, margins, value=1.0), mask, [frame[..., overhang:overhang + width] for frame in frames]
 
 
@@ -174,16 +172,14 @@ def extrapolate(transformer, tokens, labels, left, right, **options):
     The window of side x side tokens moves by half its width, so that half of it is known. options: of decode(). Returns
     a list of (B, side, left + side + right), the start and one for each place of the window, with mask_id where nothing
     is painted yet; the last one has none."""
-    side = tokens.shape[2]
-    half = max(1, side // 2)
-    canvas = F.pad(tokens, (left, right), value=transformer.mask_id)
+    side, half = tokens.shape[2], max(1, tokens.shape[2] // 2)
+    canvases = [F.pad(tokens, (left, right), value=transformer.mask_id)]
     starts = [min(start, left + right) for start in range(left + half, left + right + half, half)]
     starts += [max(start, 0) for start in range(left - half, -half, -half)]
-    canvases = [canvas.clone()]
     for start in starts:
-        window = canvas[:, :, start:start + side].flatten(1)
-        canvas[:, :, start:start + side] = as_grid(decode(transformer, labels, known=window, **options))
-        canvases.append(canvas.clone())
+        canvas, columns = canvases[-1].clone(), slice(start, start + side)
+        canvas[:, :, columns] = as_grid(decode(transformer, labels, known=canvas[:, :, columns].flatten(1), **options))
+        canvases.append(canvas)
     return canvases
 
 
@@ -231,6 +227,7 @@ def edit(args, machine):
             machine.sync()
     feather = tokenizer.config.stride - 1 if args.feather is None else args.feather
     frames = [composite(around, torch.cat(parts).cpu(), mask, feather) for parts in zip(*batches)]
+    seconds = time.time() - started
     if not machine.leads:
         return
     # The picture, the same with its mask in grey, and the variants; each panorama has a row of its own.
@@ -239,7 +236,6 @@ def edit(args, machine):
     save_image(out, grid(cells.split(columns), titles=["input", "masked"][:columns]))
     for i, image in enumerate(frames[-1], 1):
         save_image(out.with_suffix(f".{i}{out.suffix}"), to_pil(image))
-    seconds = time.time() - started
     print(f"wrote {out} and {out.with_suffix('')}.1{out.suffix} to .{args.num}{out.suffix} in {seconds:.1f} s")
     if args.film:
         save_film(out, frames)

@@ -27,8 +27,8 @@ def draw(tokenizer, transformer, labels, batch=64, film=False, **options):
     labels: (n,) int64. options: as for decode(), or for decode_sequential() where the transformer is causal. Returns
     images (n, 3, H, W) in [0, 1] and a list of frames of the same shape, the last of which are these images. With film,
     those before it show what is predicted after each step, the tokens that stay masked greyed out."""
-    frames_of_batches, progress, done = [], Progress("drawing", len(labels)), 0
-    for part in labels.split(batch):
+    frames_of_batches, progress = [], Progress("drawing", len(labels))
+    for number, part in enumerate(labels.split(batch), 1):
         if transformer.config.causal:
             # As decode() returns its steps, at eight moments: the tokens, and which of them are not decoded yet.
             tokens, grey = decode_sequential(transformer, part, **options), 1.0
@@ -38,9 +38,8 @@ def draw(tokenizer, transformer, labels, batch=64, film=False, **options):
             steps, grey = decode(transformer, part, return_steps=True, **options)[1], 0.85
         frames_of_batches.append([restore(tokenizer, as_grid(predicted), as_grid(masked), grey)
                                   for predicted, masked in (steps if film else steps[-1:])])
-        done += len(part)
         if len(labels) > batch:
-            progress.show(done)
+            progress.show(min(number * batch, len(labels)))
     frames = [torch.cat(parts) for parts in zip(*frames_of_batches)]
     return frames[-1], frames
 
@@ -89,18 +88,17 @@ def compare(args, machine):
     if machine.leads:
         print(f"{folder}: compare, {steps} steps, {args.schedule} schedule, seed {args.seed}, on {machine.device}",
               flush=True)
-    passes = {"sequential": N, "parallel": steps}
     shown_steps = sorted({max(1, round(i * steps / 8)) for i in range(1, 9)})                 # all, if fewer than eight
     rows, captions = [], []
-    for what, model in models.items():
-        frames, seconds = timed_draw(args, machine, tokenizer, model, torch.full((args.num,), label), film=True)
+    for what, passes in (("sequential", N), ("parallel", steps)):
+        frames, seconds = timed_draw(args, machine, tokenizer, models[what], torch.full((args.num,), label), film=True)
         if machine.leads:
-            print(f"{what}: {passes[what]} passes, {seconds:.2f} s for {args.num} images")
+            print(f"{what}: {passes} passes, {seconds:.2f} s for {args.num} images")
         if what == "parallel":
             frames = [frames[step - 1] for step in shown_steps]
         images = torch.stack(frames, 1)[:2]
         rows += images
-        captions += [f"{what}, {passes[what]} passes"] * len(images)
+        captions += [f"{what}, {passes} passes"] * len(images)
     if machine.leads:
         titles = [f"{round(i * N / 8)} | {step}" for i, step in enumerate(shown_steps, 1)]
         save_image(out, grid(rows, captions, titles=titles))
@@ -110,13 +108,13 @@ def compare(args, machine):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser)
-    switch = {"action": "store_true"}
     devices.add_flags(parser, {
         "class": ({"nargs": "+", "metavar": "NAME_OR_ID", "dest": "classes"}, None,
                   "classes to draw, a row each (default: the first ten)"),
         "num": (devices.count, 8, "images of each class"),
-        "film": (switch, None, "also write the decoding steps as a film strip and a GIF"),
-        "compare": (switch, None, "parallel beside sequential decoding, as a film strip, for one class"),
+        "film": ({"action": "store_true"}, None, "also write the decoding steps as a film strip and a GIF"),
+        "compare": ({"action": "store_true"}, None,
+                    "parallel beside sequential decoding, as a film strip, for one class"),
         "out": (str, None, "the picture to write (default: samples.png or compare.png in the run's folder)")})
     add_sampler_flags(parser.add_argument_group("the sampler"), SCHEDULES, ORDERS)
     devices.add_machine_flags(parser, compiles=False)

@@ -18,7 +18,6 @@ from lib.checkpoints import write_atomically
 
 # ------------------------------------------------------------------------------------------------- the terminal
 
-
 def clock(seconds):
     """3725 -> "1:02:05"."""
     seconds = max(0, int(seconds))
@@ -55,6 +54,22 @@ class Progress:
         amounts = f"{done:.4g} of {self.total:.4g}" if isinstance(done, float) else f"{done} of {self.total}"
         left = clock((self.total - done) / speed) if speed > 0 else "?"
         show_line(f"{self.what}: {amounts} {self.unit}, {speed:.4g}/s, {left} left", last, self.stream)
+
+
+def print_table(title, rows, columns=None):
+    """Prints {name of the row: {column: number or text}}. columns: those to show (None: all with a number or text).
+    Numbers have four digits."""
+    if columns is None:
+        columns = dict.fromkeys(column for row in rows.values() for column, value in row.items()
+                                if not isinstance(value, (dict, list)))
+    cells = [["", *columns]]
+    for name, row in rows.items():
+        values = [row.get(column, "-") for column in columns]
+        cells.append([name, *(value if isinstance(value, str) else f"{value:.4g}" for value in values)])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    print(f"\n{title}")
+    for first, *others in cells:
+        print("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------- pictures
@@ -156,25 +171,6 @@ def draw_log(path, log):
         figure.supxlabel("step", fontsize=9)
 
 
-# ------------------------------------------------------------------------------- tables and figures of an evaluation
-
-def print_table(title, rows, columns=None):
-    """Prints {name of the row: {column: number or text}}. columns: those to show (None: all with a number or text).
-
-    Numbers have four digits."""
-    if columns is None:
-        columns = dict.fromkeys(column for row in rows.values() for column, value in row.items()
-                                if not isinstance(value, (dict, list)))
-    cells = [["", *columns]]
-    for name, row in rows.items():
-        values = [row.get(column, "-") for column in columns]
-        cells.append([name, *(value if isinstance(value, str) else f"{value:.4g}" for value in values)])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    print(f"\n{title}")
-    for first, *others in cells:
-        print("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]), flush=True)
-
-
 def lowest(curve, column):
     """Of a curve, {x: row}, the x where the row has the lowest value in this column."""
     return min(curve, key=lambda x: curve[x][column])
@@ -203,5 +199,4 @@ def draw_accuracy(path, points):
     """Token accuracy against the share of masked tokens. points: [(share, accuracy), ...]."""
     with new_figure(path) as (_, (axis,)):
         axis.plot(*zip(*points), "o-", lw=1.2, ms=3)
-        axis.set(xlabel="masked tokens, share", ylabel="masked tokens predicted right, share", xlim=(0, 1),
-                 ylim=(0, None))
+        axis.set(xlabel="masked tokens, share", ylabel="masked tokens predicted right, share", xlim=(0, 1), ylim=0)
