@@ -20,7 +20,7 @@ import itertools
 import json
 import platform
 import statistics
-import time
+import timeit
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,9 +32,9 @@ from lib import devices
 from lib.checkpoints import write_atomically
 from lib.costs import flops
 from lib.lpips import LPIPS
-from lib.pictures import new_figure, save_figure
-from maskgit import MaskGIT, MaskGITConfig, decode, sample_tokens
-from vqgan import VQGAN, VQGANConfig
+from lib.pictures import new_figure
+from maskgit import MaskGIT, decode, sample_tokens
+from vqgan import VQGAN
 
 PRESETS = {"imagenet256": ("imagenet", 256), "imagenet512": ("imagenet", 512), "cifar10": ("cifar10", 32),
            "shapes": ("shapes", 32)}
@@ -43,35 +43,31 @@ PRESETS = {"imagenet256": ("imagenet", 256), "imagenet512": ("imagenet", 512), "
 def configuration(preset):
     """The flags of both stages, as the training scripts have them, and the configurations of both models."""
     name, size = PRESETS[preset]
-    one, two = (SimpleNamespace(**script.PRESETS[name], seed=0, parts=1) for script in (train_vq, train_transformer))
-    one.image_size = size
-    vqgan = VQGANConfig(one.codebook_size, one.codebook_dim, one.filters, one.multipliers, one.res_blocks, one.groups)
+    own = {"seed": 0, "parts": 1, "init": None, "decoder": "parallel"}
+    one, two = (SimpleNamespace(**script.PRESETS[name], **own) for script in (train_vq, train_transformer))
+    one.image_size, one.perceptual = size, "lpips" if size >= 128 else "none"
+    vqgan, _ = train_vq.configuration(one)
     classes, side = 1000 if name == "imagenet" else 10, size // vqgan.stride
-    maskgit = MaskGITConfig(vqgan.codebook_size, classes, side ** 2, two.dim, two.depth, two.heads, 4 * two.dim,
-                            two.dropout, null_class=two.class_dropout > 0)
+    maskgit = train_transformer.configuration(two, vqgan.codebook_size, side ** 2, classes)
     return SimpleNamespace(stage1=one, stage2=two, vqgan=vqgan, maskgit=maskgit, image_size=size, side=side)
 
 
-def seconds(machine, function, repeats):
-    """Median time of a call, after two to warm up (and compile)."""
-    times = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        function()
+def seconds(machine, repeats, function, *arguments):
+    """Median time of function(*arguments), after two calls to warm up (and compile)."""
+    def call():
+        function(*arguments)
         machine.sync()
         if machine.device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+    return statistics.median(timeit.repeat(call, number=1, repeat=repeats + 2)[2:])
 
 
 def matrix_peak(machine):
     """FLOP/s of the fastest square matrix product, in the precision that the rows run in."""
-    best, dtype = 0, torch.bfloat16 if machine.bf16 else torch.float32
-    for n in (4096, 8192) if machine.device.type == "cuda" else (1024, 2048):
-        a = torch.randn(n, n, device=machine.device, dtype=dtype)
-        best = max(best, 2 * n ** 3 / seconds(machine, functools.partial(torch.matmul, a, a), 7))
-    return best
+    sides = (4096, 8192) if machine.device.type == "cuda" else (1024, 2048)
+    dtype = torch.bfloat16 if machine.bf16 else torch.float32
+    squares = [torch.randn(n, n, device=machine.device, dtype=dtype) for n in sides]
+    return max(2 * len(a) ** 3 / seconds(machine, 7, torch.matmul, a, a) for a in squares)
 
 
 def start_afresh(machine):
@@ -98,78 +94,59 @@ def time_train_transformer(machine, sizes, batch, repeats):
     nets = train_transformer.build(args, config, machine)
     tokens = machine.put(torch.randint(config.codebook_size, (batch, config.num_tokens)))
     labels = machine.put(torch.randint(config.num_classes, (batch,)))
-
-    def step():
-        train_transformer.train_step(nets, tokens, labels, args.warmup, args, machine, machine.seed_step(0, 0))
-    return seconds(machine, step, repeats), flops(train_transformer.imagined_step(args, config, batch)[1])
+    took = seconds(machine, repeats, train_transformer.train_step, nets, tokens, labels, args.warmup, args, machine,
+                   machine.seed_step(0, 0))
+    return took, flops(train_transformer.imagined_step(args, config, batch)[1])
 
 
 def time_train_vq(machine, sizes, batch, repeats):
-    """With the discriminator and, from 128 pixels on, LPIPS (on random weights, which take as long).
+    """With the discriminator and, from 128 pixels on, LPIPS (of random weights, which take as long).
 
     The R1 penalty, due at every r1_every-th step, counts in proportion; its FLOPs, hidden from the counter, do not."""
     args, shape = sizes.stage1, (batch, 3, sizes.image_size, sizes.image_size)
-    lpips = LPIPS() if sizes.image_size >= 128 else None
-    nets = train_vq.build(args, sizes.vqgan, machine, lpips)
+    nets = train_vq.build(args, sizes.vqgan, machine, LPIPS() if args.perceptual == "lpips" else None)
     images = machine.to_floats(torch.randint(256, shape, dtype=torch.uint8))
     due = args.steps - args.steps % args.r1_every                       # by then, the discriminator has set in
-
-    def step(number):
-        train_vq.train_step(nets, images, number, args, machine)
-
-    with_r1, without = (seconds(machine, functools.partial(step, number), repeats) for number in (due, due + 1))
+    with_r1, without = (seconds(machine, repeats, train_vq.train_step, nets, images, step, args, machine)
+                        for step in (due, due + 1))
     counted = flops(train_vq.imagined_step(args, sizes.vqgan, batch)[1])
     return without + (with_r1 - without) / args.r1_every, counted
 
 
 @torch.no_grad()
-def time_decode(machine, sizes, batch, repeats):
-    config, steps = sizes.maskgit, sizes.maskgit.default_steps
-    model = MaskGIT(config).to(machine.device).eval()
-    forward = torch.compile(model) if machine.compiled else model
-    labels = machine.put(torch.arange(batch) % config.num_classes)
-
-    def step():
-        with machine.autocast():
-            decode(forward, labels, steps, generator=machine.generator(0))
-
-    def one_pass():
-        with torch.device("meta"):
-            tokens = torch.empty(batch, config.num_tokens, dtype=torch.long)
-            MaskGIT(config).eval()(tokens, tokens[:, 0])
-    return seconds(machine, step, repeats), steps * flops(one_pass)
-
-
-@torch.no_grad()
-def time_tokenizer(method, machine, sizes, batch, repeats):
-    """method: VQGAN.encode, of images, or VQGAN.decode, of tokens."""
-    images = torch.randint(256, (batch, 3, sizes.image_size, sizes.image_size), dtype=torch.uint8)
-    tokens = torch.randint(sizes.vqgan.codebook_size, (batch, sizes.side, sizes.side))
-    given = machine.to_floats(images) if method is VQGAN.encode else machine.put(tokens)
-    model = VQGAN(sizes.vqgan).to(machine.device, memory_format=machine.layout).eval()
-    compiled = torch.compile(method) if machine.compiled else method
-
-    def step():
-        with machine.autocast():
-            compiled(model, given)
-    return seconds(machine, step, repeats), flops(lambda: method(VQGAN(sizes.vqgan).to("meta"), given.to("meta")))
+def time_inference(row, machine, sizes, batch, repeats):
+    """decode: all steps from class labels to tokens. encode: from images to tokens. restore: from tokens to images."""
+    if row == "decode":
+        function = functools.partial(decode, steps=sizes.maskgit.default_steps)
+        model, given = MaskGIT(sizes.maskgit), torch.arange(batch) % sizes.maskgit.num_classes
+    elif row == "encode":
+        function, model = VQGAN.encode, VQGAN(sizes.vqgan)
+        given = torch.rand(batch, 3, sizes.image_size, sizes.image_size).contiguous(memory_format=machine.layout)
+    else:
+        function, model = VQGAN.decode, VQGAN(sizes.vqgan)
+        given = torch.randint(sizes.vqgan.codebook_size, (batch, sizes.side, sizes.side))
+    model = machine.freeze(model.to(machine.device, memory_format=machine.layout).eval())
+    # Of decode(), only the model's passes are compiled.
+    fast = (function, machine.compile(model)) if row == "decode" else (machine.compile(function), model)
+    with machine.autocast():
+        took = seconds(machine, repeats, *fast, machine.put(given))
+    return took, flops(lambda: function(model.to("meta", torch.float32), given.to("meta")))
 
 
 # By row: a function that returns seconds and FLOPs of a batch; how many images that is, for the presets of the paper's
 # size on a CPU, for `shapes` there, and on a GPU.
 ROWS = {
     "train-transformer": (time_train_transformer, [4], [32], [256]),
-    "decode": (time_decode, [1, 4, 16], [1, 16, 64, 256], [1, 16, 64, 256]),
+    "decode": (functools.partial(time_inference, "decode"), [1, 4, 16], [1, 16, 64, 256], [1, 16, 64, 256]),
     "train-vq": (time_train_vq, [1], [16], [32]),
-    "encode": (functools.partial(time_tokenizer, VQGAN.encode), [1], [64], [64]),
-    "restore": (functools.partial(time_tokenizer, VQGAN.decode), [1], [64], [64]),
+    "encode": (functools.partial(time_inference, "encode"), [1], [64], [64]),
+    "restore": (functools.partial(time_inference, "restore"), [1], [64], [64]),
 }
 
 
-def measure(machine, args, write):
-    """Times every row that is asked for, prints it, and calls write(args, the rows so far)."""
+def measure(machine, args):
+    """Times every row that is asked for and prints it; yields it as a list of one dict."""
     print("preset       row                batch   seconds  images/s  TFLOP/s    peak  share   memory")
-    results = []
     for preset, row in itertools.product(args.preset, args.rows):
         function, large, small, on_gpu = ROWS[row]
         on_cpu = small if preset == "shapes" else large
@@ -185,86 +162,73 @@ def measure(machine, args, write):
                 print(f"{preset:12} {row:18} {batch:5}   out of memory", flush=True)
                 continue
             memory, peak = peak_memory(machine), max(before, matrix_peak(machine))
-            results.append({"preset": preset, "row": row, "batch": batch, "seconds": took, "flops": count, "peak": peak,
-                            "images_per_second": batch / took, "share": count / took / peak, "memory": memory})
             print(f"{preset:12} {row:18} {batch:5} {took:9.4g} {batch / took:9.4g} {count / took / 1e12:8.4g} "
                   f"{peak / 1e12:7.4g} {count / took / peak:6.1%} {memory / 2 ** 30:5.2f} GB", flush=True)
-            write(args, results)
+            yield [{"preset": preset, "row": row, "batch": batch, "seconds": took, "flops": count, "peak": peak,
+                    "images_per_second": batch / took, "share": count / took / peak, "memory": memory}]
+
+
+def sequential_pass(predict, rows, i, caches):
+    """What decode_sequential() does for token i. predict: that of a causal MaskGIT, whose caches are given, or None."""
+    if caches:
+        caches[0].position.fill_(i)                                                             # of all layers
+    logits = predict(rows[:, i:i + 1], caches) if caches else predict(rows[:, :i + 1])
+    sample_tokens(logits[:, -1].float(), 1.0, None)
 
 
 @torch.no_grad()
-def compare(machine, args, write):
-    """Times a batch against the number of passes, parallel and sequential; prints and writes as measure() does."""
-    results = []
+def compare(machine, args):
+    """Times a batch against the number of passes, parallel and sequential; prints these rows and yields them."""
     print("preset       batch decoder                passes   seconds to parallel, 8")
     for preset in args.preset:
-        config = dataclasses.replace(configuration(preset).maskgit, dropout=0.0)
+        config = configuration(preset).maskgit
         torch.manual_seed(0)
         parallel = MaskGIT(config).to(machine.device).eval()
         causal = MaskGIT(dataclasses.replace(config, causal=True)).to(machine.device).eval()
+        forward, predict_one, N = machine.compile(parallel), machine.compile(causal.predict), config.num_tokens
         for batch in args.batch or ([1, 16, 64] if machine.device.type == "cuda" else [1, 4]):
+            labels = machine.put(torch.arange(batch) % config.num_classes)
+            rows = torch.zeros(batch, N + 1, dtype=torch.long, device=machine.device)
             with machine.autocast():
-                one_step, times = time_decoders(machine, parallel, causal, batch, args.repeats)
-            for label, passes, took in times:
-                results.append({"preset": preset, "batch": batch, "row": label, "passes": passes, "seconds": took})
-                print(f"{preset:12} {batch:5} {label:22} {passes:6} {took:9.4g} {took / one_step / 8:14.3g}")
-            write(args, results)
-
-
-def time_decoders(machine, parallel, causal, batch, repeats):
-    """-> seconds of a parallel step; [(decoder, passes, seconds)] of whole decodings."""
-    N = parallel.config.num_tokens
-    forward = torch.compile(parallel) if machine.compiled else parallel
-    one_position = torch.compile(causal.predict) if machine.compiled else causal.predict
-    labels = machine.put(torch.arange(batch) % parallel.config.num_classes)
-    rows = torch.zeros(batch, N + 1, dtype=torch.long, device=machine.device)
-    caches = causal.empty_caches()
-
-    def cached(i):
-        caches[0].position.fill_(i)                                                             # of all layers
-        sample_tokens(one_position(rows[:, i:i + 1], caches)[:, -1].float(), 1.0, None)
-
-    def uncached(i):
-        sample_tokens(causal.predict(rows[:, :i + 1])[:, -1].float(), 1.0, None)
-
-    one_step = seconds(machine, lambda: decode(forward, labels, 2), repeats) / 2
-    times = [("parallel", steps, steps * one_step) for steps in (1, 2, 4, 8, 12, 16, 32, 64, 128, 256) if steps <= N]
-    for label, function in (("sequential, cached", cached), ("sequential, uncached", uncached)):
-        places = [round((i + 0.5) * N / 8) for i in range(8)]
-        each = [seconds(machine, functools.partial(function, i), 1) for i in places]
-        times.append((label, N, N * statistics.mean(each)))
-    return one_step, times
+                one_step = seconds(machine, args.repeats, decode, forward, labels, 2) / 2
+                times = [("parallel", T, T * one_step) for T in (1, 2, 4, 8, 12, 16, 32, 64, 128, 256) if T <= N]
+                for decoder, predict, caches in (("sequential, cached", predict_one, causal.empty_caches()),
+                                                 ("sequential, uncached", causal.predict, None)):
+                    each = [seconds(machine, 1, sequential_pass, predict, rows, i, caches)
+                            for i in range(N // 16, N, N // 8)]
+                    times.append((decoder, N, N * statistics.mean(each)))
+            for decoder, passes, took in times:
+                print(f"{preset:12} {batch:5} {decoder:22} {passes:6} {took:9.4g} {took / one_step / 8:14.3g}")
+            yield [{"preset": preset, "batch": batch, "row": decoder, "passes": passes, "seconds": took}
+                   for decoder, passes, took in times]
 
 
 def plot(path, results, x, y):
     """results[y] against results[x]: a curve for each row of each preset (and, if x is not the batch, each batch)."""
-    figure, axis = new_figure(9, 4.5)
     curves = {}
     for result in results:
         batch = "" if x == "batch" else f", batch {result['batch']}"
         curves.setdefault(f"{result['preset']}{batch}: {result['row']}", []).append((result[x], result[y]))
-    for name, points in curves.items():
-        axis.plot(*zip(*points), "o-", ms=5, lw=1, label=name)
-    axis.set(xscale="log", yscale="log", xlabel=x, ylabel=y.replace("_per_", "/"))
-    figure.legend(loc="outside right", fontsize=8)
-    save_figure(path, figure)
+    with new_figure(path, 9, 4.5) as (figure, (axis,)):
+        for name, points in curves.items():
+            axis.plot(*zip(*points), "o-", ms=5, lw=1, label=name)
+        axis.set(xscale="log", yscale="log", xlabel=x, ylabel=y.replace("_per_", "/"))
+        figure.legend(loc="outside right", fontsize=8)
 
 
 def bench(args, machine):
-    name = f"{platform.machine()} {machine.device.type}, {torch.get_num_threads()} threads"
-    if machine.device.type == "cuda":
-        name = torch.cuda.get_device_name()
+    cpu = f"{platform.machine()} {machine.device.type}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if machine.device.type == "cuda" else cpu
     precision = "bfloat16" if machine.bf16 else "float32"
     print(f"{name}, {precision}, torch {torch.__version__}, compiled: {machine.compiled}")
-
-    def write(args, results):
+    content = {"device": name, "precision": precision, "torch": torch.__version__, "rows": []}
+    timed, x, y = (compare, "passes", "seconds") if args.compare else (measure, "batch", "images_per_second")
+    for rows in timed(machine, args):
+        content["rows"] += rows
         if args.json:
-            content = {"device": name, "precision": precision, "torch": torch.__version__, "rows": results}
             write_atomically(args.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
         if args.plot:
-            x, y = ("passes", "seconds") if args.compare else ("batch", "images_per_second")
-            plot(args.plot, results, x, y)
-    (compare if args.compare else measure)(machine, args, write)
+            plot(args.plot, content["rows"], x, y)
 
 
 def main():

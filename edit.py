@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter
 from lib import devices
 from lib.checkpoints import add_run_flags, add_sampler_flags, load_run, sampler_options
 from lib.data import find_class, read_image
-from lib.pictures import grey_out, grid, picture_path, save_film, save_image, to_pil
+from lib.pictures import grid, picture_path, restore, save_film, save_image, to_pil
 from maskgit import ORDERS, SCHEDULES, MaskGIT, decode
 from vqgan import VQGAN, as_grid, to_pixels
 
@@ -55,48 +55,42 @@ def fit_square(image, size, fit, padding="edge"):
 
 
 def box_region(args, photo, size, side):
-    """The tokens that --box touches, and one more on either side. Raises ValueError for a box that is bad or cut off.
+    """The tokens that --box touches, and one more on either side. Raises ValueError for a bad box.
 
     photo: a PIL image, in whose pixels the box is. size: of the model's square, in pixels; side: in tokens."""
     try:
         y, x, height, width = [int(part) for part in args.box.split(",")]
     except ValueError:
         raise ValueError(f"--box {args.box} should be TOP,LEFT,HEIGHT,WIDTH in pixels, such as 40,60,100,80") from None
-    if height < 1 or width < 1 or y < 0 or x < 0 or y + height > photo.height or x + width > photo.width:
+    if not (0 <= y < y + height <= photo.height and 0 <= x < x + width <= photo.width):
         raise ValueError(f"--box {args.box} is empty or reaches outside {args.photo}, "
                          f"which is {photo.width} x {photo.height} pixels")
     stride, (left, top, across) = size // side, fit_square(photo, size, args.fit)[1]
 
-    def tokens(start, length):
+    def touched(start, length):
         start, stop = max(0, start * size / across), min(size, (start + length) * size / across)  # in the square
-        if start >= stop:
-            raise ValueError(f"nothing of {args.photo} is left to repaint after --fit {args.fit}: is the box cut off?")
-        first = int(start // stride)
-        # As released, the slice ends a token after the box's length, but never before a token that the box touches.
-        return slice(max(0, first - 1), max(first + int((stop - start) // stride) + 1, math.ceil(stop / stride)))
-    region = torch.zeros(side, side, dtype=torch.bool)
-    region[tokens(y - top, height), tokens(x - left, width)] = True
-    return region
+        first, places = int(start // stride), torch.arange(side)
+        # As released, it ends a token after the box's length, but never before a token that the box touches.
+        end = max(first + int((stop - start) // stride) + 1, math.ceil(stop / stride))
+        return (places >= first - 1) & (places < end) & (start < stop)
+    return touched(y - top, height)[:, None] & touched(x - left, width)
 
 
 def mask_region(args, photo, size, side):
-    """The tokens in which --mask has a white pixel. Raises ValueError for a mask of another size, or without any."""
+    """The tokens in which --mask has a white pixel. Raises ValueError for a mask of another size."""
     mask = read_image(args.mask)
     if mask.size != photo.size:
         raise ValueError(f"the mask {args.mask} is {mask.width} x {mask.height} pixels, {args.photo} is "
                          f"{photo.width} x {photo.height}: they must have the same size")
     fitted, _ = fit_square(mask, size, args.fit, "constant")                    # what is padded is black
     white = torch.from_numpy(np.array(fitted.convert("L"))) > 127
-    if not white.any():
-        raise ValueError(f"nothing of {args.photo} is left to repaint after --fit {args.fit}: is the mask black?")
     return white.view(side, size // side, side, size // side).any(3).any(1)
 
 
 def inpaint_region(args, photo, size, side):
     """--inpaint centre: half of the width and of the height."""
-    region, middle = torch.zeros(side, side, dtype=torch.bool), slice(side // 4, side - side // 4)
-    region[middle, middle] = True
-    return region
+    margin = side // 4
+    return F.pad(torch.ones([side - 2 * margin] * 2, dtype=torch.bool), [margin] * 4)
 
 
 def outpaint_region(args, photo, size, side):
@@ -105,9 +99,8 @@ def outpaint_region(args, photo, size, side):
     if not match or float(match[2]) == 0:
         raise ValueError(f"--outpaint {args.outpaint} should be left, right, up or down, = and a fraction between "
                          f"0 and 1, such as right=0.5")
-    region = torch.zeros(side, side, dtype=torch.bool)
-    region[:, :math.ceil(float(match[2]) * side)] = True                        # at the left,
-    return region.rot90(["left", "down", "right", "up"].index(match[1]))        # which a quarter turn brings down
+    at_the_left = (torch.arange(side) < math.ceil(float(match[2]) * side)).expand(side, side)
+    return at_the_left.rot90(["left", "down", "right", "up"].index(match[1]))   # a quarter turn brings it down
 
 
 REGIONS = {"box": box_region, "mask": mask_region, "inpaint": inpaint_region, "outpaint": outpaint_region}
@@ -115,13 +108,14 @@ REGIONS = {"box": box_region, "mask": mask_region, "inpaint": inpaint_region, "o
 
 def choose_class(args, transformer, names, known):
     """The class that is painted -> (its index, its name and why it was chosen). Raises ValueError."""
-    if args.class_name is None and transformer.null_label is not None:
+    if args.class_name is not None:
+        label, reason = find_class(args.class_name, names), "as asked"
+    elif transformer.null_label is not None:
         return transformer.null_label, "none (no --class was given)"
-    if args.class_name is None:
+    else:
         label = likeliest_class(transformer, known.flatten(), args.seed)
-        return label, f"{names[label]} (the likeliest for what is kept of the image)"
-    label = find_class(args.class_name, names)
-    return label, f"{names[label]} (as asked)"
+        reason = "the likeliest for what is kept of the image"
+    return label, f"{names[label]} ({reason})"
 
 
 def likeliest_class(model, known, seed):
@@ -151,25 +145,25 @@ def repaint(args, tokenizer, transformer, picture, known, labels, options):
     picture: the photo (3, S, S). known: (side, side), mask_id where it is painted. labels: (B,). options: of decode().
     Returns the picture, its mask (S, S) and a list of frames (B, 3, S, S): of the last step, or with --film of all."""
     _, steps = decode(transformer, labels, known=known.flatten().expand(len(labels), -1), return_steps=True, **options)
-    frames = [restore(tokenizer, as_grid(predicted), as_grid(masked), 0.85, batch=64)
+    frames = [restore(tokenizer, as_grid(predicted), as_grid(masked))
               for predicted, masked in (steps if args.film else steps[-1:])]
     return picture, to_pixels(known == transformer.mask_id, tokenizer.config.stride).cpu(), frames
 
 
 def panorama(args, tokenizer, transformer, picture, tokens, labels, options):
     """Extrapolation: paints to both sides of the photo until all is --extrapolate pixels wide. Returns as repaint()."""
-    size, width, stride = picture.shape[-1], args.extrapolate, tokenizer.config.stride
+    size, width, config = picture.shape[-1], args.extrapolate, tokenizer.config
     if width <= size:
         raise ValueError(f"--extrapolate {width} must be wider than the image, which is {size} pixels here")
     margins = (width - size) // 2, (width - size + 1) // 2                      # in pixels, left and right of the photo
-    left, right = [math.ceil(margin / stride) for margin in margins]            # in tokens, so the first may overhang
-    overhang = left * stride - margins[0]
+    left, right = [math.ceil(margin / config.stride) for margin in margins]     # in tokens, so the first may overhang
+    overhang = left * config.stride - margins[0]
     mask = F.pad(torch.zeros(size, size, dtype=torch.bool), margins, value=True)
     canvases = extrapolate(transformer, tokens.expand(len(labels), -1, -1), labels, left, right, **options)
-    # The decoder is convolutional: it restores the whole width at once, so there are no seams.
-    frames = [restore(tokenizer, canvas, canvas == transformer.mask_id, 1.0, batch=1)[..., overhang:overhang + width]
-              for canvas in (canvases if args.film else canvases[-1:])]
-    return F.pad(picture, margins, value=1.0), mask, frames
+    # The decoder is convolutional: it restores the whole width at once, so there are no seams. It knows no mask_id.
+    frames = [restore(tokenizer, wide.clamp(max=config.codebook_size - 1), wide == transformer.mask_id, 1.0, batch=1)
+              for wide in (canvases if args.film else canvases[-1:])]
+    return F.pad(picture, margins, value=1.0), mask, [frame[..., overhang:overhang + width] for frame in frames]
 
 
 def extrapolate(transformer, tokens, labels, left, right, **options):
@@ -178,24 +172,15 @@ def extrapolate(transformer, tokens, labels, left, right, **options):
     The window of side x side tokens moves by half its width, so that half of it is known. options: of decode(). Returns
     a list of (B, side, left + side + right), the start and one for each place of the window, with mask_id where nothing
     is painted yet; the last one has none."""
-    side = tokens.shape[2]
-    half = max(1, side // 2)
-    canvas = F.pad(tokens, (left, right), value=transformer.mask_id)
+    side, half = tokens.shape[2], max(1, tokens.shape[2] // 2)
+    canvases = [F.pad(tokens, (left, right), value=transformer.mask_id)]
     starts = [min(start, left + right) for start in range(left + half, left + right + half, half)]
     starts += [max(start, 0) for start in range(left - half, -half, -half)]
-    canvases = [canvas.clone()]
     for start in starts:
-        window = canvas[:, :, start:start + side].flatten(1)
-        canvas[:, :, start:start + side] = as_grid(decode(transformer, labels, known=window, **options))
-        canvases.append(canvas.clone())
+        canvas, columns = canvases[-1].clone(), slice(start, start + side)
+        canvas[:, :, columns] = as_grid(decode(transformer, labels, known=canvas[:, :, columns].flatten(1), **options))
+        canvases.append(canvas)
     return canvases
-
-
-def restore(tokenizer, tokens, masked, grey, batch):
-    """Tokens (B, h, w) as images (B, 3, H, W); a share `grey` of grey over those in the mask (B, h, w)."""
-    tokens = tokens.clamp(max=tokenizer.config.codebook_size - 1)               # for the decoder knows no mask_id
-    images = torch.cat([tokenizer.decode(part) for part in tokens.split(batch)])
-    return grey_out(images, to_pixels(masked, tokenizer.config.stride), grey)
 
 
 def composite(photo, painted, mask, feather):
@@ -212,7 +197,6 @@ def composite(photo, painted, mask, feather):
 @torch.no_grad()
 def edit(args, machine):
     """Paints --num variants of the photo. Every rank paints the same, and the first one writes them."""
-    device = machine.device
     folder, tokenizer, transformer, checkpoint = load_run(args.run, machine, VQGAN, MaskGIT, args.vqgan, args.decoder)
     if transformer.config.causal:
         raise ValueError(f"{folder} holds an autoregressive transformer, which can only go on in raster order: to edit "
@@ -226,34 +210,35 @@ def edit(args, machine):
     photo = read_image(args.photo)
     picture = torch.from_numpy(np.array(fit_square(photo, size, args.fit)[0])).movedim(-1, 0).float() / 255
     with machine.autocast():
-        paint, known = panorama, tokenizer.encode(picture[None].to(device))[0]                         # (side, side)
+        paint, known = panorama, tokenizer.encode(picture[None].to(machine.device))[0]                 # (side, side)
         if task in REGIONS:
             region = REGIONS[task](args, photo, size, len(known))
-            paint, known = repaint, torch.where(region.to(device), transformer.mask_id, known)
+            if not region.any():
+                raise ValueError(f"nothing of {args.photo} is left to repaint after --fit {args.fit}: is the box cut "
+                                 f"off, or the mask black?")
+            paint, known = repaint, torch.where(region.to(machine.device), transformer.mask_id, known)
         label, reason = choose_class(args, transformer, checkpoint["classes"], known)
         if machine.leads:
             print(f"{folder}: {args.photo}, {options['steps']} steps, {args.schedule} schedule, seed {args.seed}, "
-                  f"on {device}\nclass: {reason}", flush=True)
+                  f"on {machine.device}\nclass: {reason}", flush=True)
         for labels in torch.full((args.num,), label).split(64):
             around, mask, frames = paint(args, tokenizer, transformer, picture, known, machine.put(labels), options)
             batches.append(frames)
             machine.sync()
     feather = tokenizer.config.stride - 1 if args.feather is None else args.feather
     frames = [composite(around, torch.cat(parts).cpu(), mask, feather) for parts in zip(*batches)]
-    if machine.leads:
-        write(args, out, around, mask, frames, time.time() - started)
-
-
-def write(args, out, picture, mask, frames, seconds):
-    """A grid of the picture, the same with its mask in grey, and the results; each result in its own file; the film."""
-    cells = torch.cat([torch.stack([picture, torch.where(mask, 0.5, picture)]), frames[-1]])
-    columns = 10 if args.extrapolate is None else 1                             # a panorama has a row of its own
-    save_image(out, grid(list(cells.split(columns)), titles=["input", "masked"][:columns]))
+    seconds = time.time() - started
+    if not machine.leads:
+        return
+    # The picture, the same with its mask in grey, and the variants; each panorama has a row of its own.
+    cells = torch.cat([torch.stack([around, torch.where(mask, 0.5, around)]), frames[-1]])
+    columns = 10 if task in REGIONS else 1
+    save_image(out, grid(cells.split(columns), titles=["input", "masked"][:columns]))
     for i, image in enumerate(frames[-1], 1):
         save_image(out.with_suffix(f".{i}{out.suffix}"), to_pil(image))
     print(f"wrote {out} and {out.with_suffix('')}.1{out.suffix} to .{args.num}{out.suffix} in {seconds:.1f} s")
     if args.film:
-        print("wrote {} and {}".format(*save_film(out, frames)))
+        save_film(out, frames)
 
 
 def main():

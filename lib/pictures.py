@@ -2,6 +2,7 @@
 
 Images are (n, 3, H, W) floats in [0, 1]. Every file is written whole or not at all.
 """
+import contextlib
 import csv
 import math
 import os
@@ -10,12 +11,12 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from lib.checkpoints import write_atomically
 
 # ------------------------------------------------------------------------------------------------- the terminal
-
 
 def clock(seconds):
     """3725 -> "1:02:05"."""
@@ -55,6 +56,22 @@ class Progress:
         show_line(f"{self.what}: {amounts} {self.unit}, {speed:.4g}/s, {left} left", last, self.stream)
 
 
+def print_table(title, rows, columns=None):
+    """Prints {name of the row: {column: number or text}}. columns: those to show (None: all with a number or text).
+    Numbers have four digits."""
+    if columns is None:
+        columns = dict.fromkeys(column for row in rows.values() for column, value in row.items()
+                                if not isinstance(value, (dict, list)))
+    cells = [["", *columns]]
+    for name, row in rows.items():
+        values = [row.get(column, "-") for column in columns]
+        cells.append([name, *(value if isinstance(value, str) else f"{value:.4g}" for value in values)])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    print(f"\n{title}")
+    for first, *others in cells:
+        print("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]), flush=True)
+
+
 # ------------------------------------------------------------------------------------------------------- pictures
 
 def to_uint8(images):
@@ -67,28 +84,26 @@ def to_pil(image):
     return Image.fromarray(to_uint8(image).movedim(0, -1).cpu().numpy())
 
 
-def grid(rows, captions=(), scale=None, titles=()):
+def grid(rows, captions=(), titles=()):
     """A PIL image of rows of pictures, a caption to the left of each row and a title above each column.
 
-    rows: a list of images (n, 3, H, W). scale: how often each pixel is repeated; by default as often as brings a
-    picture to about 64 pixels."""
+    rows: a list of images (n, 3, H, W). Each pixel is repeated as often as brings a picture to about 64 pixels."""
     height, width = rows[0].shape[2:]
-    scale = scale or max(1, round(64 / height))
-    gap, font = 2, ImageFont.load_default(13)
-    left = max((int(font.getlength(caption)) + 10 for caption in captions), default=0)
-    top = 18 if titles else 0
-    cell_w, cell_h = width * scale + gap, height * scale + gap
-    size = left + cell_w * max(len(row) for row in rows) + gap, top + cell_h * len(rows) + gap
+    scale, gap, font = max(1, round(64 / height)), 2, ImageFont.load_default(13)
+    height, width = height * scale, width * scale
+    left = gap + max((int(font.getlength(caption)) + 10 for caption in captions), default=0)
+    top = gap + (18 if titles else 0)
+    size = left + (width + gap) * max(map(len, rows)), top + (height + gap) * len(rows)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
-    for column, title in enumerate(titles):
-        draw.text((left + gap + column * cell_w + 2, 2), title, "black", font)
+    for i, title in enumerate(titles):
+        draw.text((left + i * (width + gap) + 2, 2), title, "black", font)
+    for j, caption in enumerate(captions):
+        draw.text((4, top + j * (height + gap) + height // 2 - 8), caption, "black", font)
     for j, row in enumerate(rows):
-        if j < len(captions):
-            draw.text((4, top + gap + j * cell_h + cell_h // 2 - 9), captions[j], "black", font)
         for i, image in enumerate(row):
-            picture = to_pil(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-            canvas.paste(picture, (left + gap + i * cell_w, top + gap + j * cell_h))
+            picture = to_pil(image).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(picture, (left + i * (width + gap), top + j * (height + gap)))
     return canvas
 
 
@@ -105,40 +120,40 @@ def save_image(path, image, **options):
     write_atomically(path, lambda file: image.save(file, format=kind, **options))
 
 
-def grey_out(images, mask, grey=0.85):
-    """Images with a share `grey` of 50% grey where mask (n, H, W) is true: tokens that are still masked."""
-    mask = mask[:, None].to(images) * grey
-    return images * (1 - mask) + 0.5 * mask
+def restore(tokenizer, tokens, masked, grey=0.85, batch=64):
+    """Tokens (n, h, w) -> images (n, 3, H, W), decoded `batch` at a time, with a share `grey` of 50% grey over the
+    tokens that are still masked, a mask (n, h, w)."""
+    images = torch.cat([tokenizer.decode(part) for part in tokens.split(batch)])
+    share = grey * F.interpolate(masked[:, None].to(images), images.shape[2:])
+    return images * (1 - share) + 0.5 * share
 
 
 def save_film(path, frames):
-    """The decoding steps as a strip (a row an image) and as a GIF beside `path`.
+    """Writes the decoding steps as a strip (a row an image) and as a GIF beside `path`, and prints where.
 
-    frames: images (n, 3, H, W), one tensor a step. Returns the paths of both."""
+    frames: images (n, 3, H, W), one tensor a step."""
     strip, gif = path.with_suffix(".film.png"), path.with_suffix(".film.gif")
-    rows = [torch.stack([frame[i] for frame in frames]) for i in range(min(8, len(frames[0])))]
-    save_image(strip, grid(rows, titles=[f"step {t + 1}" for t in range(len(frames))]))
+    save_image(strip, grid(list(torch.stack(frames, 1)[:8]), titles=[f"step {t + 1}" for t in range(len(frames))]))
     across = math.isqrt(len(frames[0]) - 1) + 1
     pages = [grid(list(frame.split(across))) for frame in frames]
     # The last page stays a little longer than the others.
     save_image(gif, pages[0], save_all=True, append_images=pages[1:] + pages[-1:] * 4, duration=350, loop=0)
-    return strip, gif
+    print(f"wrote {strip} and {gif}")
 
 
 # ---------------------------------------------------------------------------------------------------------- plots
 
-def new_figure(width=6, height=4, rows=1, columns=1):
-    """A matplotlib figure that needs no screen, and its axes, (rows, columns), or one axis where there is but one."""
+@contextlib.contextmanager
+def new_figure(path, width=6, height=4, count=1):
+    """with new_figure(path) as (figure, axes): a matplotlib figure that needs no screen, and a list of its axes, three
+    in a row, each of this size in inches. At the end it is written as PNG, atomically. Raises OSError."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
+    across, down = min(3, count), math.ceil(count / 3)
+    figure = Figure(figsize=(width * across, height * down), layout="constrained")
+    axes = [figure.add_subplot(down, across, i + 1) for i in range(count)]
+    for axis in axes:
         axis.grid(alpha=0.3)
-    return figure, axes[0, 0] if rows == columns == 1 else axes
-
-
-def save_figure(path, figure):
-    """Writes a matplotlib figure as PNG, atomically. Raises OSError."""
+    yield figure, axes
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
@@ -147,40 +162,13 @@ def draw_log(path, log):
     with open(log, newline="") as file:
         rows = list(csv.DictReader(file))
     columns = [name for name in rows[0] if name != "step" and any(row[name] for row in rows)]
-    across = min(3, len(columns))
-    down = math.ceil(len(columns) / across)
-    figure, axes = new_figure(4 * across, 2.4 * down, down, across)
-    for axis in axes.flat[len(columns):]:
-        axis.set_visible(False)
-    for axis, column in zip(axes.flat, columns):
-        points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
-        axis.plot(*zip(*points), lw=1.2)
-        axis.set_title(column, fontsize=9)
-        axis.tick_params(labelsize=7)
-    figure.supxlabel("step", fontsize=9)
-    save_figure(path, figure)
-
-
-# ------------------------------------------------------------------------------- tables and figures of an evaluation
-
-def shown(value):
-    """A number with four digits; text as it is."""
-    return value if isinstance(value, str) else f"{value:.4g}"
-
-
-def print_table(title, rows, columns=None):
-    """Prints {name of the row: {column: number or text}}. columns: those to show (None: all with a number or text)."""
-    if columns is None:
-        columns = dict.fromkeys(column for row in rows.values() for column, value in row.items()
-                                if not isinstance(value, (dict, list)))
-    cells = [["", *columns]]
-    for name, row in rows.items():
-        cells.append([name, *(shown(row.get(column, "-")) for column in columns)])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    print(f"\n{title}")
-    for first, *others in cells:
-        aligned = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        print("  ".join([first.ljust(widths[0]), *aligned]), flush=True)
+    with new_figure(path, 4, 2.4, len(columns)) as (figure, axes):
+        for axis, column in zip(axes, columns):
+            points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
+            axis.plot(*zip(*points), lw=1.2)
+            axis.set_title(column, fontsize=9)
+            axis.tick_params(labelsize=7)
+        figure.supxlabel("step", fontsize=9)
 
 
 def lowest(curve, column):
@@ -192,26 +180,23 @@ def draw_curves(path, curves, xlabel, ylabel, deviation):
     """Plots ylabel against xlabel, a curve each with error bars, and marks the lowest point of each curve.
 
     curves: {name: {x: row}}; of a row, a dict, the values under ylabel and `deviation` are plotted."""
-    figure, axis = new_figure()
-    for name, points in curves.items():
-        xs, ys = list(points), [row[ylabel] for row in points.values()]
-        line = axis.errorbar(xs, ys, [row[deviation] for row in points.values()], capsize=2, lw=1.2, label=name)
-        best = lowest(points, ylabel)
-        axis.plot(best, points[best][ylabel], "*", ms=11, color=line[0].get_color())
-    axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    if len(curves) > 1:
-        axis.set_xscale("log")
-        axis.set_xticks(xs, map(str, xs), minor=False)
-        axis.set_xticks([], minor=True)
-        figure.legend(loc="outside right upper", fontsize=8)
-    save_figure(path, figure)
+    with new_figure(path) as (figure, (axis,)):
+        for name, points in curves.items():
+            xs, ys = list(points), [row[ylabel] for row in points.values()]
+            line = axis.errorbar(xs, ys, [row[deviation] for row in points.values()], capsize=2, lw=1.2, label=name)
+            best = lowest(points, ylabel)
+            axis.plot(best, points[best][ylabel], "*", ms=11, color=line[0].get_color())
+        axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        if len(curves) > 1:
+            axis.set_xscale("log", subs=[])                                     # no ticks but those of the values
+            axis.set_xticks(xs, map(str, xs))
+            figure.legend(loc="outside right upper", fontsize=8)
 
 
 def draw_accuracy(path, points):
     """Token accuracy against the share of masked tokens. points: [(share, accuracy), ...]."""
-    figure, axis = new_figure()
-    axis.plot(*zip(*points), "o-", lw=1.2, ms=3)
-    axis.set(xlabel="masked tokens, share", ylabel="masked tokens predicted right, share", xlim=(0, 1), ylim=(0, None))
-    save_figure(path, figure)
+    with new_figure(path) as (_, (axis,)):
+        axis.plot(*zip(*points), "o-", lw=1.2, ms=3)
+        axis.set(xlabel="masked tokens, share", ylabel="masked tokens predicted right, share", xlim=(0, 1), ylim=0)

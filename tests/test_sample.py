@@ -260,9 +260,9 @@ def test_comparison(call, monkeypatch):
         return record
 
     def masked_tokens(tokenizer, predicted, masked, grey):        # in place of the images: how many tokens are masked
-        return masked.sum(1).float().view(-1, 1, 1, 1)
+        return masked.sum((1, 2)).float().view(-1, 1, 1, 1)
     monkeypatch.setattr(sample, "grid", recording_grid)
-    monkeypatch.setattr(sample, "show_step", masked_tokens)
+    monkeypatch.setattr(sample, "restore", masked_tokens)
     monkeypatch.setattr(sample, "decode", recording(decode))
     monkeypatch.setattr(sample, "decode_sequential", recording(decode_sequential))
     call("--run", ROOT / "example", "--compare", "--class", "house", "--num", 3, "--steps", 12, "--seed", 4,
