@@ -1,16 +1,14 @@
 """Measures speed: training of both stages, decoding, the tokenizer; each as a share of the matrix-product peak.
 
     python bench.py                                  # the paper's 256 x 256 configuration
-    python bench.py --preset shapes
     python bench.py --rows train-transformer decode --batch 4 --json bench.json
     python bench.py --preset imagenet256 imagenet512 --rows train-transformer --batch 1 2 4 --plot rate.png
     python bench.py --compare --preset imagenet256 imagenet512 --plot runtime.png      # both decoders (Figure 4)
 
 What is timed are the training scripts' own train_step()s, maskgit's decode() and the tokenizer's encode() and decode().
-FLOPs are counted on meta tensors (torch's FlopCounterMode): matrix products, attention and convolutions, 2 for each
-multiply-add, with the backward pass, without recomputation. The peak is the fastest of a few square matrix products of
-the same precision, timed before and after each row. --compare times single passes and multiplies: parallel decoding
-passes over all positions at each step; sequential decoding is timed at eight places, with its cache and without.
+lib/costs.py counts their FLOPs. The peak is the fastest of a few square matrix products of the same precision, timed
+before and after each row. --compare times single passes and multiplies: parallel decoding passes over all positions at
+each step; sequential decoding is timed at eight places, with its cache and without.
 """
 import argparse
 import dataclasses
@@ -183,8 +181,8 @@ def compare(machine, args):
     for preset in args.preset:
         config = configuration(preset).maskgit
         torch.manual_seed(0)
-        parallel = MaskGIT(config).to(machine.device).eval()
-        causal = MaskGIT(dataclasses.replace(config, causal=True)).to(machine.device).eval()
+        parallel = machine.freeze(MaskGIT(config).to(machine.device).eval())
+        causal = machine.freeze(MaskGIT(dataclasses.replace(config, causal=True)).to(machine.device).eval())
         forward, predict_one, N = machine.compile(parallel), machine.compile(causal.predict), config.num_tokens
         for batch in args.batch or ([1, 16, 64] if machine.device.type == "cuda" else [1, 4]):
             labels = machine.put(torch.arange(batch) % config.num_classes)

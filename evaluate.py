@@ -62,8 +62,6 @@ def evaluate(args, machine):
         print(f"wrote {task.folder}/eval.json")
 
 
-# -------------------------------------------------------------------------------------- tables and their rows
-
 def table1(task, real):
     """The run's row of Table 1, those of real training images and of reconstructions, and figures of both stages."""
     args, stages, rows = task.args, figures_of_stages(task, real), {}
@@ -107,7 +105,7 @@ def table3(task, real):
     distance, nll, curves, rows = task.features.distance, figures_of_stages(task, real)["NLL"], {}, {}
     for schedule in SCHEDULES:
         curve = {T: mean_over_seeds(task, real, {"steps": T, "schedule": schedule}) for T in steps}
-        best = pictures.lowest(curve, distance)
+        best = min(curve, key=lambda T: curve[T][distance])
         curves[schedule], rows[schedule] = curve, {"T": best, **curve[best], "NLL": nll[schedule]}
     rows = {schedule: rows[schedule] for schedule in sorted(rows, key=lambda schedule: rows[schedule][distance])}
     if task.machine.leads:
@@ -165,8 +163,6 @@ def row_of(task, real, name, count, read, keep=None, images=None):
     return task.ledger.results[name]
 
 
-# ----------------------------------------------------------------------------------------- batches of images
-
 def restore(task, tokens):
     """Tokens (n, N) -> images uint8 (n, 3, S, S), as they would be in a file."""
     with task.machine.autocast():
@@ -198,8 +194,6 @@ def repainted_images(task, numbers, region):
             tokens = decode(task.transformer, labels, known=known, generator=generator, **task.options)
         yield Batch(batch.number, torch.where(pixels, restore(task, tokens), images), labels, tokens)
 
-
-# ------------------------------------------------------------------------- what is summed over a batch, and figures
 
 @torch.no_grad()
 def sums_of_stages(task, batch):
@@ -249,8 +243,6 @@ def figures_of_stages(task, real):
             "NLL": dict(zip(task.likelihoods, (real["nll"] / real["count"]).tolist())),
             "accuracy by mask ratio": [[round(r, 4), a] for r, a in zip(ratios, (right / masked).tolist())]}
 
-
-# ------------------------------------------------------------------------------------------- what is asked for
 
 class Task:
     """What is measured, and what with: opens the models, the data, the networks that look at images, and the Ledger.

@@ -18,7 +18,7 @@ from lib import costs, devices, optimizers, pictures, training
 from lib.checkpoints import STAGES, rebuild, write_atomically
 from lib.classifier import JUDGE_FLAGS, open_judge
 from lib.data import batches, open_data, spread
-from lib.devices import count, positive, share, whole, yes_or_no
+from lib.devices import count, from_host, positive, share, whole, yes_or_no
 from lib.tokens import CachedTokens, FrozenTokenizer
 from maskgit import SCHEDULES, MaskGIT, MaskGITConfig, decode, decode_sequential, mask_tokens, mvtm_loss
 from vqgan import VQGAN, as_grid
@@ -61,16 +61,10 @@ def mask_for_training(schedule, model, tokens, generator):
     return mask_tokens(tokens, schedule, model.mask_id, generator)
 
 
-def drop_labels(labels, null_label, probability, generator):
-    """Replaces a share of the labels by that of no class, so that the model learns to draw without one as well."""
-    dropped = torch.rand(labels.shape, generator=generator).to(labels.device) < probability
-    return torch.where(dropped, null_label, labels)
-
-
 def loss_and_accuracy(logits, tokens, mask, label_smoothing):
-    """Eq. 1, and the share of the masked tokens (B, N) that are predicted right; scalars."""
-    right = (logits.detach().argmax(-1) == tokens) & mask
-    return mvtm_loss(logits, tokens, mask, label_smoothing), right.sum() / mask.sum()
+    """Eq. 1, and as metrics the same and the share of the masked tokens (B, N) that are predicted right; scalars."""
+    loss, right = mvtm_loss(logits, tokens, mask, label_smoothing), (logits.detach().argmax(-1) == tokens) & mask
+    return loss, {"loss": loss, "accuracy": right.sum() / mask.sum()}
 
 
 def train_step(nets, tokens, labels, step, args, machine, generator):
@@ -79,13 +73,13 @@ def train_step(nets, tokens, labels, step, args, machine, generator):
     generator: of the CPU, for masks and dropped labels. Returns the metrics by name, on the device."""
     for optimizer in nets.optimizers.values():
         optimizers.set_learning_rate(optimizer, step, args.lr, args.warmup, args.steps, args.decay)
-    if args.class_dropout > 0:
-        labels = drop_labels(labels, nets.model.null_label, args.class_dropout, generator)
+    if args.class_dropout > 0:              # some are of no class, so that the model learns to draw without one as well
+        dropped = from_host(torch.rand(labels.shape, generator=generator), labels) < args.class_dropout
+        labels = torch.where(dropped, nets.model.null_label, labels)
     seen, mask = mask_for_training(args.schedule, nets.model, tokens, generator)
 
     def masked_token_loss(seen, mask, tokens, labels):
-        loss, accuracy = nets.loss(nets.wrapped(seen, labels), tokens, mask, args.label_smoothing)
-        return loss, {"loss": loss, "accuracy": accuracy}
+        return nets.loss(nets.wrapped(seen, labels), tokens, mask, args.label_smoothing)
 
     batch = [seen, mask, tokens, labels]
     metrics = optimizers.accumulate(machine, nets.wrapped, masked_token_loss, batch, args.parts)
@@ -182,14 +176,6 @@ def draw(model, tokenizer, labels, generator, machine):
         return torch.cat([pictures.to_uint8(tokenizer.decode(part)) for part in as_grid(tokens).split(8)]), tokens
 
 
-def preview(drawing, classes, machine):
-    """A picture of samples: eight of each of the first ten classes."""
-    labels = machine.put(torch.arange(min(10, len(classes))).repeat_interleave(8))
-    images, _ = drawing(labels, machine.generator(0), machine)
-    machine.sync()
-    return pictures.grid((images.cpu() / 255).split(8), classes)
-
-
 def train(args, machine):
     args.parts = training.micro_batches(args, machine)
     if args.dry_run:                                                       # before there is a tokenizer
@@ -225,8 +211,11 @@ def train(args, machine):
     val_tokens = tokenizer.encode(val_images).cpu()
 
     def draw_preview():
+        shown = machine.put(torch.arange(min(10, len(classes))).repeat_interleave(8))           # eight of each class
+        images, _ = drawing(shown, machine.generator(0), machine)
+        machine.sync()
         figures = validation(args, nets.ema.model, val_tokens, val_labels, machine)
-        return figures, preview(drawing, classes, machine)
+        return figures, pictures.grid((images.cpu() / 255).split(8), classes)
 
     stream = batches(data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
     for step, (images, labels) in enumerate(stream, run.step):

@@ -40,8 +40,6 @@ class VQGANConfig:
         return 2 ** (len(self.multipliers) - 1)
 
 
-# ------------------------------------------------------------------------------------------- encoder and decoder
-
 class Tower(nn.Module):
     """Layers in sequence. recompute: in training, keep no activations inside a layer and compute them again in the
     backward pass: less memory, a third more time."""
@@ -109,8 +107,6 @@ class Decoder(Tower):
         layers += [nn.GroupNorm(config.groups, width, eps=1e-6), nn.SiLU(), conv3x3(width, 3)]
         self.layers = nn.Sequential(*layers)
 
-
-# ------------------------------------------------------------------------------------------------------ quantizer
 
 def entropy_loss(affinity, temperature):
     """Low entropy for each feature, high entropy for their average: sure choices, and every code in use.
@@ -222,8 +218,6 @@ def init_weights(module):
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
-
-# -------------------------------------------------------------------------------------------------- discriminator
 
 def blur_downsample(x):
     """[1 3 3 1] blur in both directions, then every second pixel: (B, C, H, W) -> (B, C, H / 2, W / 2)."""

@@ -133,10 +133,10 @@ STAGES = {"parallel": "transformer", "autoregressive": "autoregressive"}       #
 
 def add_run_flags(parser):
     """The flags that say which run to use, for every script that draws with one."""
-    parser.add_argument("--run", help="the run's folder (default: the newest in runs/ that holds a transformer)")
-    parser.add_argument("--vqgan", help="tokenizer file (default: vqgan.pt in the run's folder)")
-    parser.add_argument("--decoder", choices=STAGES,
-                        help="which transformer of the run (default: parallel, where it is there)")
+    add_flags(parser, {
+        "run": (str, None, "the run's folder (default: the newest in runs/ that holds a transformer)"),
+        "vqgan": (str, None, "tokenizer file (default: vqgan.pt in the run's folder)"),
+        "decoder": (list(STAGES), None, "which transformer of the run (default: parallel, where it is there)")})
 
 
 def add_sampler_flags(parser, schedules, orders):

@@ -21,7 +21,7 @@ from lib.ledger import Ledger
 from lib.optimizers import set_learning_rate
 from lib.pictures import Progress
 
-BESIDE_REAL = ["sharpness / real", "spread within a class / real", "classifier names the class"]
+BESIDE_REAL = ["sharpness / real", "classifier names the class"]
 BY_CLASS = "classifier names the class, by class"
 
 FLAGS = {
@@ -224,12 +224,11 @@ class Features:
         split = metrics.split_of(count)[batch.number * size:][:len(floats)]
         features, logits = self.of(batch.images)
         sums = metrics.moments(features, self.shift) | metrics.score_sums(logits, self.machine.put(split))
-        sums |= metrics.class_sums(floats, labels, len(self.classes))
         sums["sharpness"] = metrics.sharpness(floats).double() * len(floats)
         if self.classifier:
             named = (self.classifier(floats) if self.inception else logits).argmax(1)
-            right = F.one_hot(labels, len(self.classes)) * (named == labels)[:, None]
-            sums["class_right"] = right.sum(0).double()
+            asked = F.one_hot(labels, len(self.classes)).double()
+            sums["class_count"], sums["class_right"] = asked.sum(0), (asked * (named == labels)[:, None]).sum(0)
         return sums, {"features": features, "tokens": batch.tokens, "labels": labels}
 
     def figures(self, sums, real):
@@ -247,9 +246,8 @@ class Features:
             row["precision"], row["recall"] = metrics.precision_recall(sums["features"], real["features"])
         sharpness, real_sharpness = (each["sharpness"] / each["count"] for each in (sums, real))
         row[BESIDE_REAL[0]] = (sharpness / real_sharpness).item()
-        row[BESIDE_REAL[1]] = (metrics.spread(sums) / metrics.spread(real)).item()
         if self.classifier:
-            row[BESIDE_REAL[2]] = (sums["class_right"].sum() / sums["count"]).item()
+            row[BESIDE_REAL[1]] = (sums["class_right"].sum() / sums["count"]).item()
             shares = (sums["class_right"] / sums["class_count"]).tolist()
             row[BY_CLASS] = {name: share for name, share in zip(self.classes, shares) if not math.isnan(share)}
         return row

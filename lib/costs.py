@@ -49,12 +49,11 @@ def print_plan(args, machine, step_of, what):
     total = each * args.batch * args.steps
     state = tensor_bytes({name: part.state_dict() for name, part in parts.items()})       # after a step: with moments
     model = tensor_bytes(parts["ema"].state_dict())
-    rows = {
-        "parameters": f"{sum(p.numel() for p in parts['model'].parameters()) / 1e6:.2f} M, {what}",
-        "FLOPs": f"{each / 1e9:.4g} G an image, {total / 1e15:.4g} P in {args.steps} steps of {args.batch} images",
-        "time": f"{total / 1e12 / args.dry_run / 3600:.3g} hours at {args.dry_run:g} TFLOP/s, of all devices together",
-        "memory": f"about {(state + trained + activations) / 1e9:.3g} GB on each device: {(state + trained) / 1e9:.3g} "
-                  f"for the weights, {activations / 1e9:.3g} for a micro-batch of {batch}",
-        "checkpoints": f"{model / 1e9:.3g} GB for use, {state / 1e9:.3g} GB to go on from"}
-    for name, text in rows.items() if machine.leads else ():
-        print(f"{name:12} {text}")
+    if machine.leads:
+        print(f"""\
+parameters   {sum(p.numel() for p in parts['model'].parameters()) / 1e6:.2f} M, {what}
+FLOPs        {each / 1e9:.4g} G an image, {total / 1e15:.4g} P in {args.steps} steps of {args.batch} images
+time         {total / 1e12 / args.dry_run / 3600:.3g} hours at {args.dry_run:g} TFLOP/s, of all devices together
+memory       about {(state + trained + activations) / 1e9:.3g} GB on each device: {(state + trained) / 1e9:.3g} for the
+             weights, {activations / 1e9:.3g} for a micro-batch of {batch}
+checkpoints  {model / 1e9:.3g} GB for use, {state / 1e9:.3g} GB to go on from""")

@@ -184,9 +184,8 @@ class Machine:
         self.devices = runtime.global_runtime_device_count()
 
     def autocast(self):
-        if self.device.type == "meta":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        device = "cpu" if self.device.type == "meta" else self.device.type               # the meta device has none
+        return torch.autocast(device, torch.bfloat16, enabled=self.bf16)
 
     def put(self, batch, own_share=False):
         """A tensor (B, ...) -> on the device; with torch-xla, a part of its rows on each chip.
@@ -283,16 +282,15 @@ def launch(function, args):
         machine = Machine(args.device, args.bf16, getattr(args, "compile", None))
     except ImportError:
         raise ValueError("--device xla needs torch-xla: pip install torch==2.9.0 'torch_xla[tpu]==2.9.0'") from None
-    agreed = False
+    together = True                       # also after a signal (SystemExit), of which the ranks have told each other
     try:
         function(args, machine)
-        agreed = True
-    except SystemExit:                                      # after a signal, of which the ranks have told each other
-        agreed = True
+    except (Exception, KeyboardInterrupt):
+        together = False                                    # an error is of this rank alone: it waits for no other
         raise
-    finally:                                                # an error is of this rank alone: it waits for no other
+    finally:
         if dist.is_initialized():
-            leave(together=agreed)
+            leave(together)
 
 
 def leave(together):

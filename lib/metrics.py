@@ -3,9 +3,9 @@
     moments, mean_and_covariance, frechet_distance    FID (Heusel et al. 2017)
     split_of, score_sums, inception_score             IS (Salimans et al. 2016)
     precision_recall                                  precision and recall (Kynkäänniemi et al. 2019)
-    class_sums, spread, psnr, sharpness               by pixels
+    psnr, sharpness                                   by pixels
 
-moments, score_sums and class_sums return dicts of float64 tensors that add up: over batches, over processes, over an
+moments and score_sums return dicts of float64 tensors that add up: over batches, over processes, over an
 interruption. So 50,000 images take no more memory than 500. Nothing here knows where features come from.
 """
 import functools
@@ -101,20 +101,6 @@ def precision_recall(generated, real, rows=1000):
         return near.double().mean().item()
 
     return share_near(generated, real), share_near(real, generated)
-
-
-def class_sums(images, labels, classes):
-    """Sums for spread(). images: (n, 3, H, W), compared at 16 x 16 pixels. labels: (n,), below `classes`."""
-    member, small = F.one_hot(labels, classes).double().T, F.adaptive_avg_pool2d(images, 16).flatten(1).double()
-    return {"class_count": member.sum(1), "class_sum": member @ small, "class_squares": member @ small.square().sum(1)}
-
-
-def spread(sums):
-    """How far two images of a class differ, as root mean square distance, mean over classes: 0 where all are alike."""
-    some = sums["class_count"] > 1
-    n = sums["class_count"][some]
-    variance = sums["class_squares"][some] / n - (sums["class_sum"][some] / n[:, None]).square().sum(1)
-    return (2 * variance.clamp(min=0) * n / (n - 1)).sqrt().mean()
 
 
 def psnr(images, restored):

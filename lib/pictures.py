@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lib.checkpoints import write_atomically
 
-# ------------------------------------------------------------------------------------------------- the terminal
 
 def clock(seconds):
     """3725 -> "1:02:05"."""
@@ -71,8 +70,6 @@ def print_table(title, rows, columns=None):
     for first, *others in cells:
         print("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]), flush=True)
 
-
-# ------------------------------------------------------------------------------------------------------- pictures
 
 def to_uint8(images):
     """Floats in [0, 1] -> uint8 of the same shape, as they would be in a file."""
@@ -141,8 +138,6 @@ def save_film(path, frames):
     print(f"wrote {strip} and {gif}")
 
 
-# ---------------------------------------------------------------------------------------------------------- plots
-
 @contextlib.contextmanager
 def new_figure(path, width=6, height=4, count=1):
     """with new_figure(path) as (figure, axes): a matplotlib figure that needs no screen, and a list of its axes, three
@@ -171,11 +166,6 @@ def draw_log(path, log):
         figure.supxlabel("step", fontsize=9)
 
 
-def lowest(curve, column):
-    """Of a curve, {x: row}, the x where the row has the lowest value in this column."""
-    return min(curve, key=lambda x: curve[x][column])
-
-
 def draw_curves(path, curves, xlabel, ylabel, deviation):
     """Plots ylabel against xlabel, a curve each with error bars, and marks the lowest point of each curve.
 
@@ -184,8 +174,8 @@ def draw_curves(path, curves, xlabel, ylabel, deviation):
         for name, points in curves.items():
             xs, ys = list(points), [row[ylabel] for row in points.values()]
             line = axis.errorbar(xs, ys, [row[deviation] for row in points.values()], capsize=2, lw=1.2, label=name)
-            best = lowest(points, ylabel)
-            axis.plot(best, points[best][ylabel], "*", ms=11, color=line[0].get_color())
+            lowest = min(ys)
+            axis.plot(xs[ys.index(lowest)], lowest, "*", ms=11, color=line[0].get_color())
         axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")

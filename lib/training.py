@@ -208,7 +208,7 @@ class Run:
             if ending:
                 self.writing.result()
         elif self.machine.leads and not self.writing and self.machine.mesh is None:
-            self.writing = self.writer.submit(self._copy, self._state())      # gets the memory, which takes seconds
+            self.writing = self.writer.submit(self._copy)                     # gets the memory, which takes seconds
         if stopping:
             self.stop.exit(step, args.steps)
 
@@ -220,18 +220,15 @@ class Run:
         self.best = min(distance, self.best)
         return found
 
-    def _state(self):
-        return {name: part.state_dict() for name, part in self.parts.items()}
-
-    def _copy(self, state):
-        self.copy = on_cpu(state, self.copy)
+    def _copy(self):
+        self.copy = on_cpu({name: part.state_dict() for name, part in self.parts.items()}, self.copy)
 
     def _save(self, step):
         """Copies what is to be saved, and leaves it to a thread to write that while training goes on. Raises OSError
         where the save before this one, for which it waits, could not be written."""
         if self.writing:
             self.writing.result()
-        self._copy(self._state())
+        self._copy()
         self.writing = self.writer.submit(self._write, step, self.best)
 
     def _write(self, step, best):
@@ -274,7 +271,10 @@ class Log:
                                  f"checkpoint, if any, is {resume_file}: go on from it with a lower --lr")
         if not self.machine.leads:
             return
-        speed = self._images_per_second(step)
+        (first, then), speed = self.times[0], None                      # over the last ten lines
+        self.times = [*self.times[-10:], (step, time.time())]
+        if step > first:
+            speed = (step - first) * self.args.batch / (time.time() - then)
         row = {"step": step, **means, **figures, "images/s": speed, "TFLOP/s": speed and speed * self.flops / 1e12}
         if not self.is_open:
             self._open()
@@ -286,12 +286,6 @@ class Log:
         rate = f"{speed or 0:.0f} images/s ({row['TFLOP/s'] or 0:.3g} TFLOP/s)"
         text = "  ".join([f"step {step}/{self.args.steps}", *shown, rate, f"{left} left"])
         show_line(text, last=step == self.args.steps)
-
-    def _images_per_second(self, step):
-        """Over the last ten lines; None where no time has passed."""
-        first, then = self.times[0]
-        self.times = [*self.times[-10:], (step, time.time())]
-        return (step - first) * self.args.batch / (time.time() - then) if step > first else None
 
     def _open(self):
         self.is_open, rows = True, []
@@ -337,6 +331,7 @@ def launcher():
     """What a command begins with that starts as many processes as there are: python, or torchrun."""
     if "LOCAL_WORLD_SIZE" not in os.environ:
         return "python"
-    several = int(os.environ["WORLD_SIZE"]) > int(os.environ["LOCAL_WORLD_SIZE"])
-    hosts = f"--nnodes {os.environ['GROUP_WORLD_SIZE']} --rdzv_backend c10d --rdzv_endpoint HOST:PORT "
-    return f"torchrun {hosts if several else ''}--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} --"
+    nodes, hosts = os.environ["GROUP_WORLD_SIZE"], ""
+    if nodes != "1":
+        hosts = f"--nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint HOST:PORT "
+    return f"torchrun {hosts}--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} --"
