@@ -115,7 +115,7 @@ def read_image(path, size=None):
                     image = reduce(image, factor)     # first, as what follows takes several copies
                 return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is too large ({error}): --max-pixels N admits it") from error
+        raise ValueError(f"{path} is too large ({error}): reduce it; of a data set, --max-pixels admits it") from error
     except Exception as error:                        # Pillow's readers raise nearly everything on broken files
         raise ValueError(f"{path} is not a readable image ({type(error).__name__}: {error})") from error
 

@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 import tarfile
+import threading
 
 import numpy as np
 import pytest
@@ -336,8 +337,9 @@ def test_files_are_looked_at_once(tmp_path, monkeypatch, capsys):
         return read_image(path, size)
     monkeypatch.setattr(data, "read_image", read_and_count)
     monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path / "cache"))
-    for _ in range(2):
-        assert [len(part) for part in open_data(str(root), 80)] == [120, 2] and len(seen) == 123
+    monkeypatch.chdir(tmp_path)
+    for name in (str(root), "images"):                          # from any working folder
+        assert [len(part) for part in open_data(name, 80)] == [120, 2] and len(seen) == 123
         assert "bad.png" in capsys.readouterr().err             # that it is left out is said each time
     picture(root / "train" / "a" / "new.png")
     assert [len(part) for part in open_data(str(root), 80)] == [121, 2] and len(seen) == 123 + 122
@@ -345,6 +347,42 @@ def test_files_are_looked_at_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path / "occupied"))
     assert [len(part) for part in open_data(str(root), 80)] == [121, 2]
     assert "could not be kept" in capsys.readouterr().err
+
+
+def test_one_scan_serves_both_parts_of_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path / "cache"))
+    root = make_folder(tmp_path / "images", {"a": 130})
+    (root / "a" / "044.png").write_text("no image")             # is held out: one of few there, but less than 1% of all
+    assert sum(map(len, open_data(str(root), 80))) == 129
+    monkeypatch.setattr(data, "decode_all", None)               # the second start decodes none
+    assert sum(map(len, open_data(str(root), 80))) == 129
+
+
+def test_large_pictures_are_reduced_in_strips_one_at_a_time(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (1000, 700, 4), np.uint8))
+    assert np.array_equal(data.reduce(image, 7), image.reduce(7))
+    exif = image.getexif()
+    exif[0x0112] = 6                                            # the camera was turned: left is up
+    flat = Image.new("RGBA", (900, 600), (10, 20, 30, 0))
+    flat.paste((200, 0, 0, 255), (0, 0, 450, 600))
+    flat.save(tmp_path / "large.png", exif=exif)
+    monkeypatch.setattr(data, "LARGE", 1000)
+    monkeypatch.setattr(data, "ALONE", inside := threading.Lock())
+    monkeypatch.setattr(data, "to_rgb", lambda image, real=data.to_rgb: real(image) if inside.locked() else None)
+    upright = read_image(tmp_path / "large.png", 32)
+    assert upright.height > upright.width >= 32 and not inside.locked()
+    assert upright.getpixel((5, 2)) == (200, 0, 0) and upright.getpixel((5, upright.height - 3)) == (255, 255, 255)
+
+
+def test_what_may_be_a_trap_is_admitted_by_its_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)        # is put back after the test
+    picture(tmp_path / "a" / "0.png", (100, 100))
+    data.admit_pixels(9999)
+    with pytest.raises(ValueError, match="too large.*--max-pixels"):
+        read_image(tmp_path / "a" / "0.png")
+    data.admit_pixels(10_000)
+    assert read_image(tmp_path / "a" / "0.png").size == (100, 100)
 
 
 @pytest.mark.parametrize("size", [(5, 400), (400, 5), (1, 1), (33, 32)])
