@@ -64,7 +64,7 @@ def parse_training_flags(description, own_flags, flags, presets):
     add_flags(parser, {
         "seed": (whole, 0, "of every random draw"),
         **data.FLAGS,
-        "workers": (whole, None, "processes that read ahead (default: none for data in memory, else one per core)")})
+        "workers": (whole, None, "processes that read ahead (default: none for data in memory, else up to 16)")})
     add_machine_flags(parser)
     args = parser.parse_args()
     data.admit_pixels(args.max_pixels)
