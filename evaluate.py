@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from lib import classifier, devices, metrics, pictures
 from lib.checkpoints import add_run_flags, add_sampler_flags, fingerprint, load_run, rebuild, sampler_options
 from lib.classifier import BESIDE_REAL, BY_CLASS, Batch, SampledImages, Subset, sampled_batches
-from lib.data import FLAGS as DATA_FLAGS
-from lib.data import admit_pixels, open_data
+from lib.data import DATA_FLAGS, admit_pixels, open_data
 from lib.ledger import Ledger, name_of
 from maskgit import ORDERS, SCHEDULES, MaskGIT, decode, decode_sequential, mask_tokens, mvtm_loss
 from vqgan import VQGAN, as_grid, to_pixels

@@ -46,8 +46,9 @@ def on_cpu(value, before=None):
         return [on_cpu(item, old) for item, old in zip(value, before or [None] * len(value), strict=True)]
     if not torch.is_tensor(value):
         return value
-    copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda) if before is None else before
-    return copy.copy_(value)
+    if before is None:                                   # empty_like() of torch-xla's tensors is none that can be saved
+        before = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, pin_memory=value.is_cuda)
+    return before.copy_(value)
 
 
 def save_checkpoint(path, checkpoint):

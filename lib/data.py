@@ -28,7 +28,7 @@ from lib.downloads import cache_folder, download
 from lib.pictures import Progress
 from lib.shapes import Shapes, hashed_uniform
 
-FLAGS = {
+DATA_FLAGS = {
     "data_dir": (str, "data", "where cifar10, imagenet and places2 are"),
     "max_pixels": (count, 178_956_970, "of an image file; one of more may be a trap that fills the memory")}
 Image.core.set_block_size(1 << 26)   # malloc keeps a freed block of less for its thread, so several huge images add up

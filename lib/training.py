@@ -63,7 +63,7 @@ def parse_training_flags(description, own_flags, flags, presets):
         add_flags(parser, {name: (kind, None, f"{text} (default: {shown_default(name, presets)})")})
     add_flags(parser, {
         "seed": (whole, 0, "of every random draw"),
-        **data.FLAGS,
+        **data.DATA_FLAGS,
         "workers": (whole, None, "processes that read ahead (default: none for data in memory, else up to 16)")})
     add_machine_flags(parser)
     args = parser.parse_args()

@@ -23,7 +23,7 @@ pytest.importorskip("torch_xla")
 VQ = ["--image-size", 16, "--multipliers", 1, 1, "--filters", 8, "--codebook-size", 32, "--codebook-dim", 4,
       "--disc-width", 1, "--disc-max-width", 8, "--gan-start", 0, "--r1-every", 1]
 TRANSFORMER = ["--cache-tokens", 0, "--dropout", 0, "--dim", 16, "--depth", 1, "--heads", 2]
-STEPS = ["--bf16", "no", "--batch", 16, "--steps", 5, "--log-every", 1, "--save-every", 4]  # previews after 4 and 5
+STEPS = ["--bf16", "no", "--batch", 16, "--steps", 5, "--log-every", 1, "--save-every", 4, "--picture-every", 4]  # previews after 4 and 5
 EVALUATE = ["--bf16", "no", "--steps", 3, "--num", 32, "--batch", 16, "--classifier-steps", 1]
 PARTS = 2       # micro-batches of the transformer
 
