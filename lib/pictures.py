@@ -180,8 +180,9 @@ def draw_curves(path, curves, xlabel, ylabel, deviation):
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
         if len(curves) > 1:
-            axis.set_xscale("log", subs=[])                                     # no ticks but those of the values
-            axis.set_xticks(xs, map(str, xs))
+            axis.set_xscale("log")
+            axis.set_xticks(xs, map(str, xs))                                   # no ticks but those of the values
+            axis.set_xticks([], minor=True)
             figure.legend(loc="outside right upper", fontsize=8)
 
 

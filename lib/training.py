@@ -50,13 +50,12 @@ def parse_training_flags(description, own_flags, flags, presets):
     own_flags: as for add_flags. flags, presets: as above. A preset's value stands unless its flag is given. The preset
     is that of the data set, `folder` for any folder of images, or the one named by --preset."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    switch = {"action": "store_true"}
     add_flags(parser, {
         "data": (str, "shapes", "shapes, cifar10, imagenet, places2, or a folder with a subfolder for each class"),
         "preset": (list(presets), None, "the data set whose settings to take (default: the data's own, or folder)"),
         "run": (str, None, "the run's folder (default: runs/NAME, after the data)"),
-        "resume": (switch, None, "go on where the run stopped; start, if there is none"),
-        "overwrite": (switch, None, "start again, replacing what the run folder holds"),
+        "resume": ({"action": "store_true"}, None, "go on where the run stopped; start, if there is none"),
+        "overwrite": ({"action": "store_true"}, None, "start again, replacing what the run folder holds"),
         "dry_run": (devices.number(float, 0.001), None, "say what the run would take at so many TFLOP/s, and end")})
     add_flags(parser, own_flags)
     for name, (kind, *_, text) in (flags | PACE).items():
