@@ -217,10 +217,10 @@ def train(args, machine):
         figures = validation(args, nets.ema.model, val_tokens, val_labels, machine)
         return figures, pictures.grid((images.cpu() / 255).split(8), classes)
 
+    read = machine.put if args.cache_tokens else tokenizer.encode                    # cached tokens, or images
     stream = batches(data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
     for step, (images, labels) in enumerate(stream, run.step):
         generator = machine.seed_step(args.seed, step)
-        read = tokenizer.encode if not args.cache_tokens else machine.put            # images, or their cached tokens
         tokens = read(images, own_share=True).long()
         labels = machine.put(labels, own_share=True)
         metrics = train_step(nets, tokens, labels, step, args, machine, generator)

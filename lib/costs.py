@@ -45,7 +45,7 @@ def print_plan(args, machine, step_of, what):
     weights = [p for part in parts.values() if isinstance(part, torch.nn.Module) for p in part.parameters()]
     trained = sum(p.nbytes for p in weights if p.requires_grad)
     activations = kept_for_backward(step, weights) / (2 if machine.bf16 else 1)
-    each = flops(step_of(batch)[1]) / batch
+    each = flops(step) / batch
     total = each * args.batch * args.steps
     state = tensor_bytes({name: part.state_dict() for name, part in parts.items()})       # after a step: with moments
     model = tensor_bytes(parts["ema"].state_dict())

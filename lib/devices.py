@@ -55,7 +55,7 @@ def out_of_memory(error):
 
 def check_memory(size, flag):
     """Raises ValueError where so many bytes, which `flag` asks for, are more than this machine's memory."""
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     if size > there:
         raise ValueError(f"{flag} would take {size / 1e9:.4g} GB of memory, and this machine has {there / 1e9:.4g}: "
                          f"ask for fewer images")
