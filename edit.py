@@ -146,7 +146,7 @@ def repaint(args, tokenizer, transformer, picture, known, labels, options):
     Returns the picture, its mask (S, S) and a list of frames (B, 3, S, S): of the last step, or with --film of all."""
     _, steps = decode(transformer, labels, known=known.flatten().expand(len(labels), -1), return_steps=True, **options)
     frames = [restore(tokenizer, as_grid(predicted), as_grid(masked))
-              for predicted, masked in (steps if args.film else steps[-1:])]
+              for predicted, masked, _ in (steps if args.film else steps[-1:])]
     return picture, to_pixels(known == transformer.mask_id, tokenizer.config.stride).cpu(), frames
 
 

@@ -239,8 +239,8 @@ def decode(model, labels, steps=8, schedule="cosine", known=None, choice_tempera
     temperature: of the token samples, 0 for the likeliest. top_k: sample among the k likeliest. cfg: weight of
     classifier-free guidance, growing linearly with t; needs a model with a null class. order: one of ORDERS, what is
     revealed first. start_step: steps passed over, for a start from known tokens (the released demo edits with 2 of 12).
-    Returns tokens (B, N) int64; with return_steps, also a list of (predicted tokens (B, N), mask (B, N) of those that
-    stay masked), one pair a step. Raises ValueError for a bad argument."""
+    Returns tokens (B, N) int64; with return_steps, also a list of (predicted tokens, mask of those that stay masked,
+    confidence, infinite where known), each (B, N), one triple a step. Raises ValueError for a bad argument."""
     check_decoding(model, steps, start_step, cfg, order)
     B, N, mask_id, history = len(labels), model.config.num_tokens, model.mask_id, []
     tokens = torch.full((B, N), mask_id, device=labels.device) if known is None else known
@@ -263,7 +263,7 @@ def decode(model, labels, steps=8, schedule="cosine", known=None, choice_tempera
         # 4. Mask the n least confident tokens again.
         masked = ranks(confidence) < n
         tokens = torch.where(masked, mask_id, predicted)
-        history.append((predicted, masked))
+        history.append((predicted, masked, confidence))
     return (tokens, history) if return_steps else tokens
 
 

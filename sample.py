@@ -33,11 +33,11 @@ def draw(tokenizer, transformer, labels, batch=64, film=False, **options):
             # As decode() returns its steps, at eight moments: the tokens, and which of them are not decoded yet.
             tokens, grey = decode_sequential(transformer, part, **options), 1.0
             places = torch.arange(tokens.shape[1], device=tokens.device)
-            steps = [(tokens, (places >= round(i * len(places) / 8)).expand_as(tokens)) for i in range(1, 9)]
+            steps = [(tokens, (places >= round(i * len(places) / 8)).expand_as(tokens), None) for i in range(1, 9)]
         else:
             steps, grey = decode(transformer, part, return_steps=True, **options)[1], 0.85
         frames_of_batches.append([restore(tokenizer, as_grid(predicted), as_grid(masked), grey)
-                                  for predicted, masked in (steps if film else steps[-1:])])
+                                  for predicted, masked, _ in (steps if film else steps[-1:])])
         if len(labels) > batch:
             progress.show(min(number * batch, len(labels)))
     frames = [torch.cat(parts) for parts in zip(*frames_of_batches)]

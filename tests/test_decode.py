@@ -25,9 +25,9 @@ LABELS = torch.tensor([0, 1, 2, 1])
 def test_reveals_the_scheduled_counts_and_keeps_what_is_revealed(model, schedule, order):
     for steps in (1, 5, 16):
         tokens, history = decode(model, LABELS, steps, schedule, order=order, return_steps=True)
-        assert [mask.sum(1).tolist() for _, mask in history] == [[n] * 4 for n in mask_counts(schedule, steps, 16)]
+        assert [mask.sum(1).tolist() for _, mask, _ in history] == [[n] * 4 for n in mask_counts(schedule, steps, 16)]
         assert tokens.min() >= 0 and tokens.max() < 24
-        for predicted, mask in history:
+        for predicted, mask, _ in history:
             assert torch.equal(predicted[~mask], tokens[~mask])
 
 
@@ -41,7 +41,7 @@ def test_known_tokens_stay(model, order, schedule):
     given = was != model.mask_id
     assert torch.equal(known, was) and torch.equal(tokens[given], was[given])
     assert tokens.max() < 24
-    counts = torch.stack([mask.sum(1) for _, mask in history])
+    counts = torch.stack([mask.sum(1) for _, mask, _ in history])
     for row, unknown in enumerate((13, 8, 1, 0)):
         assert counts[:, row].tolist() == mask_counts(schedule, 6, unknown)
 

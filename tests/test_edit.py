@@ -163,7 +163,7 @@ def test_start_step(trained):
     known = torch.randint(0, 32, (1, 64))
     known[0, 10:50] = model.mask_id
     tokens, history = decode(model, torch.tensor([1]), 12, known=known, start_step=2, return_steps=True)
-    counts = [mask.sum().item() for _, mask in history]
+    counts = [mask.sum().item() for _, mask, _ in history]
     assert counts == mask_counts("cosine", 12, 40, 2) == mask_counts("cosine", 12, 40)[2:]
     assert torch.equal(tokens[0, :10], known[0, :10]) and torch.equal(tokens[0, 50:], known[0, 50:])
     assert mask_counts("cosine", 12, 3, 2)[0] == 2       # released: at least one fewer than at the start, not at step 2
@@ -335,7 +335,7 @@ def test_what_is_painted_is_what_was_decoded():
         around, mask, frames = repaint(args, Tiles(), model, picture, known, labels, options)
         assert torch.equal(around, picture) and torch.equal(mask, to_pixels(known == model.mask_id, 4))
         assert len(frames) == count and torch.equal(frames[-1], Tiles().decode(as_grid(tokens)))
-        for frame, (predicted, masked) in zip(frames, steps[-count:]):
+        for frame, (predicted, masked, _) in zip(frames, steps[-count:]):
             grey = 0.85 * to_pixels(as_grid(masked), 4)[:, None]
             assert torch.allclose(frame, Tiles().decode(as_grid(predicted)) * (1 - grey) + 0.5 * grey)
 

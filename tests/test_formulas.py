@@ -301,7 +301,7 @@ def test_the_choice_is_random_at_first_and_sure_in_the_end():
         _, history = decode(model, labels, 8, "linear", temperature=0, generator=torch.Generator().manual_seed(0),
                             return_steps=True, **options)
         masked, means = torch.ones(300, 16, dtype=torch.bool), []
-        for _, after in history[:-1]:
+        for _, after, _ in history[:-1]:
             place = (masked.cumsum(1) - 1) / (masked.sum(1, keepdim=True) - 1)
             means.append(place[masked & ~after].mean().item())
             masked = after
@@ -319,7 +319,7 @@ def test_guidance_grows_with_the_steps():
     _, history = decode(Preferring(with_class, without), torch.tensor([0]), 4, "linear", cfg=0.6, temperature=0,
                         choice_temperature=0, return_steps=True)
     chosen, masked = [], torch.ones(1, 16, dtype=torch.bool)
-    for predicted, after in history:
+    for predicted, after, _ in history:
         chosen.append(set(predicted[masked].tolist()))
         masked = after
     # 0.7 + 0.7 w overtakes 1 at w = 3/7: with w = 0.15, 0.3, 0.45, 0.6 that is at the third step.

@@ -195,7 +195,7 @@ def test_film(toy):
         tokens, steps = decode(toy, labels[:2], 5, generator=generators[1], return_steps=True)
         share = 0.85
     assert len(frames) == len(steps) and torch.equal(images, frames[-1])
-    for frame, (predicted, masked) in zip(frames, steps):
+    for frame, (predicted, masked, _) in zip(frames, steps):
         assert frame.shape == (3, 3, 8, 8)
         masked = to_pixels(as_grid(masked), 2)[:, None].expand(2, 3, 8, 8)
         shown = Tiles().decode(as_grid(predicted))
