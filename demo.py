@@ -34,29 +34,24 @@ from lib.pictures import to_pil
 from maskgit import ORDERS, SCHEDULES, MaskGIT, decode, decode_sequential, gamma, guided_logits, mask_counts
 from vqgan import VQGAN, as_grid, to_pixels
 
+QUESTIONS = ["/about", "/photo", "/validation", "/draw", "/look"]               # methods of Demo
 MOST_BYTES = 20_000_000     # of a photo
 MOST_PIXELS = 1 << 26       # of all images of an answer, which the page keeps: 10 of 512 x 512 pixels in 24 steps
-CODES_SHOWN = 8             # of a token
 
 
-class Settings(argparse.ArgumentParser):
-    """What a page sets, with the flags of sample.py and edit.py: so the same values are right and wrong."""
-
-    def __init__(self):
-        super().__init__(add_help=False, allow_abbrev=False)
-        devices.add_flags(self, {
-            "class": ({"dest": "class_name"}, None, "what to draw (default: each class in turn)"),
-            "num": (devices.number(int, 1, 64), 10, "images"),
-            "decoder": (list(STAGES), "parallel", "which transformer of the run"),
-            "feather": (devices.positive, 0, "of what is painted, in pixels")})
-        add_sampler_flags(self, SCHEDULES, ORDERS)
-
-    def read(self, settings):
-        """{flag: text, "" for its default} -> the values, as parse_args() returns them. Raises ValueError."""
-        return self.parse_args([f"--{name}={text}" for name, text in settings.items() if text != ""])
-
-    def error(self, message):
+def read_settings(settings):
+    """{flag of sample.py or edit.py: text, "" for its default} -> their values. Raises ValueError."""
+    def refuse(message):
         raise ValueError(message)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = refuse
+    devices.add_flags(parser, {
+        "class": ({"dest": "class_name"}, None, "what to draw (default: each class in turn)"),
+        "num": (devices.number(int, 1, 64), 10, "images"),
+        "decoder": (list(STAGES), "parallel", "which transformer of the run"),
+        "feather": (devices.positive, 0, "of what is painted, in pixels")})
+    add_sampler_flags(parser, SCHEDULES, ORDERS)
+    return parser.parse_args([f"--{name}={text}" for name, text in settings.items() if text != ""])
 
 
 class Upload(io.BytesIO):
@@ -80,14 +75,12 @@ class Demo:
     nobody waits for it any more. Raises ValueError or OSError for what cannot be done."""
 
     def __init__(self, args, machine):
-        self.args, self.machine, self.settings, self.lock = args, machine, Settings(), threading.Lock()
-        load = functools.partial(load_run, machine=machine, tokenizer_class=VQGAN, transformer_class=MaskGIT,
-                                 vqgan=args.vqgan)
-        self.folder, self.tokenizer, parallel, self.checkpoint = load(args.run, decoder="parallel")
-        self.models, self.classes = {"parallel": parallel}, self.checkpoint["classes"]
-        self.stride = self.tokenizer.config.stride
+        self.args, self.machine, self.lock = args, machine, threading.Lock()
+        load, self.models = functools.partial(load_run, args.run, machine, VQGAN, MaskGIT, args.vqgan), {}
+        self.folder, self.tokenizer, self.models["parallel"], self.checkpoint = load("parallel")
         with contextlib.suppress(FileNotFoundError, ValueError):        # it was not trained, or on other tokens
-            self.models["autoregressive"] = load(self.folder, decoder="autoregressive")[2]
+            self.models["autoregressive"] = load("autoregressive")[2]
+        self.classes, self.stride = self.checkpoint["classes"], self.tokenizer.config.stride
 
     @functools.cached_property
     def validation_images(self):
@@ -114,16 +107,16 @@ class Demo:
     def validation(self, body, tell):
         """{"number": any whole number} -> the "picture" of that validation image."""
         number = json.loads(body)["number"] % len(self.validation_images)
-        images, labels = self.validation_images.batch(np.array([number]))
-        tell({"picture": data_url(images[0] / 255), "class": self.classes[labels[0]]})
+        images, _ = self.validation_images.batch(np.array([number]))
+        tell({"picture": data_url(images[0] / 255)})
 
     def draw(self, body, tell):
-        """{"settings": as for Settings.read(); "picture": a data URL, "region": N times 0 or 1, or neither} -> news of
+        """{"settings": as for read_settings(); "picture": a data URL, "region": N times 0 or 1, or neither} -> news of
         each pass; the steps (see steps_in_numbers); then the images of each step, those of the last one first.
 
         A picture is edited: its region, where there is a 1, is painted anew for the class, or the likeliest."""
         request = json.loads(body)
-        args = self.settings.read(request["settings"])
+        args = read_settings(request["settings"])
         model = self.models[args.decoder]
         options = sampler_options(args, model.config) | {"generator": self.machine.generator(args.seed)}
         passes = options.get("steps", model.config.num_tokens)
@@ -133,15 +126,12 @@ class Demo:
             labels, class_name, known, picture, mask = self.subject(request, args, model)
             labels, started, done = self.machine.put(labels), time.time(), itertools.count(1)
             # Either decoder goes through this layer once in a pass.
-            watch = model.norm.register_forward_pre_hook(lambda *_: tell({"done": next(done), "of": passes}))
-            try:
+            with model.norm.register_forward_pre_hook(lambda *_: tell({"done": next(done), "of": passes})):
                 if model.config.causal:
                     tokens = decode_sequential(model, labels, **options)
                     steps = [(tokens, tokens < 0, tokens)]                      # the last one: nothing is masked
                 else:
                     steps = decode(model, labels, known=known, return_steps=True, **options)[1]
-            finally:
-                watch.remove()
             tell(steps_in_numbers(steps, args.schedule, (known[0] == model.mask_id).tolist())
                  | {"labels": labels.tolist(), "class": class_name, "seconds": time.time() - started})
             for t, (predicted, *_) in reversed(list(enumerate(steps, 1))):
@@ -153,8 +143,8 @@ class Demo:
     def subject(self, request, args, model):
         """What to draw -> labels (B,), their class in words, the tokens that are known (B, N), mask_id for the others;
         and of an edit the picture (3, S, S) and the mask (S, S) of what is painted, else twice None."""
-        labels, picture, mask = torch.arange(args.num) % len(self.classes), None, None
-        known, label, name = torch.full((model.config.num_tokens,), model.mask_id), None, "each class in turn"
+        label, name, picture, mask = None, "each class in turn", None, None
+        known = torch.full((model.config.num_tokens,), model.mask_id)
         if request.get("picture"):
             picture = self.square(base64.b64decode(request["picture"].partition(",")[2]))
             tokens = self.tokenizer.encode(picture[None].to(self.machine.device))[0]
@@ -166,8 +156,7 @@ class Demo:
         elif args.class_name is not None:
             label = find_class(args.class_name, self.classes)
             name = self.classes[label]
-        if label is not None:
-            labels = torch.full_like(labels, label)
+        labels = torch.arange(args.num) % len(self.classes) if label is None else torch.full((args.num,), label)
         return labels, name, known.to(self.machine.device).expand(args.num, -1), picture, mask
 
     def look(self, body, tell):
@@ -175,7 +164,7 @@ class Demo:
         it sampled; "cell", the place of one} -> its likeliest codes, and the sampled one: "codes", their probabilities
         "p", and "patches" of 3 x 3 tokens, as the decoder makes them around it."""
         request = json.loads(body)
-        args, cell, stride = self.settings.read(request["settings"]), request["cell"], self.stride
+        args, cell, stride = read_settings(request["settings"]), request["cell"], self.stride
         model = self.models[args.decoder]
         tokens = [model.mask_id if token is None else token for token in request["tokens"]]
         tokens, predicted = torch.tensor([tokens, request["predicted"]], device=self.machine.device)
@@ -183,7 +172,7 @@ class Demo:
         with self.machine.autocast(), torch.no_grad():
             label = torch.tensor([request["label"]], device=self.machine.device)
             p = guided_logits(model, tokens[None], label, weight)[0, cell].softmax(-1)
-            codes = p.topk(min(CODES_SHOWN, len(p))).indices
+            codes = p.topk(min(8, len(p))).indices
             codes = torch.cat([codes, predicted[cell, None]]) if predicted[cell] not in codes else codes
             variants = predicted.repeat(len(codes), 1)
             variants[:, cell] = codes
@@ -208,14 +197,14 @@ def steps_in_numbers(steps, schedule, unknown):
             "curve": gamma(torch.linspace(0, 1, 101), schedule, M).tolist()}
 
 
-QUESTIONS = {"/about": Demo.about, "/photo": Demo.photo, "/validation": Demo.validation, "/draw": Demo.draw,
-             "/look": Demo.look}
-
-
 class Page(BaseHTTPRequestHandler):
     """A request, in a thread of its own. Only a page that came from here may ask: none of another site (Origin), nor
     one under another name that leads to this machine (Host)."""
     timeout = 60
+
+    def handle(self):
+        with contextlib.suppress(ConnectionError, TimeoutError):                # the page has gone
+            super().handle()
 
     def do_GET(self):
         if self.admitted(["/"]):
@@ -228,8 +217,7 @@ class Page(BaseHTTPRequestHandler):
             return
         if not length.isdecimal() or int(length) > MOST_BYTES:
             return self.refuse(413, f"this file is larger than {MOST_BYTES // 1_000_000} MB: reduce it")
-        with contextlib.suppress(ConnectionError, TimeoutError):
-            self.answer(QUESTIONS[self.path], self.rfile.read(int(length)))
+        self.answer(getattr(self.server.demo, self.path[1:]), self.rfile.read(int(length)))
 
     def admitted(self, paths):
         """Whether this is a question of this server's page for one of these; else it is refused."""
@@ -242,24 +230,21 @@ class Page(BaseHTTPRequestHandler):
             return True
 
     def answer(self, question, body):
-        """Sends what question(demo, body, tell) tells, when its turn has come, and what it raises."""
-        demo = self.server.demo
-        self.start(200, "application/x-ndjson")
-        while not demo.lock.acquire(timeout=0.2):
+        """Sends what question(body, tell) tells, when its turn has come, and what it raises."""
+        self.start(200)
+        while not self.server.demo.lock.acquire(timeout=0.2):
             self.tell({"waits": True})
         try:
-            question(demo, body, self.tell)
+            question(body, self.tell)
         except (ConnectionError, TimeoutError):
             raise
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             self.tell({"error": str(error)})
-        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-            self.tell({"error": f"this cannot be had ({type(error).__name__}: {error}): load the page again"})
         finally:
-            demo.lock.release()
+            self.server.demo.lock.release()
 
     def tell(self, news):
-        """Sends a line of JSON. Raises ConnectionError where the page closed the connection, or the server ends."""
+        """Sends a line of JSON. Raises ConnectionError where the page has gone, or the server ends."""
         readable, _, _ = select.select([self.connection], [], [], 0)
         if self.server.stopping or readable and not self.connection.recv(1, socket.MSG_PEEK):
             raise ConnectionAbortedError
@@ -267,20 +252,18 @@ class Page(BaseHTTPRequestHandler):
 
     def refuse(self, status, reason):
         """Answers with an error. What is still being sent is read, or the sender would but see a broken connection."""
-        with contextlib.suppress(ConnectionError, TimeoutError):
-            self.start(status, "application/x-ndjson")
-            self.wfile.write(json.dumps({"error": reason}).encode() + b"\n")
-            self.connection.shutdown(socket.SHUT_WR)
-            while self.rfile.read(1 << 16):
-                pass
+        self.start(status)
+        self.wfile.write(json.dumps({"error": reason}).encode() + b"\n")
+        self.connection.shutdown(socket.SHUT_WR)
+        while self.rfile.read(1 << 16):
+            pass
 
-    def start(self, status, kind):
+    def start(self, status, kind="application/x-ndjson"):
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Cache-Control", "no-store")
         # The page loads nothing from anywhere, and is shown in no other.
-        self.send_header("Content-Security-Policy", "default-src 'none'; connect-src 'self'; img-src data: blob:; "
+        self.send_header("Content-Security-Policy", "default-src 'none'; connect-src 'self'; img-src data:; "
                          "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'")
+        self.send_header("Content-Type", kind)
         self.end_headers()
 
     def log_message(self, *_):
@@ -295,8 +278,7 @@ def serve(args, machine):
         raise ValueError(f"port {args.port} cannot be had ({error.strerror}): name another one, such as "
                          f"--port {args.port % 65535 + 1}") from error
     server.demo, server.stopping = Demo(args, machine), False
-    print(f"{server.demo.folder} on {machine.device}: open http://127.0.0.1:{server.server_port} (Ctrl-C ends it)",
-          flush=True)
+    print(f"{server.demo.folder}: open http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

@@ -140,9 +140,8 @@ def test_look_shows_what_was_sampled_from(server, ask):
 
 def test_an_edit_changes_the_region_alone(server, ask):
     photo, = ask("/validation", {"number": 7})
-    images, labels = Shapes("val").batch(np.array([7]))
+    images, _ = Shapes("val").batch(np.array([7]))
     assert (pixels(photo["picture"]) == images[0].movedim(0, -1).numpy()).all()
-    assert photo["class"] == server.demo.classes[labels[0]]
     request = {"settings": {"num": "3", "class": "heart"}, "picture": photo["picture"], "region": CENTRE}
     _, steps, frames = drawn(ask("/draw", request))
     inside = np.kron(np.reshape(CENTRE, (8, 8)), np.ones((4, 4))) > 0
@@ -192,7 +191,7 @@ def test_bad_requests(server, ask, monkeypatch):
     request = {"settings": {}, "picture": demo.data_url(torch.zeros(3, 32, 32)), "region": [0] * 64}
     assert "nothing is painted over" in ask("/draw", request)[-1]["error"]
     look = {"settings": {}, "label": 0, "step": 1, "tokens": [None] * 64, "predicted": [0] * 64, "cell": 64}
-    assert "load the page again" in ask("/look", look)[0]["error"]
+    assert set(ask("/look", look)[0]) == {"error"}
     monkeypatch.setattr(demo, "MOST_PIXELS", 10 * 8 * 32 * 32 - 1)
     assert "too many" in ask("/draw", {"settings": {}})[0]["error"]
     assert ask("/about")[0]["tokens"] == 64                                                   # it answers all the same
