@@ -53,25 +53,17 @@ def outline(name, x, y):
 
 
 def hsv_to_rgb(h, s, v):
-    """Each (n,) in [0, 1] -> (n, 3), each in [0, 1]."""
-    k = (np.array([5, 3, 1], np.float32) + h[:, None] * 6) % 6
-    return v[:, None] * (1 - s[:, None] * np.clip(np.minimum(k, 4 - k), 0, 1))
-
-
-def colours(uniform):
-    """uniform: (7, B) in [0, 1) -> the colours of the background, the object and its second part, (B, 1, 1, 3) each."""
-    ground_hue, ground_saturation, ground_value, turn, saturation, value, second_turn = uniform
-    ground = hsv_to_rgb(ground_hue, 0.05 + 0.15 * ground_saturation, 0.6 + 0.2 * ground_value)
-    hue = ground_hue + 0.25 + 0.5 * turn                           # never the background's hue
-    first = hsv_to_rgb(hue, 0.75 + 0.2 * saturation, 0.85 + 0.15 * value)
-    second = hsv_to_rgb(hue + 0.33 + 0.33 * second_turn, np.full_like(hue, 0.7), np.full_like(hue, 0.6))
-    return [colour[:, None, None] for colour in (ground, first, second)]
+    """Each (...) in [0, 1] -> (..., 3), each in [0, 1]."""
+    k = (np.array([5, 3, 1], np.float32) + h[..., None] * 6) % 6
+    return v[..., None] * (1 - s[..., None] * np.clip(np.minimum(k, 4 - k), 0, 1))
 
 
 def draw_scenes(labels, uniform):
     """labels: (B,) ints below 10. uniform: (B, 13) in [0, 1). -> images (B, 32, 32, 3) uint8."""
+    draws = uniform.T[..., None, None]                             # (13, B, 1, 1), to spread over the pixels
+
     def between(low, high, column):
-        return (low + (high - low) * uniform[:, column])[:, None, None]
+        return low + (high - low) * draws[column]
 
     size, turn, light = between(0.7, 0.9, 0), between(-0.3, 0.3, 1), between(0, 2 * np.pi, 2)
     center_x, center_y = between(-1, 1, 3) * (1 - size), between(-1, 1, 4) * (1 - size)
@@ -94,7 +86,10 @@ def draw_scenes(labels, uniform):
     cover_second = np.clip(0.5 - second[0] * size * 16, 0, 1)[..., None]
     shadow = np.clip(0.5 - shading * size * 4, 0, 1)[..., None] * 0.5                          # soft: 4 pixels wide
 
-    ground_colour, first_colour, second_colour = colours(uniform.T[6:])
+    hue = draws[6] + 0.25 + 0.5 * draws[9]                         # never the background's hue
+    first_colour = hsv_to_rgb(hue, between(0.75, 0.95, 10), between(0.85, 1, 11))
+    second_colour = hsv_to_rgb(hue + 0.33 + 0.33 * draws[12], np.float32(0.7), np.float32(0.6))
+    ground_colour = hsv_to_rgb(draws[6], between(0.05, 0.2, 7), between(0.6, 0.8, 8))
     ground = ground_colour * (1 + 0.35 * (pixel_x * light_x + pixel_y * light_y))[..., None] * (1 - shadow)
     shade = (0.85 + 0.4 * (dx[0] * light_x + dy[0] * light_y))[..., None]
     body = (first_colour + cover_second * (second_colour - first_colour)) * shade
