@@ -1,5 +1,4 @@
 """Fetches files into the cache folder: the folder MASKGIT_CACHE, by default ~/.cache/maskgit."""
-import contextlib
 import hashlib
 import http.client
 import os
@@ -49,73 +48,70 @@ def download(url, name, sha256=None, size=None, offline=False, folder=None):
     return path
 
 
-@contextlib.contextmanager
 def locked(path, setting):
-    """Lets one process at a time fetch a file, the others wait. setting: what chooses the folder, for an error."""
+    """An open file, until whose closing no other process fetches `path`; waits until none does. setting: the name of
+    what chooses the folder. Raises OSError where that cannot be written."""
     import fcntl  # Windows has none: files are put there by hand
 
-    lock_file = path.with_name(f"{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock_file.touch()
+        lock = open(path.with_name(f"{path.name}.lock"), "wb")
     except OSError as error:
         raise OSError(f"cannot write to the folder {path.parent}: {error.strerror}; choose another with "
                       f"{setting}") from error
-    with open(lock_file, "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process, which fetches {path.name}", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)                # let go when that process ends, however it ends
-        yield
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another process, which fetches {path.name}", file=sys.stderr, flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)                    # let go when that process ends, however it ends
+    return lock
 
 
 def fetch(url, part, size):
     """Adds to the file `part` what it lacks, in several tries. Raises OSError and ValueError as download() does."""
+    path = part.with_suffix("")
     for wait in range(TRIES):
         time.sleep(wait)
         try:
             return fetch_rest(url, part, size)
         except BROKEN_OFF as error:
             reason = error
+        except urllib.error.HTTPError as error:
+            if error.code != 416:
+                raise OSError(f"cannot fetch {url}: the server answers {error.code} {error.reason}; try again later, "
+                              f"or put the file at {path} yourself") from error
+            if error.headers.get("Content-Range") == f"bytes */{part.stat().st_size}":
+                return                                      # there is no more than we have
+            part.unlink()
+            reason = "the server has less of it than was there"
+        except urllib.error.URLError as error:
+            raise OSError(f"cannot reach {url} ({error.reason}): check the network, or put the file at {path} "
+                          f"yourself") from error
+        except OSError as error:
+            raise OSError(f"cannot write {part}: {error.strerror}; free some space, or choose another folder "
+                          f"(MASKGIT_CACHE, --data-dir), and run this again") from error
     raise OSError(f"cannot fetch {url}: {reason}, {TRIES} times; run this again to go on from there")
 
 
 def fetch_rest(url, part, size):
-    """One try of fetch(). Raises as it does, or one of BROKEN_OFF."""
-    path, have = part.with_suffix(""), part.stat().st_size if part.exists() else 0
+    """One try of fetch(). Raises ValueError for a wrong size, and whatever breaks it off."""
+    have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            # A server that cannot send the rest alone (status 206) sends all of it.
-            have = have if response.status == 206 else 0
-            length = response.headers.get("Content-Length")
-            total = have + int(length) if length else size
-            if size and total != size:
-                raise ValueError(f"{url} has {total} bytes, not {size}: put the right file at {path} yourself")
-            progress = Progress(f"fetching {path.name}", (total or 0) / 1e6, "MB", have / 1e6, sys.stderr)
-            with open(part, "ab" if have else "wb") as file:
-                while chunk := response.read(1 << 17):
-                    file.write(chunk)
-                    have += len(chunk)
-                    if total:
-                        progress.show(have / 1e6)
-                file.flush()
-                os.fsync(file.fileno())
-        if total is not None and have != total:
-            raise http.client.HTTPException(f"the connection broke off at {have} of {total} bytes")
-    except urllib.error.HTTPError as error:
-        if error.code != 416:
-            raise OSError(f"cannot fetch {url}: the server answers {error.code} {error.reason}; try again later, or "
-                          f"put the file at {path} yourself") from error
-        if error.headers.get("Content-Range") != f"bytes */{have}":             # else there is no more than we have
-            part.unlink()
-            raise http.client.HTTPException("the server has less of it than was there") from error
-    except urllib.error.URLError as error:
-        raise OSError(f"cannot reach {url} ({error.reason}): check the network, or put the file at {path} "
-                      f"yourself") from error
-    except BROKEN_OFF:
-        raise
-    except OSError as error:
-        raise OSError(f"cannot write {part}: {error.strerror}; free some space, or choose another folder "
-                      f"(MASKGIT_CACHE, --data-dir), and run this again") from error
+    with urllib.request.urlopen(request, timeout=30) as response:
+        have = have if response.status == 206 else 0        # a server that cannot send the rest alone sends all of it
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else size
+        if size and total != size:
+            raise ValueError(f"{url} has {total} bytes, not {size}: put the right file at {part.with_suffix('')} "
+                             f"yourself")
+        progress = Progress(f"fetching {part.stem}", (total or 0) / 1e6, "MB", have / 1e6, sys.stderr)
+        with open(part, "ab" if have else "wb") as file:
+            while chunk := response.read(1 << 17):
+                file.write(chunk)
+                have += len(chunk)
+                if total:
+                    progress.show(have / 1e6)
+            file.flush()
+            os.fsync(file.fileno())
+    if total is not None and have != total:
+        raise http.client.HTTPException(f"the connection broke off at {have} of {total} bytes")
