@@ -77,7 +77,7 @@ def to_rgb(image):
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+    if image.has_transparency_data:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image)
@@ -87,10 +87,8 @@ def to_rgb(image):
 
 def reduce(image, factor):
     """image.reduce(factor), a strip at a time: Pillow would make a copy of all of an RGBA image for it."""
-    strips = []
-    for top in range(0, image.height, 16 * factor):
-        strip = image.crop((0, top, image.width, min(top + 16 * factor, image.height)))
-        strips.append(np.asarray(strip.reduce(factor)))
+    strips = [image.crop((0, top, image.width, min(top + 16 * factor, image.height))).reduce(factor)
+              for top in range(0, image.height, 16 * factor)]
     reduced = Image.fromarray(np.concatenate(strips))
     reduced.info = image.info                         # with what exif_transpose() and to_rgb() look for
     return reduced
@@ -166,47 +164,38 @@ class Folder:
         return np.asarray(ImageOps.mirror(image) if uniform[4] < 0.5 else image)
 
 
-KEEP_BELOW = 64   # images of up to this size are read once and kept in memory, at this many times the size:
-KEEP_SCALE = 2
-
-
-def decode_all(root, files, keep=None):
-    """Tries every file -> ({path: pixels} of the readable ones, {path: message} of the others).
-
-    keep: pixels are (H, W, 3) uint8, reduced to this shorter side; None: they are not kept."""
-    def decode(path):
-        try:
-            image = read_image(path, keep)
-        except ValueError as error:
-            return str(error)
-        if keep and min(image.size) > keep:
-            size = [round(side * (keep / min(image.size))) for side in image.size]
-            image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3)
-        return np.asarray(image) if keep else None
-
-    images, bad, progress = {}, {}, Progress(f"reading {root}", len(files), stream=sys.stderr)
-    with ThreadPoolExecutor(cores()) as pool:                               # Pillow decodes outside Python's lock
-        for path, result in zip(files, pool.map(decode, files)):
-            if isinstance(result, str):
-                bad[str(path)] = result
-            else:
-                images[path] = result
-            if sys.stderr.isatty():
-                progress.show(len(images) + len(bad))
-    return images, bad
+KEEP_BELOW = 64   # images of up to this size are read once, and kept in memory at twice the size
 
 
 def check_files(root, files, size):
     """Decodes every file once: -> {path: its reduced pixels where `size` is small, else None} of the readable ones.
 
     Unreadable files are named on stderr and left out. Raises ValueError where they are more than 1%."""
-    if size <= KEEP_BELOW:
-        images, bad = decode_all(root, files, KEEP_SCALE * size)
-    else:
-        names = hashlib.md5("\n".join(map(str, files)).encode()).hexdigest()
-        bad = remembered("bad", root, lambda found: found["files"] == names,
-                         lambda: {"files": names, "bad": decode_all(root, files)[1]})["bad"]
-        images = {path: None for path in files if str(path) not in bad}
+    keep = 2 * size if size <= KEEP_BELOW else None                # pixels of the shorter side
+    names, images = hashlib.md5("\n".join(map(str, files)).encode()).hexdigest(), dict.fromkeys(files)
+
+    def problem_of(path):
+        try:
+            image = read_image(path, keep)
+        except ValueError as error:
+            return str(error)
+        if keep and min(image.size) > keep:
+            reduced = [round(side * (keep / min(image.size))) for side in image.size]
+            image = image.resize(reduced, Image.Resampling.BICUBIC, reducing_gap=3)
+        images[path] = np.asarray(image) if keep else None
+
+    def decode_all():
+        bad, progress = {}, Progress(f"reading {root}", len(files), stream=sys.stderr)
+        with ThreadPoolExecutor(cores()) as pool:                           # Pillow decodes outside Python's lock
+            for done, (path, problem) in enumerate(zip(files, pool.map(problem_of, files)), 1):
+                if problem:
+                    bad[str(path)] = problem
+                if sys.stderr.isatty():
+                    progress.show(done)
+        return {"files": names, "bad": bad}
+
+    found = decode_all() if keep else remembered("bad", root, lambda found: found["files"] == names, decode_all)
+    bad = found["bad"]
     for message in bad.values():
         print(f"left out: {message}", file=sys.stderr)
     if bad:
@@ -214,19 +203,17 @@ def check_files(root, files, size):
     if len(bad) > 0.01 * len(files):
         raise ValueError(f"{len(bad)} of {len(files)} files in {root} are not readable images, over 1%; "
                          f"remove them, the first is {next(iter(bad))}")
-    return images
+    return {path: pixels for path, pixels in images.items() if str(path) not in bad}
 
 
 def remembered(kind, root, valid, make):
     """What make() returns, a JSON value, or what is in the cache folder, where that is valid(): to scan a million files
     takes minutes."""
     path = cache_folder() / f"{kind}-{hashlib.md5(str(root).encode()).hexdigest()}.json"
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # where nothing is there, or something else
         found = json.loads(path.read_text())
         if valid(found):
             return found
-    except (OSError, ValueError, KeyError, TypeError):
-        pass                                          # nothing is there, or something else
     made = make()
     try:
         write_atomically(path, lambda file: file.write(json.dumps(made).encode()))
@@ -352,11 +339,9 @@ class Steps:
 
     def __getitem__(self, step):
         first = step * self.size + self.rank * self.share                   # places in the stream of all epochs
-        places = np.arange(first, first + self.share)
-        epochs, within = np.divmod(places, len(self.data))
-        indices = np.concatenate([shuffled(self.seed, epoch, len(self.data))[within[epochs == epoch]]
-                                  for epoch in np.unique(epochs)])
-        return self.data.batch(indices, places + (self.seed % (1 << 22) << 40))
+        places, length = range(first, first + self.share), len(self.data)
+        indices = np.array([shuffled(self.seed, place // length, length)[place % length] for place in places])
+        return self.data.batch(indices, np.array(places) + (self.seed % (1 << 22) << 40))
 
 
 def batches(data, size, seed, first, last, workers=None, machine=None):
