@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lib import checkpoints
-from lib.data import imagenet_classes
+from lib.data import IMAGENET_CLASSES
 from lib.devices import command_line
 from lib.downloads import download
 from maskgit import MaskGIT
@@ -40,10 +40,10 @@ TRANSFORMER_BLOCK = {"attention.qkv": [f"Attention_0/self_attention/{part}" for 
 
 
 def tokenizer_layers(model):
-    """The same of a VQGAN's two towers: {our name: [the released name]}, of residual blocks too.
+    """The same of a VQGAN: {our name: [the released name]}, also of what holds no weights but has layers in it.
 
     Flax numbers the layers of each kind as they are called, which is the order in which ours are defined."""
-    names, counts = {"encoder.layers": "encoder", "decoder.layers": "decoder"}, Counter()
+    names, counts = {"quantizer": "quantizer", "encoder.layers": "encoder", "decoder.layers": "decoder"}, Counter()
     for ours, layer in model.named_modules():
         parent = ours.rpartition(".")[0]
         if parent in names:
@@ -58,14 +58,11 @@ def released_arrays(model):
 
     These are views of the model's weights in the shape of the released array, to be read, or to be written into."""
     if isinstance(model, VQGAN):
-        yield "quantizer/codebook", model.quantizer.codebook.detach()
         layers = tokenizer_layers(model)
     else:
         yield "MlmLayer_0/mlm_bias/bias", model.head_bias.detach()
-        layers = dict(AROUND_THE_BLOCKS)
-        for i in range(model.config.depth):
-            layers |= {f"blocks.{i}.{ours}": [f"TransformerLayer_{i}/{name}" for name in names]
-                       for ours, names in TRANSFORMER_BLOCK.items()}
+        layers = AROUND_THE_BLOCKS | {f"blocks.{i}.{ours}": [f"TransformerLayer_{i}/{name}" for name in names]
+                                      for i in range(model.config.depth) for ours, names in TRANSFORMER_BLOCK.items()}
     for ours, names in layers.items():
         layer = model.get_submodule(ours)
         weight = {nn.Conv2d: "kernel", nn.Linear: "kernel", nn.Embedding: "embedding"}.get(type(layer), "scale")
@@ -239,7 +236,7 @@ def convert(args, folder):
         names = [f"{kind}_{args.model}_checkpoint" for kind in ("tokenizer", "maskgit")]
         files = [file or download(URL + name, name, offline=args.offline) for file, name in zip(files, names)]
     tokenizer_file, transformer_file = files
-    tokenizer, side, classes = vqgan_from_jax(tokenizer_file), 16, imagenet_classes()
+    tokenizer, side, classes = vqgan_from_jax(tokenizer_file), 16, IMAGENET_CLASSES
     models = {"vqgan": tokenizer}
     if transformer_file:
         models["transformer"] = transformer = maskgit_from_jax(transformer_file, tokenizer.config.codebook_size)
@@ -263,7 +260,6 @@ def convert(args, folder):
 
 def export(run, targets):
     """Writes both models of a run as released. targets: the files of the tokenizer and of the transformer."""
-    import_msgpack()
     for kind, model_class, target in zip(("vqgan", "transformer"), (VQGAN, MaskGIT), targets, strict=True):
         model, _ = checkpoints.rebuild(run / f"{kind}.pt", kind, model_class)
         write_released(model, target)

@@ -31,7 +31,10 @@ from lib.shapes import Shapes, hashed_uniform
 DATA_FLAGS = {
     "data_dir": (str, "data", "where cifar10, imagenet and places2 are"),
     "max_pixels": (count, 178_956_970, "of an image file; one of more may be a trap that fills the memory")}
+LARGE = 4_000_000                # pixels: an image of more is decoded while no other such one is in memory
+ALONE = threading.Lock()
 Image.core.set_block_size(1 << 26)   # malloc keeps a freed block of less for its thread, so several huge images add up
+IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt").read_text().splitlines()        # 1,000, by index
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 
@@ -92,10 +95,6 @@ def reduce(image, factor):
     reduced = Image.fromarray(np.concatenate(strips))
     reduced.info = image.info                         # with what exif_transpose() and to_rgb() look for
     return reduced
-
-
-LARGE = 4_000_000                # pixels: an image of more is decoded while no other such one is in memory
-ALONE = threading.Lock()
 
 
 def read_image(path, size=None):
@@ -164,14 +163,11 @@ class Folder:
         return np.asarray(ImageOps.mirror(image) if uniform[4] < 0.5 else image)
 
 
-KEEP_BELOW = 64   # images of up to this size are read once, and kept in memory at twice the size
-
-
 def check_files(root, files, size):
     """Decodes every file once: -> {path: its reduced pixels where `size` is small, else None} of the readable ones.
 
     Unreadable files are named on stderr and left out. Raises ValueError where they are more than 1%."""
-    keep = 2 * size if size <= KEEP_BELOW else None                # pixels of the shorter side
+    keep = 2 * size if size <= 64 else None           # the shorter side of what is kept in memory, to be read but once
     names, images = hashlib.md5("\n".join(map(str, files)).encode()).hexdigest(), dict.fromkeys(files)
 
     def problem_of(path):
@@ -194,7 +190,7 @@ def check_files(root, files, size):
                     progress.show(done)
         return {"files": names, "bad": bad}
 
-    found = decode_all() if keep else remembered("bad", root, lambda found: found["files"] == names, decode_all)
+    found = decode_all() if keep else remembered("bad", root, lambda kept: kept["files"] == names, decode_all)
     bad = found["bad"]
     for message in bad.values():
         print(f"left out: {message}", file=sys.stderr)
@@ -291,21 +287,15 @@ def open_data(name, size=None, folder="data"):
         classes = "1,000 WNIDs, such as n01440764" if name == "imagenet" else "365 classes"
         raise ValueError(f"{root} should hold train/CLASS/*.JPEG and val/CLASS/*.JPEG, with a folder for each of the "
                          f"{classes}; put it there or name its place with --data-dir")
-    pair = open_folder(root, size or 256, check=False)                # its million files are known to be whole
-    if name == "imagenet" and len(pair[0].classes) == 1000:           # the folders are WNIDs: show what they stand for
-        for data in pair:
-            data.classes = imagenet_classes()
-    return pair
+    train, val = open_folder(root, size or 256, check=False)          # its million files are known to be whole
+    if name == "imagenet" and len(train.classes) == 1000:             # the folders are WNIDs: show what they stand for
+        train.classes = val.classes = IMAGENET_CLASSES
+    return train, val
 
 
 def spread(data, count):
     """Images and labels of up to `count` images, evenly spread over a data set, which may be sorted by class."""
     return data.batch(torch.linspace(0, len(data) - 1, min(count, len(data))).long().numpy())
-
-
-def imagenet_classes():
-    """The names of ImageNet's 1,000 classes, by index."""
-    return Path(__file__).with_name("imagenet_classes.txt").read_text().splitlines()
 
 
 def find_class(text, classes):

@@ -12,8 +12,6 @@ from pathlib import Path
 from lib.pictures import Progress
 
 TRIES = 4
-# How the network fails in the middle of a file, which another try may help against. Any other OSError is of the disk.
-BROKEN_OFF = (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
 
 def cache_folder():
@@ -36,7 +34,7 @@ def download(url, name, sha256=None, size=None, offline=False, folder=None):
         if path.exists():                                   # another process has fetched it meanwhile
             return path
         part = path.with_name(f"{name}.part")
-        fetch(url, part, size)
+        fetch(url, path, part, size)
         if sha256:
             with open(part, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -67,15 +65,14 @@ def locked(path, setting):
     return lock
 
 
-def fetch(url, part, size):
-    """Adds to the file `part` what it lacks, in several tries. Raises OSError and ValueError as download() does."""
-    path = part.with_suffix("")
+def fetch(url, path, part, size):
+    """Adds to `part` what it lacks to be the file `path`, in several tries. Raises what download() raises."""
     for wait in range(TRIES):
         time.sleep(wait)
         try:
-            return fetch_rest(url, part, size)
-        except BROKEN_OFF as error:
-            reason = error
+            return fetch_rest(url, path, part, size)
+        except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+            reason = error                                  # the network failed in the middle: another try may help
         except urllib.error.HTTPError as error:
             if error.code != 416:
                 raise OSError(f"cannot fetch {url}: the server answers {error.code} {error.reason}; try again later, "
@@ -87,13 +84,13 @@ def fetch(url, part, size):
         except urllib.error.URLError as error:
             raise OSError(f"cannot reach {url} ({error.reason}): check the network, or put the file at {path} "
                           f"yourself") from error
-        except OSError as error:
+        except OSError as error:                            # any other is of the disk
             raise OSError(f"cannot write {part}: {error.strerror}; free some space, or choose another folder "
                           f"(MASKGIT_CACHE, --data-dir), and run this again") from error
     raise OSError(f"cannot fetch {url}: {reason}, {TRIES} times; run this again to go on from there")
 
 
-def fetch_rest(url, part, size):
+def fetch_rest(url, path, part, size):
     """One try of fetch(). Raises ValueError for a wrong size, and whatever breaks it off."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -102,9 +99,8 @@ def fetch_rest(url, part, size):
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else size
         if size and total != size:
-            raise ValueError(f"{url} has {total} bytes, not {size}: put the right file at {part.with_suffix('')} "
-                             f"yourself")
-        progress = Progress(f"fetching {part.stem}", (total or 0) / 1e6, "MB", have / 1e6, sys.stderr)
+            raise ValueError(f"{url} has {total} bytes, not {size}: put the right file at {path} yourself")
+        progress = Progress(f"fetching {path.name}", (total or 0) / 1e6, "MB", have / 1e6, sys.stderr)
         with open(part, "ab" if have else "wb") as file:
             while chunk := response.read(1 << 17):
                 file.write(chunk)

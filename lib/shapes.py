@@ -8,13 +8,11 @@ SHAPES = ["ball", "box", "cone", "fish", "ring", "cross", "heart", "moon", "hous
 def hashed_uniform(key, indices, count):
     """Uniform numbers in [0, 1), float32 (len(indices), count): a pure function of (key, index, column).
     A counter hashed by splitmix64 (Steele et al. 2014): no generator to seed, and vectorised over the images."""
-    with np.errstate(over="ignore"):
-        x = np.asarray(indices, np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
-        x = (x + np.uint64(key) * np.uint64(0xD1342543DE82EF95)) * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x = x ^ (x >> np.uint64(31))
-    return (x >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
+    x = np.asarray(indices, np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
+    x = (x + key * 0xD1342543DE82EF95 % (1 << 64)) * 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return ((x ^ (x >> 31)) >> 40).astype(np.float32) / (1 << 24)
 
 
 def outline(name, x, y):
@@ -82,8 +80,7 @@ def draw_scenes(labels, uniform):
     # The distance beyond a sharp corner is too small, which would draw the soft shadow out into spikes.
     distance, shading = distances[0], np.maximum(distances[1], np.hypot(x[1], y[1]) - 1)
     # Anti-aliasing: a pixel is covered in proportion to its distance from the outline, within half a pixel.
-    cover = np.clip(0.5 - distance * size * 16, 0, 1)[..., None]
-    cover_second = np.clip(0.5 - second[0] * size * 16, 0, 1)[..., None]
+    cover, cover_second = (np.clip(0.5 - part * size * 16, 0, 1)[..., None] for part in (distance, second[0]))
     shadow = np.clip(0.5 - shading * size * 4, 0, 1)[..., None] * 0.5                          # soft: 4 pixels wide
 
     hue = draws[6] + 0.25 + 0.5 * draws[9]                         # never the background's hue

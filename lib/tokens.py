@@ -1,8 +1,4 @@
-"""Images as tokens: encoded as they come, or once for all (--cache-tokens), each in several augmented views.
-
-The folder of the cache holds index.json and chunks NNNNN.npy; a chunk is written whole or not at all, so an
-interrupted encoding goes on where it stopped, and ranks share the chunks among them.
-"""
+"""Images as tokens: encoded as they come, or once for all (--cache-tokens), each in several augmented views."""
 import functools
 import json
 import math
@@ -44,9 +40,9 @@ class FrozenTokenizer:
 class CachedTokens:
     """Every training image as tokens, encoded once in several augmented views; `batch` gives (tokens (B, N), labels).
 
-    folder: where the chunks are, of uint16; a row is the N tokens and the label of one view of one image. A chunk has
-    CHUNK rows, or more where there would be over FILES chunks, as each stays open. BATCH rows are encoded together.
-    data: the images. Raises ValueError where the folder holds other data, or another number of views."""
+    folder: holds index.json and chunks NNNNN.npy of uint16; a row is the N tokens and the label of one view of one
+    image. A chunk has CHUNK rows, or more where there would be over FILES chunks, as each stays open. BATCH rows are
+    encoded together. data: the images. Raises ValueError where the folder holds other data or number of views."""
     CHUNK, FILES, BATCH, workers = 4096, 256, 256, 0
 
     def __init__(self, folder, data, views, num_tokens):
@@ -73,7 +69,8 @@ class CachedTokens:
         return self.data.batch(rows % len(self.data), rows + (1 << 50))
 
     def encode(self, tokenize, rank=0, world=1):
-        """Writes the chunks that are missing, each rank its share. tokenize: images (n, 3, S, S) uint8 -> (n, N)."""
+        """Writes the chunks that are missing, each rank its share, and each whole or not at all, so an interrupted
+        encoding goes on where it stopped. tokenize: images (n, 3, S, S) uint8 -> tokens (n, N)."""
         missing = {path: range(self.rows)[i * self.chunk:(i + 1) * self.chunk]
                    for i, path in enumerate(self.paths) if i % world == rank and not path.exists()}
         parts = [rows[i:i + self.BATCH] for rows in missing.values() for i in range(0, len(rows), self.BATCH)]
