@@ -53,7 +53,7 @@ def locked(path, setting):
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path.with_name(f"{path.name}.lock"), "wb")
+        lock = path.with_name(f"{path.name}.lock").open("wb")
     except OSError as error:
         raise OSError(f"cannot write to the folder {path.parent}: {error.strerror}; choose another with "
                       f"{setting}") from error
