@@ -20,17 +20,16 @@ import torch
 from torch import nn
 
 from lib import checkpoints
-from lib.data import imagenet_classes
+from lib.data import IMAGENET_CLASSES
 from lib.devices import command_line
 from lib.downloads import download
 from maskgit import MaskGIT
-from vqgan import VQGAN, ResBlock
+from vqgan import VQGAN
 
 URL = "https://storage.googleapis.com/maskgit-public/checkpoints/"
 MODELS = ["imagenet256", "imagenet512"]
 KINDS = ["vqgan", "transformer", "autoregressive", "classifier"]            # what a run may hold, the tokenizer first
-DTYPES = {b"float32": torch.float32, b"float16": torch.float16, b"bfloat16": torch.bfloat16, b"float64": torch.float64}
-# The transformer's layers, around and inside its blocks: by our name, the names of the released ones that it unites.
+# The transformer's layers, around and inside its blocks: {our name: the names of the released ones that it unites}.
 AROUND_THE_BLOCKS = {"token_embedding": ["Embed_0/word_embeddings"],
                      "position_embedding": ["Embed_0/position_embeddings"], "norm": ["Embed_0/embeddings_ln"],
                      "head.0": ["MlmLayer_0/mlm_dense"], "head.2": ["MlmLayer_0/mlm_ln"]}
@@ -40,19 +39,18 @@ TRANSFORMER_BLOCK = {"attention.qkv": [f"Attention_0/self_attention/{part}" for 
                      "norm2": ["Mlp_0/layer_output_ln"]}
 
 
-def tokenizer_layers(parent, path):
-    """The layers of a tower of the tokenizer, or of a residual block: (a list of the released name, the layer).
+def tokenizer_layers(model):
+    """The same of a VQGAN: {our name: [the released name]}, also of what holds no weights but has layers in it.
 
     Flax numbers the layers of each kind as they are called, which is the order in which ours are defined."""
-    counts = Counter()
-    for layer in parent.children():
-        kind = type(layer).__name__.removesuffix("2d")
-        name = f"{path}/{kind}_{counts[kind]}"
-        counts[kind] += 1
-        if isinstance(layer, ResBlock):
-            yield from tokenizer_layers(layer, name)
-        else:
-            yield [name], layer
+    names, counts = {"quantizer": "quantizer", "encoder.layers": "encoder", "decoder.layers": "decoder"}, Counter()
+    for ours, layer in model.named_modules():
+        parent = ours.rpartition(".")[0]
+        if parent in names:
+            kind = f"{names[parent]}/{type(layer).__name__.removesuffix('2d')}"
+            names[ours] = f"{kind}_{counts[kind]}"
+            counts[kind] += 1
+    return {ours: [name] for ours, name in names.items()}
 
 
 def released_arrays(model):
@@ -60,20 +58,17 @@ def released_arrays(model):
 
     These are views of the model's weights in the shape of the released array, to be read, or to be written into."""
     if isinstance(model, VQGAN):
-        yield "quantizer/codebook", model.quantizer.codebook.detach()
-        layers = [*tokenizer_layers(model.encoder.layers, "encoder"),
-                  *tokenizer_layers(model.decoder.layers, "decoder")]
+        layers = tokenizer_layers(model)
     else:
         yield "MlmLayer_0/mlm_bias/bias", model.head_bias.detach()
-        layers = [(names, model.get_submodule(ours)) for ours, names in AROUND_THE_BLOCKS.items()]
-        for i, block in enumerate(model.blocks):
-            layers += [([f"TransformerLayer_{i}/{name}" for name in names], block.get_submodule(ours))
-                       for ours, names in TRANSFORMER_BLOCK.items()]
-    for names, layer in layers:
+        layers = AROUND_THE_BLOCKS | {f"blocks.{i}.{ours}": [f"TransformerLayer_{i}/{name}" for name in names]
+                                      for i in range(model.config.depth) for ours, names in TRANSFORMER_BLOCK.items()}
+    for ours, names in layers.items():
+        layer = model.get_submodule(ours)
         weight = {nn.Conv2d: "kernel", nn.Linear: "kernel", nn.Embedding: "embedding"}.get(type(layer), "scale")
-        for kind, united in layer.state_dict().items():
+        for kind, united in layer.named_parameters(recurse=False):
             kind = weight if kind == "weight" else kind
-            for name, array in zip(names, united.chunk(len(names)), strict=True):
+            for name, array in zip(names, united.detach().chunk(len(names)), strict=True):
                 if kind == "kernel":                        # ours begin with (out, in), theirs end with (in, out)
                     array = array.movedim((1, 0), (-2, -1))
                 if name.endswith(("query", "key", "value")):                # what comes out is split by head
@@ -109,16 +104,14 @@ def import_msgpack():
 
 def flatten(tree, path=""):
     """The arrays in nested dicts, each with its name: its path below whatever the parameters are wrapped in."""
-    if "__msgpack_chunked_array__" in tree:                 # Flax cuts an array of over 1 GiB into flat pieces
+    if isinstance(tree, dict) and "__msgpack_chunked_array__" in tree:
         pieces, shape = ([tree[key][str(i)] for i in range(len(tree[key]))] for key in ("chunks", "shape"))
-        yield path, torch.cat(pieces).reshape(shape)
-        return
-    for key, value in tree.items():
-        inner = "" if key == "params" else f"{path}/{key}".lstrip("/")
-        if isinstance(value, dict):
-            yield from flatten(value, inner)
-        elif torch.is_tensor(value):
-            yield inner, value
+        tree = torch.cat(pieces).reshape(shape)             # Flax cuts an array of over 1 GiB into flat pieces
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from flatten(value, "" if key == "params" else f"{path}/{key}".lstrip("/"))
+    elif torch.is_tensor(tree) and tree.is_floating_point():                # other arrays are no parameters
+        yield path, tree
 
 
 def read_released(path):
@@ -129,7 +122,7 @@ def read_released(path):
     def unpack(code, data):                                 # extension type 1 is an array, others are single numbers
         if code == 1:
             shape, dtype, buffer = msgpack.unpackb(data, raw=True)
-            return torch.frombuffer(bytearray(buffer), dtype=DTYPES[dtype]).reshape(shape) if dtype in DTYPES else None
+            return torch.frombuffer(bytearray(buffer), dtype=getattr(torch, dtype.decode())).reshape(shape)
 
     data = Path(path).read_bytes()
     try:
@@ -219,7 +212,7 @@ def write_released(model, path):
         raise ValueError(f"the released format means 32 groups in each GroupNorm, not {model.config.groups}")
     if getattr(model.config, "null_class", False):
         raise ValueError("the released format has no null class, and this transformer was trained with --class-dropout")
-    tree, packer = {}, msgpack.Packer()
+    tree = {}
     for name, array in released_arrays(model):
         *folders, last = f"params/{name}".split("/")
         node = tree
@@ -227,18 +220,11 @@ def write_released(model, path):
             node = node.setdefault(folder, {})
         node[last] = array
 
-    def write(node, file):                                  # piece by piece, never the whole file in memory
-        if torch.is_tensor(node):
-            array = node.contiguous().numpy()
-            data = msgpack.packb((array.shape, array.dtype.name, array.tobytes()))
-            file.write(packer.pack(msgpack.ExtType(1, data)))
-            return
-        file.write(packer.pack_map_header(len(node)))
-        for key, value in node.items():
-            file.write(packer.pack(key))
-            write(value, file)
+    def pack(array):
+        array = array.contiguous().numpy()
+        return msgpack.ExtType(1, msgpack.packb((array.shape, array.dtype.name, array.tobytes())))
 
-    checkpoints.write_atomically(path, partial(write, tree))
+    checkpoints.write_atomically(path, lambda file: msgpack.pack(tree, file, default=pack))
 
 
 def convert(args, folder):
@@ -250,7 +236,7 @@ def convert(args, folder):
         names = [f"{kind}_{args.model}_checkpoint" for kind in ("tokenizer", "maskgit")]
         files = [file or download(URL + name, name, offline=args.offline) for file, name in zip(files, names)]
     tokenizer_file, transformer_file = files
-    tokenizer, side, classes = vqgan_from_jax(tokenizer_file), 16, imagenet_classes()
+    tokenizer, side, classes = vqgan_from_jax(tokenizer_file), 16, IMAGENET_CLASSES
     models = {"vqgan": tokenizer}
     if transformer_file:
         models["transformer"] = transformer = maskgit_from_jax(transformer_file, tokenizer.config.codebook_size)
@@ -274,7 +260,6 @@ def convert(args, folder):
 
 def export(run, targets):
     """Writes both models of a run as released. targets: the files of the tokenizer and of the transformer."""
-    import_msgpack()
     for kind, model_class, target in zip(("vqgan", "transformer"), (VQGAN, MaskGIT), targets, strict=True):
         model, _ = checkpoints.rebuild(run / f"{kind}.pt", kind, model_class)
         write_released(model, target)

@@ -31,7 +31,10 @@ from lib.shapes import Shapes, hashed_uniform
 DATA_FLAGS = {
     "data_dir": (str, "data", "where cifar10, imagenet and places2 are"),
     "max_pixels": (count, 178_956_970, "of an image file; one of more may be a trap that fills the memory")}
+LARGE = 4_000_000                # pixels: an image of more is decoded while no other such one is in memory
+ALONE = threading.Lock()
 Image.core.set_block_size(1 << 26)   # malloc keeps a freed block of less for its thread, so several huge images add up
+IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt").read_text().splitlines()        # 1,000, by index
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 
@@ -77,7 +80,7 @@ def to_rgb(image):
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+    if image.has_transparency_data:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image)
@@ -87,17 +90,11 @@ def to_rgb(image):
 
 def reduce(image, factor):
     """image.reduce(factor), a strip at a time: Pillow would make a copy of all of an RGBA image for it."""
-    strips = []
-    for top in range(0, image.height, 16 * factor):
-        strip = image.crop((0, top, image.width, min(top + 16 * factor, image.height)))
-        strips.append(np.asarray(strip.reduce(factor)))
+    strips = [image.crop((0, top, image.width, min(top + 16 * factor, image.height))).reduce(factor)
+              for top in range(0, image.height, 16 * factor)]
     reduced = Image.fromarray(np.concatenate(strips))
     reduced.info = image.info                         # with what exif_transpose() and to_rgb() look for
     return reduced
-
-
-LARGE = 4_000_000                # pixels: an image of more is decoded while no other such one is in memory
-ALONE = threading.Lock()
 
 
 def read_image(path, size=None):
@@ -166,47 +163,35 @@ class Folder:
         return np.asarray(ImageOps.mirror(image) if uniform[4] < 0.5 else image)
 
 
-KEEP_BELOW = 64   # images of up to this size are read once and kept in memory, at this many times the size:
-KEEP_SCALE = 2
+def check_files(root, files, size):
+    """Decodes every file once: -> {path: its reduced pixels where `size` is small, else None} of the readable ones.
 
+    Unreadable files are named on stderr and left out. Raises ValueError where they are more than 1%."""
+    keep = 2 * size if size <= 64 else None           # the shorter side of what is kept in memory, to be read but once
+    names, images = hashlib.md5("\n".join(map(str, files)).encode()).hexdigest(), dict.fromkeys(files)
 
-def decode_all(root, files, keep=None):
-    """Tries every file -> ({path: pixels} of the readable ones, {path: message} of the others).
-
-    keep: pixels are (H, W, 3) uint8, reduced to this shorter side; None: they are not kept."""
-    def decode(path):
+    def problem_of(path):
         try:
             image = read_image(path, keep)
         except ValueError as error:
             return str(error)
         if keep and min(image.size) > keep:
-            size = [round(side * (keep / min(image.size))) for side in image.size]
-            image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3)
-        return np.asarray(image) if keep else None
+            reduced = [round(side * (keep / min(image.size))) for side in image.size]
+            image = image.resize(reduced, Image.Resampling.BICUBIC, reducing_gap=3)
+        images[path] = np.asarray(image) if keep else None
 
-    images, bad, progress = {}, {}, Progress(f"reading {root}", len(files), stream=sys.stderr)
-    with ThreadPoolExecutor(cores()) as pool:                               # Pillow decodes outside Python's lock
-        for path, result in zip(files, pool.map(decode, files)):
-            if isinstance(result, str):
-                bad[str(path)] = result
-            else:
-                images[path] = result
-            if sys.stderr.isatty():
-                progress.show(len(images) + len(bad))
-    return images, bad
+    def decode_all():
+        bad, progress = {}, Progress(f"reading {root}", len(files), stream=sys.stderr)
+        with ThreadPoolExecutor(cores()) as pool:                           # Pillow decodes outside Python's lock
+            for done, (path, problem) in enumerate(zip(files, pool.map(problem_of, files)), 1):
+                if problem:
+                    bad[str(path)] = problem
+                if sys.stderr.isatty():
+                    progress.show(done)
+        return {"files": names, "bad": bad}
 
-
-def check_files(root, files, size):
-    """Decodes every file once: -> {path: its reduced pixels where `size` is small, else None} of the readable ones.
-
-    Unreadable files are named on stderr and left out. Raises ValueError where they are more than 1%."""
-    if size <= KEEP_BELOW:
-        images, bad = decode_all(root, files, KEEP_SCALE * size)
-    else:
-        names = hashlib.md5("\n".join(map(str, files)).encode()).hexdigest()
-        bad = remembered("bad", root, lambda found: found["files"] == names,
-                         lambda: {"files": names, "bad": decode_all(root, files)[1]})["bad"]
-        images = {path: None for path in files if str(path) not in bad}
+    found = decode_all() if keep else remembered("bad", root, lambda kept: kept["files"] == names, decode_all)
+    bad = found["bad"]
     for message in bad.values():
         print(f"left out: {message}", file=sys.stderr)
     if bad:
@@ -214,19 +199,17 @@ def check_files(root, files, size):
     if len(bad) > 0.01 * len(files):
         raise ValueError(f"{len(bad)} of {len(files)} files in {root} are not readable images, over 1%; "
                          f"remove them, the first is {next(iter(bad))}")
-    return images
+    return {path: pixels for path, pixels in images.items() if str(path) not in bad}
 
 
 def remembered(kind, root, valid, make):
     """What make() returns, a JSON value, or what is in the cache folder, where that is valid(): to scan a million files
     takes minutes."""
     path = cache_folder() / f"{kind}-{hashlib.md5(str(root).encode()).hexdigest()}.json"
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # where nothing is there, or something else
         found = json.loads(path.read_text())
         if valid(found):
             return found
-    except (OSError, ValueError, KeyError, TypeError):
-        pass                                          # nothing is there, or something else
     made = make()
     try:
         write_atomically(path, lambda file: file.write(json.dumps(made).encode()))
@@ -304,21 +287,15 @@ def open_data(name, size=None, folder="data"):
         classes = "1,000 WNIDs, such as n01440764" if name == "imagenet" else "365 classes"
         raise ValueError(f"{root} should hold train/CLASS/*.JPEG and val/CLASS/*.JPEG, with a folder for each of the "
                          f"{classes}; put it there or name its place with --data-dir")
-    pair = open_folder(root, size or 256, check=False)                # its million files are known to be whole
-    if name == "imagenet" and len(pair[0].classes) == 1000:           # the folders are WNIDs: show what they stand for
-        for data in pair:
-            data.classes = imagenet_classes()
-    return pair
+    train, val = open_folder(root, size or 256, check=False)          # its million files are known to be whole
+    if name == "imagenet" and len(train.classes) == 1000:             # the folders are WNIDs: show what they stand for
+        train.classes = val.classes = IMAGENET_CLASSES
+    return train, val
 
 
 def spread(data, count):
     """Images and labels of up to `count` images, evenly spread over a data set, which may be sorted by class."""
     return data.batch(torch.linspace(0, len(data) - 1, min(count, len(data))).long().numpy())
-
-
-def imagenet_classes():
-    """The names of ImageNet's 1,000 classes, by index."""
-    return Path(__file__).with_name("imagenet_classes.txt").read_text().splitlines()
 
 
 def find_class(text, classes):
@@ -352,11 +329,9 @@ class Steps:
 
     def __getitem__(self, step):
         first = step * self.size + self.rank * self.share                   # places in the stream of all epochs
-        places = np.arange(first, first + self.share)
-        epochs, within = np.divmod(places, len(self.data))
-        indices = np.concatenate([shuffled(self.seed, epoch, len(self.data))[within[epochs == epoch]]
-                                  for epoch in np.unique(epochs)])
-        return self.data.batch(indices, places + (self.seed % (1 << 22) << 40))
+        places, length = range(first, first + self.share), len(self.data)
+        indices = np.array([shuffled(self.seed, place // length, length)[place % length] for place in places])
+        return self.data.batch(indices, np.array(places) + (self.seed % (1 << 22) << 40))
 
 
 def batches(data, size, seed, first, last, workers=None, machine=None):

@@ -1,5 +1,4 @@
 """Fetches files into the cache folder: the folder MASKGIT_CACHE, by default ~/.cache/maskgit."""
-import contextlib
 import hashlib
 import http.client
 import os
@@ -13,8 +12,6 @@ from pathlib import Path
 from lib.pictures import Progress
 
 TRIES = 4
-# How the network fails in the middle of a file, which another try may help against. Any other OSError is of the disk.
-BROKEN_OFF = (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
 
 def cache_folder():
@@ -37,7 +34,7 @@ def download(url, name, sha256=None, size=None, offline=False, folder=None):
         if path.exists():                                   # another process has fetched it meanwhile
             return path
         part = path.with_name(f"{name}.part")
-        fetch(url, part, size)
+        fetch(url, path, part, size)
         if sha256:
             with open(part, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -49,73 +46,68 @@ def download(url, name, sha256=None, size=None, offline=False, folder=None):
     return path
 
 
-@contextlib.contextmanager
 def locked(path, setting):
-    """Lets one process at a time fetch a file, the others wait. setting: what chooses the folder, for an error."""
+    """An open file, until whose closing no other process fetches `path`; waits until none does. setting: the name of
+    what chooses the folder. Raises OSError where that cannot be written."""
     import fcntl  # Windows has none: files are put there by hand
 
-    lock_file = path.with_name(f"{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock_file.touch()
+        lock = path.with_name(f"{path.name}.lock").open("wb")
     except OSError as error:
         raise OSError(f"cannot write to the folder {path.parent}: {error.strerror}; choose another with "
                       f"{setting}") from error
-    with open(lock_file, "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process, which fetches {path.name}", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)                # let go when that process ends, however it ends
-        yield
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another process, which fetches {path.name}", file=sys.stderr, flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)                    # let go when that process ends, however it ends
+    return lock
 
 
-def fetch(url, part, size):
-    """Adds to the file `part` what it lacks, in several tries. Raises OSError and ValueError as download() does."""
+def fetch(url, path, part, size):
+    """Adds to `part` what it lacks to be the file `path`, in several tries. Raises what download() raises."""
     for wait in range(TRIES):
         time.sleep(wait)
         try:
-            return fetch_rest(url, part, size)
-        except BROKEN_OFF as error:
-            reason = error
+            return fetch_rest(url, path, part, size)
+        except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+            reason = error                                  # the network failed in the middle: another try may help
+        except urllib.error.HTTPError as error:
+            if error.code != 416:
+                raise OSError(f"cannot fetch {url}: the server answers {error.code} {error.reason}; try again later, "
+                              f"or put the file at {path} yourself") from error
+            if error.headers.get("Content-Range") == f"bytes */{part.stat().st_size}":
+                return                                      # there is no more than we have
+            part.unlink()
+            reason = "the server has less of it than was there"
+        except urllib.error.URLError as error:
+            raise OSError(f"cannot reach {url} ({error.reason}): check the network, or put the file at {path} "
+                          f"yourself") from error
+        except OSError as error:                            # any other is of the disk
+            raise OSError(f"cannot write {part}: {error.strerror}; free some space, or choose another folder "
+                          f"(MASKGIT_CACHE, --data-dir), and run this again") from error
     raise OSError(f"cannot fetch {url}: {reason}, {TRIES} times; run this again to go on from there")
 
 
-def fetch_rest(url, part, size):
-    """One try of fetch(). Raises as it does, or one of BROKEN_OFF."""
-    path, have = part.with_suffix(""), part.stat().st_size if part.exists() else 0
+def fetch_rest(url, path, part, size):
+    """One try of fetch(). Raises ValueError for a wrong size, and whatever breaks it off."""
+    have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            # A server that cannot send the rest alone (status 206) sends all of it.
-            have = have if response.status == 206 else 0
-            length = response.headers.get("Content-Length")
-            total = have + int(length) if length else size
-            if size and total != size:
-                raise ValueError(f"{url} has {total} bytes, not {size}: put the right file at {path} yourself")
-            progress = Progress(f"fetching {path.name}", (total or 0) / 1e6, "MB", have / 1e6, sys.stderr)
-            with open(part, "ab" if have else "wb") as file:
-                while chunk := response.read(1 << 17):
-                    file.write(chunk)
-                    have += len(chunk)
-                    if total:
-                        progress.show(have / 1e6)
-                file.flush()
-                os.fsync(file.fileno())
-        if total is not None and have != total:
-            raise http.client.HTTPException(f"the connection broke off at {have} of {total} bytes")
-    except urllib.error.HTTPError as error:
-        if error.code != 416:
-            raise OSError(f"cannot fetch {url}: the server answers {error.code} {error.reason}; try again later, or "
-                          f"put the file at {path} yourself") from error
-        if error.headers.get("Content-Range") != f"bytes */{have}":             # else there is no more than we have
-            part.unlink()
-            raise http.client.HTTPException("the server has less of it than was there") from error
-    except urllib.error.URLError as error:
-        raise OSError(f"cannot reach {url} ({error.reason}): check the network, or put the file at {path} "
-                      f"yourself") from error
-    except BROKEN_OFF:
-        raise
-    except OSError as error:
-        raise OSError(f"cannot write {part}: {error.strerror}; free some space, or choose another folder "
-                      f"(MASKGIT_CACHE, --data-dir), and run this again") from error
+    with urllib.request.urlopen(request, timeout=30) as response:
+        have = have if response.status == 206 else 0        # a server that cannot send the rest alone sends all of it
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else size
+        if size and total != size:
+            raise ValueError(f"{url} has {total} bytes, not {size}: put the right file at {path} yourself")
+        progress = Progress(f"fetching {path.name}", (total or 0) / 1e6, "MB", have / 1e6, sys.stderr)
+        with open(part, "ab" if have else "wb") as file:
+            while chunk := response.read(1 << 17):
+                file.write(chunk)
+                have += len(chunk)
+                if total:
+                    progress.show(have / 1e6)
+            file.flush()
+            os.fsync(file.fileno())
+    if total is not None and have != total:
+        raise http.client.HTTPException(f"the connection broke off at {have} of {total} bytes")

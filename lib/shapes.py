@@ -8,13 +8,11 @@ SHAPES = ["ball", "box", "cone", "fish", "ring", "cross", "heart", "moon", "hous
 def hashed_uniform(key, indices, count):
     """Uniform numbers in [0, 1), float32 (len(indices), count): a pure function of (key, index, column).
     A counter hashed by splitmix64 (Steele et al. 2014): no generator to seed, and vectorised over the images."""
-    with np.errstate(over="ignore"):
-        x = np.asarray(indices, np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
-        x = (x + np.uint64(key) * np.uint64(0xD1342543DE82EF95)) * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x = x ^ (x >> np.uint64(31))
-    return (x >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
+    x = np.asarray(indices, np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
+    x = (x + key * 0xD1342543DE82EF95 % (1 << 64)) * 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return ((x ^ (x >> 31)) >> 40).astype(np.float32) / (1 << 24)
 
 
 def outline(name, x, y):
@@ -53,25 +51,17 @@ def outline(name, x, y):
 
 
 def hsv_to_rgb(h, s, v):
-    """Each (n,) in [0, 1] -> (n, 3), each in [0, 1]."""
-    k = (np.array([5, 3, 1], np.float32) + h[:, None] * 6) % 6
-    return v[:, None] * (1 - s[:, None] * np.clip(np.minimum(k, 4 - k), 0, 1))
-
-
-def colours(uniform):
-    """uniform: (7, B) in [0, 1) -> the colours of the background, the object and its second part, (B, 1, 1, 3) each."""
-    ground_hue, ground_saturation, ground_value, turn, saturation, value, second_turn = uniform
-    ground = hsv_to_rgb(ground_hue, 0.05 + 0.15 * ground_saturation, 0.6 + 0.2 * ground_value)
-    hue = ground_hue + 0.25 + 0.5 * turn                           # never the background's hue
-    first = hsv_to_rgb(hue, 0.75 + 0.2 * saturation, 0.85 + 0.15 * value)
-    second = hsv_to_rgb(hue + 0.33 + 0.33 * second_turn, np.full_like(hue, 0.7), np.full_like(hue, 0.6))
-    return [colour[:, None, None] for colour in (ground, first, second)]
+    """Each (...) in [0, 1] -> (..., 3), each in [0, 1]."""
+    k = (np.array([5, 3, 1], np.float32) + h[..., None] * 6) % 6
+    return v[..., None] * (1 - s[..., None] * np.clip(np.minimum(k, 4 - k), 0, 1))
 
 
 def draw_scenes(labels, uniform):
     """labels: (B,) ints below 10. uniform: (B, 13) in [0, 1). -> images (B, 32, 32, 3) uint8."""
+    draws = uniform.T[..., None, None]                             # (13, B, 1, 1), to spread over the pixels
+
     def between(low, high, column):
-        return (low + (high - low) * uniform[:, column])[:, None, None]
+        return low + (high - low) * draws[column]
 
     size, turn, light = between(0.7, 0.9, 0), between(-0.3, 0.3, 1), between(0, 2 * np.pi, 2)
     center_x, center_y = between(-1, 1, 3) * (1 - size), between(-1, 1, 4) * (1 - size)
@@ -90,11 +80,13 @@ def draw_scenes(labels, uniform):
     # The distance beyond a sharp corner is too small, which would draw the soft shadow out into spikes.
     distance, shading = distances[0], np.maximum(distances[1], np.hypot(x[1], y[1]) - 1)
     # Anti-aliasing: a pixel is covered in proportion to its distance from the outline, within half a pixel.
-    cover = np.clip(0.5 - distance * size * 16, 0, 1)[..., None]
-    cover_second = np.clip(0.5 - second[0] * size * 16, 0, 1)[..., None]
+    cover, cover_second = (np.clip(0.5 - part * size * 16, 0, 1)[..., None] for part in (distance, second[0]))
     shadow = np.clip(0.5 - shading * size * 4, 0, 1)[..., None] * 0.5                          # soft: 4 pixels wide
 
-    ground_colour, first_colour, second_colour = colours(uniform.T[6:])
+    hue = draws[6] + 0.25 + 0.5 * draws[9]                         # never the background's hue
+    first_colour = hsv_to_rgb(hue, between(0.75, 0.95, 10), between(0.85, 1, 11))
+    second_colour = hsv_to_rgb(hue + 0.33 + 0.33 * draws[12], np.float32(0.7), np.float32(0.6))
+    ground_colour = hsv_to_rgb(draws[6], between(0.05, 0.2, 7), between(0.6, 0.8, 8))
     ground = ground_colour * (1 + 0.35 * (pixel_x * light_x + pixel_y * light_y))[..., None] * (1 - shadow)
     shade = (0.85 + 0.4 * (dx[0] * light_x + dy[0] * light_y))[..., None]
     body = (first_colour + cover_second * (second_colour - first_colour)) * shade

@@ -1,8 +1,4 @@
-"""Images as tokens: encoded as they come, or once for all (--cache-tokens), each in several augmented views.
-
-The folder of the cache holds index.json and chunks NNNNN.npy; a chunk is written whole or not at all, so an
-interrupted encoding goes on where it stopped, and ranks share the chunks among them.
-"""
+"""Images as tokens: encoded as they come, or once for all (--cache-tokens), each in several augmented views."""
 import functools
 import json
 import math
@@ -44,23 +40,21 @@ class FrozenTokenizer:
 class CachedTokens:
     """Every training image as tokens, encoded once in several augmented views; `batch` gives (tokens (B, N), labels).
 
-    folder: where the chunks are, of uint16; a row is the N tokens and the label of one view of one image. A chunk has
-    CHUNK rows, or more where there would be over FILES chunks, as each stays open. BATCH rows are encoded together.
-    data: the images. Raises ValueError where the folder holds other data, or another number of views."""
+    folder: holds index.json and chunks NNNNN.npy of uint16; a row is the N tokens and the label of one view of one
+    image. A chunk has CHUNK rows, or more where there would be over FILES chunks, as each stays open. BATCH rows are
+    encoded together. data: the images. Raises ValueError where the folder holds other data or number of views."""
     CHUNK, FILES, BATCH, workers = 4096, 256, 256, 0
 
     def __init__(self, folder, data, views, num_tokens):
-        self.folder, self.data, self.views = Path(folder), data, views
-        self.rows = len(data) * views
+        self.folder, self.data, self.views, self.rows = Path(folder), data, views, len(data) * views
         self.chunk = max(self.CHUNK, math.ceil(self.rows / self.FILES))
         self.paths = [self.folder / f"{i:05}.npy" for i in range(math.ceil(self.rows / self.chunk))]
         index = {"images": len(data), "views": views, "tokens": num_tokens, "classes": list(data.classes),
                  "chunk": self.chunk}
-        try:
-            found = json.loads((self.folder / "index.json").read_text())
-        except FileNotFoundError:
-            write_atomically(self.folder / "index.json", lambda file: file.write(json.dumps(index).encode()))
-            return
+        path = self.folder / "index.json"
+        if not path.exists():
+            write_atomically(path, lambda file: file.write(json.dumps(index).encode()))
+        found = json.loads(path.read_text())
         for key, value in index.items():
             if found.get(key) != value:
                 raise ValueError(f"the tokens in {folder} are stale, with another value of {key}: rm -r '{folder}', "
@@ -69,30 +63,29 @@ class CachedTokens:
     def __len__(self):
         return len(self.data)
 
-    def __getitem__(self, first):
-        """Images and labels of up to BATCH rows from `first`, for `encode`; none of the next chunk."""
-        rows = np.arange(first, min(first + self.BATCH, self.rows, (first // self.chunk + 1) * self.chunk))
+    def __getitem__(self, rows):
+        """Images and labels of a range of rows, for `encode`."""
+        rows = np.arange(rows.start, rows.stop)
         return self.data.batch(rows % len(self.data), rows + (1 << 50))
 
-    def encode(self, tokenize, rank=0, world=1, workers=None):
-        """Writes the chunks that are missing, each rank its share.
-
-        tokenize: images (n, 3, S, S) uint8 -> tokens (n, N). workers: as for data.batches."""
-        missing = {path: range(i * self.chunk, min((i + 1) * self.chunk, self.rows))
+    def encode(self, tokenize, rank=0, world=1):
+        """Writes the chunks that are missing, each rank its share, and each whole or not at all, so an interrupted
+        encoding goes on where it stopped. tokenize: images (n, 3, S, S) uint8 -> tokens (n, N)."""
+        missing = {path: range(self.rows)[i * self.chunk:(i + 1) * self.chunk]
                    for i, path in enumerate(self.paths) if i % world == rank and not path.exists()}
-        firsts = [first for rows in missing.values() for first in rows[::self.BATCH]]
-        total, done = sum(map(len, missing.values())), 0
+        parts = [rows[i:i + self.BATCH] for rows in missing.values() for i in range(0, len(rows), self.BATCH)]
+        stream = iter(loader(self, parts, self.data))
+        total, done = sum(map(len, parts)), 0
         progress = Progress(f"encoding {self.rows} views into {self.folder}", total, stream=sys.stderr)
-        stream = iter(loader(self, firsts, self.data, workers))
         for path, rows in missing.items():
             batches = []
             for _ in rows[::self.BATCH]:
                 images, labels = next(stream)
-                batches.append(np.concatenate([tokenize(images).cpu().numpy(), labels.numpy()[:, None]], 1))
+                batches.append(torch.cat([tokenize(images).cpu(), labels[:, None]], 1))
                 done += len(labels)
                 if rank == 0:
                     progress.show(done)
-            write_atomically(path, functools.partial(np.save, arr=np.concatenate(batches).astype(np.uint16)))
+            write_atomically(path, functools.partial(np.save, arr=torch.cat(batches).numpy().astype(np.uint16)))
 
     @functools.cached_property
     def chunks(self):

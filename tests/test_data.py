@@ -354,7 +354,7 @@ def test_one_scan_serves_both_parts_of_a_folder(tmp_path, monkeypatch):
     root = make_folder(tmp_path / "images", {"a": 130})
     (root / "a" / "044.png").write_text("no image")             # is held out: one of few there, but less than 1% of all
     assert sum(map(len, open_data(str(root), 80))) == 129
-    monkeypatch.setattr(data, "decode_all", None)               # the second start decodes none
+    monkeypatch.setattr(data, "read_image", None)               # the second start decodes none
     assert sum(map(len, open_data(str(root), 80))) == 129
 
 

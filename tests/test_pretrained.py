@@ -20,7 +20,7 @@ from test_parity import DATA, close, load
 
 from lib import downloads
 from lib.checkpoints import load_checkpoint, load_run
-from lib.data import imagenet_classes
+from lib.data import IMAGENET_CLASSES
 from lib.devices import Machine
 from lib.downloads import download
 from lib.lpips import LPIPS, load_lpips
@@ -173,11 +173,11 @@ def test_a_vocabulary_that_does_not_fit(msgpack):
     says(error, TRANSFORMER, "vocabulary of 75", 1024)
 
 
-def test_msgpack_is_optional(tmp_path, monkeypatch):
+def test_msgpack_is_optional(trained, tmp_path, monkeypatch):
     (tmp_path / "msgpack.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     refused("pretrained.py", "imagenet256", "--run", tmp_path / "run", says="pip install msgpack")
-    refused("pretrained.py", "--export", tmp_path / "out", tmp_path / "run", says="pip install msgpack")
+    refused("pretrained.py", "--export", tmp_path / "out", trained, says="pip install msgpack")
     assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
 
 
@@ -232,7 +232,7 @@ def test_offline_without_the_files(msgpack, tmp_path):
 
 
 def test_imagenet_classes():
-    names = imagenet_classes()
+    names = IMAGENET_CLASSES
     assert len({name.lower() for name in names}) == len(names) == 1000
     known = {0: "tench", 1: "goldfish", 207: "golden retriever", 388: "giant panda", 517: "crane (machine)",
              985: "daisy", 999: "toilet tissue"}
