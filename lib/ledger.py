@@ -36,7 +36,14 @@ class Ledger:
         self.folder, self.setup, self.machine, self.batch = folder, setup, machine, batch
         self.records, self.results, self.under_way = [], {}, {}             # records: of all setups, as in the file
         if folder:
-            self._read(again)
+            with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # another's file is replaced
+                self.records = json.loads((folder / "eval.json").read_text())["records"]
+        if folder and not again:
+            own = [record for record in self.records if record["setup"] == setup]
+            self.results = {record["condition"]: record["result"] for record in own}
+            with contextlib.suppress(FileNotFoundError, ValueError):      # damaged: what it held is done again
+                kept = load_checkpoint(folder / "eval.resume.pt", "sums of an evaluation")
+                self.under_way = kept["under way"] if kept["setup"] == setup else {}
 
     def batches_left(self, condition, count):
         """The numbers of the batches that this rank has yet to add up, of those of `count` images: one in each round.
@@ -88,18 +95,6 @@ class Ledger:
             whole = mean_over_ranks(value.to(self.machine.device).double()).cpu() * self.machine.world
             total[name] = whole.to(value.dtype) if value.is_floating_point() else whole.round().to(value.dtype)
         return total
-
-    def _read(self, again):
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):      # another's file is replaced
-            self.records = json.loads((self.folder / "eval.json").read_text())["records"]
-        if again:
-            return
-        own = [record for record in self.records if record["setup"] == self.setup]
-        self.results = {record["condition"]: record["result"] for record in own}
-        with contextlib.suppress(FileNotFoundError, ValueError):          # damaged: what it held is done again
-            kept = load_checkpoint(self.folder / "eval.resume.pt", "sums of an evaluation")
-            if kept["setup"] == self.setup:
-                self.under_way = kept["under way"]
 
     def _save_sums(self):
         if self.machine.leads and self.folder:

@@ -89,9 +89,8 @@ def precision_recall(generated, real, rows=1000):
     if fewest <= NEIGHBOURS:
         raise ValueError(f"precision and recall need at least {NEIGHBOURS + 1} images in each set, not {fewest}")
     generated, real = generated.double(), real.double()
-
-    def distances(some, others):          # differences, not the faster product: equal features must be at distance 0
-        return torch.cdist(some, others, compute_mode="donot_use_mm_for_euclid_dist")
+    # By differences, not by the faster product: equal features must be at distance 0.
+    distances = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
 
     def share_near(images, others):       # the nearest neighbour of an image, at distance 0, is itself: hence + 1
         radius = torch.cat([distances(part, others).kthvalue(NEIGHBOURS + 1, 1).values for part in others.split(rows)])
