@@ -24,7 +24,8 @@ from lib.checkpoints import add_run_flags, add_sampler_flags, fingerprint, load_
 from lib.classifier import BESIDE_REAL, BY_CLASS, SampledImages, Subset, sampled_batches
 from lib.data import DATA_FLAGS, admit_pixels, open_data
 from lib.ledger import Ledger, name_of
-from maskgit import ORDERS, SCHEDULES, MaskGIT, decode, decode_sequential, mask_tokens, mvtm_loss
+from maskgit import ORDERS, SCHEDULES, MaskGIT, decode, decode_sequential, mvtm_loss
+from train_transformer import mask_for_training
 from vqgan import VQGAN, as_grid, to_pixels
 
 LIKELIHOODS = ("negative log-likelihood of tokens, nats (linear: a bound on -log p(image) / tokens, which the next "
@@ -214,11 +215,9 @@ def token_sums(task, tokens, labels, seed):
     N, generator = tokens.shape[1], torch.Generator().manual_seed(seed)
     nll, by_ratio = [], torch.zeros(BINS, 3, dtype=torch.float64, device=tokens.device)
     for name, model in task.likelihoods.items():
-        masked, mask = tokens, torch.ones_like(tokens, dtype=torch.bool)
-        if not model.config.causal:
-            masked, mask = mask_tokens(tokens, name, model.mask_id, generator)
+        seen, mask = mask_for_training(name, model, tokens, generator)
         with task.machine.autocast():
-            logits = model(masked, labels)
+            logits = model(seen, labels)
         nll.append(mvtm_loss(logits, tokens, mask, label_smoothing=0).double() * len(tokens))
         if model is task.transformer:
             right, count = ((logits.argmax(-1) == tokens) & mask).sum(1), mask.sum(1)
@@ -268,7 +267,7 @@ class Task:
             raise ValueError(f"--num {args.num}: of the {len(val)} validation images of {self.data} this takes "
                              f"{len(self.real)}; precision and recall need at least {metrics.NEIGHBOURS + 1} images")
         check_options(self)
-        self.features = classifier.open_features(args, machine, self.real[0][0], self.train, self.folder)
+        self.features = classifier.open_features(args, machine, self.real[0].images, self.train, self.folder)
         setup = {"tokenizer": fingerprint(self.tokenizer), "transformer": fingerprint(self.transformer),
                  "beside it": [fingerprint(model) for model in set(self.likelihoods.values()) - {self.transformer}],
                  "features": self.features.name, "generated images": args.num, "real images": len(self.real),

@@ -147,7 +147,7 @@ def fair_choice(data, count):
 
 
 class Subset:
-    """Images of a data set at `indices` as a data set of their own, never augmented; [b]: batch b, of `size` images."""
+    """Images of a data set at `indices` as a data set of their own, never augmented; [b]: Batch b, of `size` images."""
 
     def __init__(self, data, indices, size):
         self.data, self.indices, self.size = data, indices, size
@@ -160,13 +160,12 @@ class Subset:
         return self.data.batch(self.indices[places])
 
     def __getitem__(self, b):
-        return self.batch(slice(b * self.size, (b + 1) * self.size))
+        places = slice(b * self.size, (b + 1) * self.size)
+        return Batch(b, metrics.split_of(len(self))[places], *self.batch(places))
 
     def read(self, numbers):
         """Iterates over the batches of these numbers."""
-        splits = metrics.split_of(len(self)).split(self.size)
-        for number, (images, labels) in zip(numbers, loader(self, list(numbers), self)):
-            yield Batch(number, splits[number], images, labels)
+        return iter(loader(self, list(numbers), self))
 
 
 class SampledImages:
@@ -208,9 +207,9 @@ class Features:
         self.distance, self.score = ("FID", "IS") if inception else ("FCD", "IS(classifier)")
         self.latest_real = None
         self.name = f"{'Inception' if inception else 'the classifier'}'s ({fingerprint(inception or classifier)})"
-        with torch.no_grad():
-            self.shift = mean_over_ranks(self.of(example)[0].double().mean(0))                          # (D,)
+        self.shift = mean_over_ranks(self.of(example)[0].double().mean(0))                              # (D,)
 
+    @torch.no_grad()
     def of(self, images):
         """Images uint8 (n, 3, S, S) -> features (n, D) and logits (n, classes of the network)."""
         if self.inception:
@@ -270,7 +269,7 @@ def open_judge(args, machine, train, val, folder, draw):
     folder: the run's. draw: as for sampled_batches()."""
     size, count = 100, args.evaluate_num
     real = Subset(val, fair_choice(val, count), size)
-    features = open_features(args, machine, real[0][0], train, folder)
+    features = open_features(args, machine, real[0].images, train, folder)
     real_sums = Ledger(None, {}, machine, size).add_up("real images", len(real), real.read, features.sums)
 
     def drawn(numbers):

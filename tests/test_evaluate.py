@@ -393,7 +393,7 @@ def task(monkeypatch):
     return SimpleNamespace(args=args, machine=machine, ledger=Ledger(None, None, machine, 8), title="", options={},
                            likelihoods=dict.fromkeys(SCHEDULES, transformer),
                            tokenizer=Painter(), transformer=transformer, train=Drawn(), real=real,
-                           features=Features(machine, Drawn.classes, ByShade(), None, real[0][0]))
+                           features=Features(machine, Drawn.classes, ByShade(), None, real[0].images))
 
 
 def sums_of_real(task):
