@@ -233,21 +233,18 @@ class Features:
     def figures(self, sums, real):
         """Table 1's columns, BESIDE_REAL and BY_CLASS, {name: value}. real: the sums of real images."""
         device = self.machine.device if self.machine.device.type == "cuda" else torch.device("cpu")
-        same, self.latest_real = real is self.latest_real, real
-        sums, real = ({name: value.to(device) for name, value in each.items()} for each in (sums, real))
-        ours, theirs = (metrics.mean_and_covariance(each, self.shift.to(device)) for each in (sums, real))
-        score, deviation = metrics.inception_score(sums)
-        if not same:                                   # for 2,048 features it takes seconds, which each row would wait
-            self.real_root = metrics.square_root(theirs[1])
-        row = {self.distance: metrics.frechet_distance(*ours, *theirs, self.real_root),
-               self.score: score, "± over splits": deviation}
-        if "features" in sums:
-            row["precision"], row["recall"] = metrics.precision_recall(sums["features"], real["features"])
-        sharpness, real_sharpness = (each["sharpness"] / each["count"] for each in (sums, real))
+        ours, theirs = ({name: value.to(device) for name, value in each.items()} for each in (sums, real))
+        if real is not self.latest_real:               # for 2,048 features it takes seconds, which each row would wait
+            self.latest_real, self.gaussian = real, metrics.gaussian(theirs, self.shift.to(device))
+        row = {self.distance: metrics.frechet_distance(*metrics.gaussian(ours, self.shift.to(device)), *self.gaussian)}
+        row[self.score], row["± over splits"] = metrics.inception_score(ours)
+        if "features" in ours:
+            row["precision"], row["recall"] = metrics.precision_recall(ours["features"], theirs["features"])
+        sharpness, real_sharpness = (each["sharpness"] / each["count"] for each in (ours, theirs))
         row[BESIDE_REAL[0]] = (sharpness / real_sharpness).item()
         if self.classifier:
-            row[BESIDE_REAL[1]] = (sums["class_right"].sum() / sums["count"]).item()
-            shares = (sums["class_right"] / sums["class_count"]).tolist()
+            row[BESIDE_REAL[1]] = (ours["class_right"].sum() / ours["count"]).item()
+            shares = (ours["class_right"] / ours["class_count"]).tolist()
             row[BY_CLASS] = {name: share for name, share in zip(self.classes, shares) if not math.isnan(share)}
         return row
 

@@ -26,7 +26,7 @@ QUICK = ["--num", "30", "--batch", "10", "--classifier-steps", "3"]
 
 def statistics(features):
     shift = features[:3].double().mean(0)
-    return metrics.mean_and_covariance(metrics.moments(features, shift), shift)
+    return metrics.gaussian(metrics.moments(features, shift), shift)
 
 
 def plain_frechet(x, y):
@@ -105,10 +105,11 @@ def test_streaming_sums_are_those_of_all_at_once():
     sums = book.add_up(
         "x", 101, lambda numbers: (slice(10 * b, 10 * b + 10) for b in numbers),
         lambda part: (metrics.moments(x[part], shift) | metrics.score_sums(logits[part], split[part]), {}))
-    mean, covariance = metrics.mean_and_covariance(sums, shift)
+    mean, covariance, root = metrics.gaussian(sums, shift)
     expected = np.cov(x.numpy(), rowvar=False)
     assert np.allclose(mean, x.numpy().mean(0), rtol=1e-10, atol=0)
     assert np.abs(covariance.numpy() - expected).max() < 1e-10 * np.abs(expected).max()
+    assert torch.allclose(root @ root.T, covariance)
     assert np.allclose(metrics.inception_score(sums), plain_inception_score(logits), rtol=1e-10, atol=0)
     # All alike: 1. Each sure of a class of its own, as often: the number of classes.
     alike, apart = torch.zeros(60, 6), 1e3 * torch.eye(6).repeat(10, 1)
