@@ -241,22 +241,21 @@ def figures_of_stages(task, real):
 class Task:
     """What is measured, and what with: opens the models, the data, the networks that look at images, and the Ledger.
 
-    Attributes: folder, the run's; tokenizer, transformer; likelihoods, {what is measured: of which transformer}, the
-    schedules' and that of the run's autoregressive decoder, if any; options of the decoding function; data, a name;
-    train and real, training and validation images; features; ledger; title. Raises ValueError or OSError for bad
-    input."""
+    Attributes: folder, the run's; tokenizer, transformer; options of the decoding function; data, a name; train and
+    real, training and validation images; features; ledger; title. Raises ValueError or OSError for bad input."""
 
     def __init__(self, args, machine):
         self.args, self.machine = args, machine
         self.folder, self.tokenizer, self.transformer, checkpoint = load_run(
             args.run, machine, VQGAN, MaskGIT, args.vqgan, args.decoder)
-        causal, path = self.transformer.config.causal, self.folder / "autoregressive.pt"
-        self.likelihoods = dict.fromkeys([NEXT_TOKEN] if causal else SCHEDULES, self.transformer)
-        if not causal and path.exists():
+        config, path = self.transformer.config, self.folder / "autoregressive.pt"
+        # Beside the schedules, the run's autoregressive decoder is measured, if there is one.
+        self.likelihoods = dict.fromkeys([NEXT_TOKEN] if config.causal else SCHEDULES, self.transformer)
+        if not config.causal and path.exists():
             decoder, beside = rebuild(path, "autoregressive", MaskGIT)
             if beside["tokenizer"] == checkpoint["tokenizer"]:
                 self.likelihoods[NEXT_TOKEN] = machine.freeze(decoder.to(machine.device))
-        self.data, self.options = checkpoint["data"], sampler_options(args, self.transformer.config)
+        self.data, self.options = checkpoint["data"], sampler_options(args, config)
         admit_pixels(args.max_pixels)
         self.train, val = open_data(self.data, checkpoint["image_size"], args.data_dir)
         if list(self.train.classes) != list(checkpoint["classes"]):
@@ -266,7 +265,14 @@ class Task:
         if len(self.real) <= metrics.NEIGHBOURS:
             raise ValueError(f"--num {args.num}: of the {len(val)} validation images of {self.data} this takes "
                              f"{len(self.real)}; precision and recall need at least {metrics.NEIGHBOURS + 1} images")
-        check_options(self)
+        if config.causal and (args.ablate or args.sweep or args.manipulate):
+            raise ValueError("--ablate, --sweep and --manipulate need a parallel decoder: add --decoder parallel")
+        if args.ablate and min(args.ablate_steps) > config.num_tokens:
+            raise ValueError(f"--ablate-steps must be from 1 to the number of tokens, {config.num_tokens}")
+        if not config.causal:                                     # a bad option shows here, before anything takes long
+            changed = {args.sweep: SWEEPS[args.sweep][-1]} if args.sweep else {}
+            with machine.autocast():
+                decode(self.transformer, machine.put(torch.tensor([0])), **self.options | changed)
         self.features = classifier.open_features(args, machine, self.real[0].images, self.train, self.folder)
         setup = {"tokenizer": fingerprint(self.tokenizer), "transformer": fingerprint(self.transformer),
                  "beside it": [fingerprint(model) for model in set(self.likelihoods.values()) - {self.transformer}],
@@ -276,19 +282,6 @@ class Task:
         self.ledger = Ledger(self.folder, setup, machine, args.batch, args.again)
         self.title = (f"{self.folder}: {args.num} generated and {len(self.real)} real validation images, "
                       f"{args.features} features, seed {args.seed}")
-
-
-def check_options(task):
-    """Raises ValueError, before anything takes long, where decode() could not do what is asked of it."""
-    args, config = task.args, task.transformer.config
-    if config.causal and (args.ablate or args.sweep or args.manipulate):
-        raise ValueError("--ablate, --sweep and --manipulate need a parallel decoder: add --decoder parallel")
-    if args.ablate and min(args.ablate_steps) > config.num_tokens:
-        raise ValueError(f"--ablate-steps must be from 1 to the number of tokens, {config.num_tokens}")
-    if not config.causal:
-        changed = {args.sweep: SWEEPS[args.sweep][-1]} if args.sweep else {}
-        with task.machine.autocast():
-            decode(task.transformer, task.machine.put(torch.tensor([0])), **task.options | changed)
 
 
 def parse_flags(arguments=None):
