@@ -114,15 +114,12 @@ def time_train_vq(machine, sizes, batch, repeats):
 @torch.no_grad()
 def time_inference(row, machine, sizes, batch, repeats):
     """decode: all steps from class labels to tokens. encode: from images to tokens. restore: from tokens to images."""
-    if row == "decode":
-        function = functools.partial(decode, steps=sizes.maskgit.default_steps)
-        model, given = MaskGIT(sizes.maskgit), torch.arange(batch) % sizes.maskgit.num_classes
-    elif row == "encode":
-        function, model = VQGAN.encode, VQGAN(sizes.vqgan)
-        given = torch.rand(batch, 3, sizes.image_size, sizes.image_size).contiguous(memory_format=machine.layout)
-    else:
-        function, model = VQGAN.decode, VQGAN(sizes.vqgan)
-        given = torch.randint(sizes.vqgan.codebook_size, (batch, sizes.side, sizes.side))
+    size, side, decoding = sizes.image_size, sizes.side, functools.partial(decode, steps=sizes.maskgit.default_steps)
+    function, given = {
+        "decode": (decoding, torch.arange(batch) % sizes.maskgit.num_classes),
+        "encode": (VQGAN.encode, torch.rand(batch, 3, size, size).contiguous(memory_format=machine.layout)),
+        "restore": (VQGAN.decode, torch.randint(sizes.vqgan.codebook_size, (batch, side, side)))}[row]
+    model = MaskGIT(sizes.maskgit) if row == "decode" else VQGAN(sizes.vqgan)
     model = machine.freeze(model.to(machine.device, memory_format=machine.layout).eval())
     # Of decode(), only the model's passes are compiled.
     fast = (function, machine.compile(model)) if row == "decode" else (machine.compile(function), model)
@@ -131,24 +128,23 @@ def time_inference(row, machine, sizes, batch, repeats):
     return took, flops(lambda: function(model.to("meta", torch.float32), given.to("meta")))
 
 
-# By row: a function that returns seconds and FLOPs of a batch; how many images that is, for the presets of the paper's
-# size on a CPU, for `shapes` there, and on a GPU.
+# By row: a function that returns seconds and FLOPs of a batch; how many images that is, on a CPU for the presets of the
+# paper's size, and on a GPU or for `shapes`.
 ROWS = {
-    "train-transformer": (time_train_transformer, [4], [32], [256]),
-    "decode": (functools.partial(time_inference, "decode"), [1, 4, 16], [1, 16, 64, 256], [1, 16, 64, 256]),
-    "train-vq": (time_train_vq, [1], [16], [32]),
-    "encode": (functools.partial(time_inference, "encode"), [1], [64], [64]),
-    "restore": (functools.partial(time_inference, "restore"), [1], [64], [64]),
+    "train-transformer": (time_train_transformer, [4], [256]),
+    "decode": (functools.partial(time_inference, "decode"), [1, 4, 16], [1, 16, 64, 256]),
+    "train-vq": (time_train_vq, [1], [32]),
+    "encode": (functools.partial(time_inference, "encode"), [1], [64]),
+    "restore": (functools.partial(time_inference, "restore"), [1], [64]),
 }
 
 
 def measure(machine, args):
-    """Times every row that is asked for and prints it; yields it as a list of one dict."""
+    """Times every row that is asked for, prints it and yields it, a dict."""
     print("preset       row                batch   seconds  images/s  TFLOP/s    peak  share   memory")
     for preset, row in itertools.product(args.preset, args.rows):
-        function, large, small, on_gpu = ROWS[row]
-        on_cpu = small if preset == "shapes" else large
-        for batch in args.batch or (on_gpu if machine.device.type == "cuda" else on_cpu):
+        function, few, many = ROWS[row]
+        for batch in args.batch or (many if machine.device.type == "cuda" or preset == "shapes" else few):
             torch.manual_seed(0)
             start_afresh(machine)
             before = matrix_peak(machine)
@@ -162,8 +158,8 @@ def measure(machine, args):
             memory, peak = peak_memory(machine), max(before, matrix_peak(machine))
             print(f"{preset:12} {row:18} {batch:5} {took:9.4g} {batch / took:9.4g} {count / took / 1e12:8.4g} "
                   f"{peak / 1e12:7.4g} {count / took / peak:6.1%} {memory / 2 ** 30:5.2f} GB", flush=True)
-            yield [{"preset": preset, "row": row, "batch": batch, "seconds": took, "flops": count, "peak": peak,
-                    "images_per_second": batch / took, "share": count / took / peak, "memory": memory}]
+            yield {"preset": preset, "row": row, "batch": batch, "seconds": took, "flops": count, "peak": peak,
+                   "images_per_second": batch / took, "share": count / took / peak, "memory": memory}
 
 
 def sequential_pass(predict, rows, i, caches):
@@ -197,8 +193,7 @@ def compare(machine, args):
                     times.append((decoder, N, N * statistics.mean(each)))
             for decoder, passes, took in times:
                 print(f"{preset:12} {batch:5} {decoder:22} {passes:6} {took:9.4g} {took / one_step / 8:14.3g}")
-            yield [{"preset": preset, "batch": batch, "row": decoder, "passes": passes, "seconds": took}
-                   for decoder, passes, took in times]
+                yield {"preset": preset, "batch": batch, "row": decoder, "passes": passes, "seconds": took}
 
 
 def plot(path, results, x, y):
@@ -221,8 +216,8 @@ def bench(args, machine):
     print(f"{name}, {precision}, torch {torch.__version__}, compiled: {machine.compiled}")
     content = {"device": name, "precision": precision, "torch": torch.__version__, "rows": []}
     timed, x, y = (compare, "passes", "seconds") if args.compare else (measure, "batch", "images_per_second")
-    for rows in timed(machine, args):
-        content["rows"] += rows
+    for row in timed(machine, args):
+        content["rows"].append(row)
         if args.json:
             write_atomically(args.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
         if args.plot:

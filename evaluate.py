@@ -21,10 +21,11 @@ import torch.nn.functional as F
 
 from lib import classifier, devices, metrics, pictures
 from lib.checkpoints import add_run_flags, add_sampler_flags, fingerprint, load_run, rebuild, sampler_options
-from lib.classifier import BESIDE_REAL, BY_CLASS, Batch, SampledImages, Subset, sampled_batches
+from lib.classifier import BESIDE_REAL, BY_CLASS, SampledImages, Subset, sampled_batches
 from lib.data import DATA_FLAGS, admit_pixels, open_data
 from lib.ledger import Ledger, name_of
-from maskgit import ORDERS, SCHEDULES, MaskGIT, decode, decode_sequential, mask_tokens, mvtm_loss
+from maskgit import ORDERS, SCHEDULES, MaskGIT, decode, decode_sequential, mvtm_loss
+from train_transformer import mask_for_training
 from vqgan import VQGAN, as_grid, to_pixels
 
 LIKELIHOODS = ("negative log-likelihood of tokens, nats (linear: a bound on -log p(image) / tokens, which the next "
@@ -52,10 +53,8 @@ def evaluate(args, machine):
     real = task.ledger.add_up(name_of("real images", {}, args.seed), len(task.real), task.real.read,
                               functools.partial(sums_of_stages, task), FEATURES)
     found = {"run": str(task.folder), "data": task.data, "seed": args.seed, "sampler": task.options}
-    if not (args.manipulate or args.ablate or args.sweep):
-        found |= table1(task, real)
     asked = {"manipulation": (args.manipulate, table2), "ablation": (args.ablate, table3), "sweep": (args.sweep, sweep)}
-    found |= {name: table(task, real) for name, (wanted, table) in asked.items() if wanted}
+    found |= {name: table(task, real) for name, (wanted, table) in asked.items() if wanted} or table1(task, real)
     task.ledger.write(**found)
     if machine.leads:
         print(f"wrote {task.folder}/eval.json")
@@ -64,7 +63,7 @@ def evaluate(args, machine):
 def table1(task, real):
     """The run's row of Table 1, those of real training images and of reconstructions, and figures of both stages."""
     args, stages, rows = task.args, figures_of_stages(task, real), {}
-    keep = FEATURES | {"tokens": args.num, "labels": args.num}
+    keep = FEATURES | {"tokens": args.num}
     rows["samples"] = row_of_samples(task, real, "samples, row", task.options, args.seed, keep)
     chosen = Subset(task.train, classifier.fair_choice(task.train, args.num), args.batch)
     name = name_of("training images, row", {}, args.seed)
@@ -145,17 +144,15 @@ def row_of_samples(task, real, what, options, seed, keep=None):
 def row_of(task, real, name, count, read, keep=None, images=None):
     """Figures of a set of images beside the real ones: those known under this name, else those of its batches.
 
-    read, keep: see Ledger.add_up. images: the data set for CAS; where tokens are kept, of these; None: no CAS."""
+    read, keep: see Ledger.add_up. Where rows are kept, CAS is measured: of `images`, a data set, or else of the tokens
+    among these rows."""
     if name not in task.ledger.results:
-        args = task.args
-        sums = task.ledger.add_up(name, count, read, lambda batch: task.features.sums(batch, count, args.batch), keep)
+        args, sums = task.args, task.ledger.add_up(name, count, read, task.features.sums, keep)
         figures = task.features.figures(sums, real)
-        if "tokens" in sums:
-            to_images = functools.partial(restore, task)
-            images = SampledImages(sums["tokens"], sums["labels"], task.train.classes, to_images)
         # CAS: a classifier trained on these images alone is tested on real ones (Ravuri & Vinyals 2019). The first rank
         # does it, as the others would find the same.
-        if images and args.classifier_steps and task.machine.leads:
+        if keep and args.classifier_steps and task.machine.leads:
+            images = images or SampledImages(sums["tokens"], task.train.classes, functools.partial(restore, task))
             model = classifier.train_classifier(images, args.classifier_steps, args.seed, task.machine, "CAS")
             figures["CAS top-1"], figures["CAS top-5"] = classifier.accuracy(model, task.real, task.machine)
         task.ledger.keep(name, figures)
@@ -191,18 +188,18 @@ def repainted_images(task, numbers, region):
             known = task.tokenizer.encode(task.machine.to_floats(images)).flatten(1)
             known = torch.where(region.flatten(), task.transformer.mask_id, known)
             tokens = decode(task.transformer, labels, known=known, generator=generator, **task.options)
-        yield Batch(batch.number, torch.where(pixels, restore(task, tokens), images), labels, tokens)
+        yield batch._replace(images=torch.where(pixels, restore(task, tokens), images))
 
 
 @torch.no_grad()
 def sums_of_stages(task, batch):
     """Of a batch of validation images: the sums over them, their reconstructions and their tokens; and their rows."""
-    count, size, floats = len(task.real), task.args.batch, task.machine.to_floats(batch.images)
+    floats = task.machine.to_floats(batch.images)
     with task.machine.autocast():
         tokens = task.tokenizer.encode(floats).flatten(1)
         restored = task.tokenizer.decode(as_grid(tokens)).float()
-    sums, rows = task.features.sums(batch, count, size)
-    others, _ = task.features.sums(Batch(batch.number, pictures.to_uint8(restored), batch.labels), count, size)
+    sums, rows = task.features.sums(batch)
+    others, _ = task.features.sums(batch._replace(images=pictures.to_uint8(restored)))
     sums |= {RESTORED + name: value for name, value in others.items()}
     sums |= token_sums(task, tokens, task.machine.put(batch.labels), devices.step_seed(task.args.seed, batch.number))
     sums["psnr"] = metrics.psnr(floats, restored).sum()
@@ -218,11 +215,9 @@ def token_sums(task, tokens, labels, seed):
     N, generator = tokens.shape[1], torch.Generator().manual_seed(seed)
     nll, by_ratio = [], torch.zeros(BINS, 3, dtype=torch.float64, device=tokens.device)
     for name, model in task.likelihoods.items():
-        masked, mask = tokens, torch.ones_like(tokens, dtype=torch.bool)
-        if not model.config.causal:
-            masked, mask = mask_tokens(tokens, name, model.mask_id, generator)
+        seen, mask = mask_for_training(name, model, tokens, generator)
         with task.machine.autocast():
-            logits = model(masked, labels)
+            logits = model(seen, labels)
         nll.append(mvtm_loss(logits, tokens, mask, label_smoothing=0).double() * len(tokens))
         if model is task.transformer:
             right, count = ((logits.argmax(-1) == tokens) & mask).sum(1), mask.sum(1)
@@ -253,8 +248,14 @@ class Task:
         self.args, self.machine = args, machine
         self.folder, self.tokenizer, self.transformer, checkpoint = load_run(
             args.run, machine, VQGAN, MaskGIT, args.vqgan, args.decoder)
-        self.likelihoods = self._likelihoods(checkpoint["tokenizer"])
-        self.data, self.options = checkpoint["data"], sampler_options(args, self.transformer.config)
+        config, path = self.transformer.config, self.folder / "autoregressive.pt"
+        # Beside the schedules, the run's autoregressive decoder is measured, if there is one.
+        self.likelihoods = dict.fromkeys([NEXT_TOKEN] if config.causal else SCHEDULES, self.transformer)
+        if not config.causal and path.exists():
+            decoder, beside = rebuild(path, "autoregressive", MaskGIT)
+            if beside["tokenizer"] == checkpoint["tokenizer"]:
+                self.likelihoods[NEXT_TOKEN] = machine.freeze(decoder.to(machine.device))
+        self.data, self.options = checkpoint["data"], sampler_options(args, config)
         admit_pixels(args.max_pixels)
         self.train, val = open_data(self.data, checkpoint["image_size"], args.data_dir)
         if list(self.train.classes) != list(checkpoint["classes"]):
@@ -264,8 +265,15 @@ class Task:
         if len(self.real) <= metrics.NEIGHBOURS:
             raise ValueError(f"--num {args.num}: of the {len(val)} validation images of {self.data} this takes "
                              f"{len(self.real)}; precision and recall need at least {metrics.NEIGHBOURS + 1} images")
-        check_options(self)
-        self.features = classifier.open_features(args, machine, self.real[0][0], self.train, self.folder)
+        if config.causal and (args.ablate or args.sweep or args.manipulate):
+            raise ValueError("--ablate, --sweep and --manipulate need a parallel decoder: add --decoder parallel")
+        if args.ablate and min(args.ablate_steps) > config.num_tokens:
+            raise ValueError(f"--ablate-steps must be from 1 to the number of tokens, {config.num_tokens}")
+        if not config.causal:                                     # a bad option shows here, before anything takes long
+            changed = {args.sweep: SWEEPS[args.sweep][-1]} if args.sweep else {}
+            with machine.autocast():
+                decode(self.transformer, machine.put(torch.tensor([0])), **self.options | changed)
+        self.features = classifier.open_features(args, machine, self.real[0].images, self.train, self.folder)
         setup = {"tokenizer": fingerprint(self.tokenizer), "transformer": fingerprint(self.transformer),
                  "beside it": [fingerprint(model) for model in set(self.likelihoods.values()) - {self.transformer}],
                  "features": self.features.name, "generated images": args.num, "real images": len(self.real),
@@ -274,30 +282,6 @@ class Task:
         self.ledger = Ledger(self.folder, setup, machine, args.batch, args.again)
         self.title = (f"{self.folder}: {args.num} generated and {len(self.real)} real validation images, "
                       f"{args.features} features, seed {args.seed}")
-
-    def _likelihoods(self, tokenizer):
-        """{what is measured: of which transformer}: beside the schedules, the run's autoregressive decoder, if any."""
-        if self.transformer.config.causal:
-            return {NEXT_TOKEN: self.transformer}
-        found, path = dict.fromkeys(SCHEDULES, self.transformer), self.folder / "autoregressive.pt"
-        if path.exists():
-            causal, checkpoint = rebuild(path, "autoregressive", MaskGIT)
-            if checkpoint["tokenizer"] == tokenizer:
-                found[NEXT_TOKEN] = self.machine.freeze(causal.to(self.machine.device))
-        return found
-
-
-def check_options(task):
-    """Raises ValueError, before anything takes long, where decode() could not do what is asked of it."""
-    args, config = task.args, task.transformer.config
-    if config.causal and (args.ablate or args.sweep or args.manipulate):
-        raise ValueError("--ablate, --sweep and --manipulate need a parallel decoder: add --decoder parallel")
-    if args.ablate and min(args.ablate_steps) > config.num_tokens:
-        raise ValueError(f"--ablate-steps must be from 1 to the number of tokens, {config.num_tokens}")
-    if not config.causal:
-        changed = {args.sweep: SWEEPS[args.sweep][-1]} if args.sweep else {}
-        with task.machine.autocast():
-            decode(task.transformer, task.machine.put(torch.tensor([0])), **task.options | changed)
 
 
 def parse_flags(arguments=None):

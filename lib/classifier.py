@@ -135,6 +135,7 @@ def load_inception(path, machine):
 class Batch(NamedTuple):
     """Some images of a set: its batch of this number."""
     number: int
+    split: torch.Tensor                      # (n,), of the Inception Score, as of split_of() for the set
     images: torch.Tensor                     # uint8 (n, 3, S, S)
     labels: torch.Tensor                     # (n,), the class that each was asked to be, or is
     tokens: torch.Tensor | None = None       # (n, N)
@@ -146,7 +147,7 @@ def fair_choice(data, count):
 
 
 class Subset:
-    """Images of a data set at `indices` as a data set of their own, never augmented; [b]: batch b, of `size` images."""
+    """Images of a data set at `indices` as a data set of their own, never augmented; [b]: Batch b, of `size` images."""
 
     def __init__(self, data, indices, size):
         self.data, self.indices, self.size = data, indices, size
@@ -159,22 +160,22 @@ class Subset:
         return self.data.batch(self.indices[places])
 
     def __getitem__(self, b):
-        return self.batch(slice(b * self.size, (b + 1) * self.size))
+        places = slice(b * self.size, (b + 1) * self.size)
+        return Batch(b, metrics.split_of(len(self))[places], *self.batch(places))
 
     def read(self, numbers):
         """Iterates over the batches of these numbers."""
-        for number, (images, labels) in zip(numbers, loader(self, list(numbers), self)):
-            yield Batch(number, images, labels)
+        return iter(loader(self, list(numbers), self))
 
 
 class SampledImages:
-    """Samples as a data set: tokens (n, N) and labels (n,), which to_images() turns into uint8 images when asked for.
+    """The samples of sampled_batches() as a data set: tokens (n, N), which to_images() turns into uint8 images.
 
     Small sets are turned once and kept (up to 1 GiB); a large one would fill the memory."""
     workers = 0
 
-    def __init__(self, tokens, labels, classes, to_images):
-        self.tokens, self.labels, self.classes, self.to_images, self.images = tokens, labels, classes, to_images, None
+    def __init__(self, tokens, classes, to_images):
+        self.tokens, self.classes, self.to_images, self.images = tokens, classes, to_images, None
         if len(tokens) * to_images(tokens[:1]).numel() < 1 << 30:
             self.images = torch.cat([to_images(part).cpu() for part in tokens.split(100)])
 
@@ -183,15 +184,14 @@ class SampledImages:
 
     def batch(self, indices, draws=None):
         images = self.to_images(self.tokens[indices]).cpu() if self.images is None else self.images[indices]
-        return images, self.labels[indices]
+        return images, torch.as_tensor(indices) % len(self.classes)
 
 
 def open_features(args, machine, example, train, folder):
     """The Features that are asked for. train, folder: the run's. example: see Features. Raises as load_inception."""
     inception = load_inception(args.inception, machine) if args.features == "inception" else None
-    classifier = None
-    if args.classifier_steps:
-        classifier = load_classifier(folder / "classifier.pt", train, args.classifier_steps, machine)
+    path, steps = folder / "classifier.pt", args.classifier_steps
+    classifier = load_classifier(path, train, steps, machine) if steps else None
     return Features(machine, train.classes, classifier, inception, example)
 
 
@@ -207,9 +207,9 @@ class Features:
         self.distance, self.score = ("FID", "IS") if inception else ("FCD", "IS(classifier)")
         self.latest_real = None
         self.name = f"{'Inception' if inception else 'the classifier'}'s ({fingerprint(inception or classifier)})"
-        with torch.no_grad():
-            self.shift = mean_over_ranks(self.of(example)[0].double().mean(0))                          # (D,)
+        self.shift = mean_over_ranks(self.of(example)[0].double().mean(0))                              # (D,)
 
+    @torch.no_grad()
     def of(self, images):
         """Images uint8 (n, 3, S, S) -> features (n, D) and logits (n, classes of the network)."""
         if self.inception:
@@ -218,37 +218,33 @@ class Features:
         return features, self.classifier.out(features)
 
     @torch.no_grad()
-    def sums(self, batch, count, size):
-        """Of a Batch of `count` images, `size` to a batch: sums for figures(), and rows that may be kept."""
+    def sums(self, batch):
+        """Of a Batch: sums for figures(), and rows that may be kept."""
         floats, labels = self.machine.to_floats(batch.images), self.machine.put(batch.labels)
-        split = metrics.split_of(count)[batch.number * size:][:len(floats)]
         features, logits = self.of(batch.images)
-        sums = metrics.moments(features, self.shift) | metrics.score_sums(logits, self.machine.put(split))
+        sums = metrics.moments(features, self.shift) | metrics.score_sums(logits, self.machine.put(batch.split))
         sums["sharpness"] = metrics.sharpness(floats).double() * len(floats)
         if self.classifier:
             named = (self.classifier(floats) if self.inception else logits).argmax(1)
             asked = F.one_hot(labels, len(self.classes)).double()
             sums["class_count"], sums["class_right"] = asked.sum(0), (asked * (named == labels)[:, None]).sum(0)
-        return sums, {"features": features, "tokens": batch.tokens, "labels": labels}
+        return sums, {"features": features, "tokens": batch.tokens}
 
     def figures(self, sums, real):
         """Table 1's columns, BESIDE_REAL and BY_CLASS, {name: value}. real: the sums of real images."""
         device = self.machine.device if self.machine.device.type == "cuda" else torch.device("cpu")
-        same, self.latest_real = real is self.latest_real, real
-        sums, real = ({name: value.to(device) for name, value in each.items()} for each in (sums, real))
-        ours, theirs = (metrics.mean_and_covariance(each, self.shift.to(device)) for each in (sums, real))
-        score, deviation = metrics.inception_score(sums)
-        if not same:                                   # for 2,048 features it takes seconds, which each row would wait
-            self.real_root = metrics.square_root(theirs[1])
-        row = {self.distance: metrics.frechet_distance(*ours, *theirs, self.real_root),
-               self.score: score, "± over splits": deviation}
-        if "features" in sums:
-            row["precision"], row["recall"] = metrics.precision_recall(sums["features"], real["features"])
-        sharpness, real_sharpness = (each["sharpness"] / each["count"] for each in (sums, real))
+        ours, theirs = ({name: value.to(device) for name, value in each.items()} for each in (sums, real))
+        if real is not self.latest_real:               # for 2,048 features it takes seconds, which each row would wait
+            self.latest_real, self.gaussian = real, metrics.gaussian(theirs, self.shift.to(device))
+        row = {self.distance: metrics.frechet_distance(*metrics.gaussian(ours, self.shift.to(device)), *self.gaussian)}
+        row[self.score], row["± over splits"] = metrics.inception_score(ours)
+        if "features" in ours:
+            row["precision"], row["recall"] = metrics.precision_recall(ours["features"], theirs["features"])
+        sharpness, real_sharpness = (each["sharpness"] / each["count"] for each in (ours, theirs))
         row[BESIDE_REAL[0]] = (sharpness / real_sharpness).item()
         if self.classifier:
-            row[BESIDE_REAL[1]] = (sums["class_right"].sum() / sums["count"]).item()
-            shares = (sums["class_right"] / sums["class_count"]).tolist()
+            row[BESIDE_REAL[1]] = (ours["class_right"].sum() / ours["count"]).item()
+            shares = (ours["class_right"] / ours["class_count"]).tolist()
             row[BY_CLASS] = {name: share for name, share in zip(self.classes, shares) if not math.isnan(share)}
         return row
 
@@ -258,10 +254,11 @@ def sampled_batches(draw, numbers, size, count, classes, seed, machine):
 
     draw(labels, generator, machine) -> images uint8, tokens. A batch has a generator of its own: the samples are the
     same on any number of ranks, and after an interruption."""
+    places, splits = torch.arange(count).split(size), metrics.split_of(count).split(size)
     for number in numbers:
-        labels = machine.put(torch.arange(number * size, min((number + 1) * size, count)) % classes)
+        labels = machine.put(places[number] % classes)
         images, tokens = draw(labels, machine.generator(devices.step_seed(seed, number)), machine)
-        yield Batch(number, images, labels, tokens)
+        yield Batch(number, splits[number], images, labels, tokens)
 
 
 def open_judge(args, machine, train, val, folder, draw):
@@ -269,17 +266,13 @@ def open_judge(args, machine, train, val, folder, draw):
     folder: the run's. draw: as for sampled_batches()."""
     size, count = 100, args.evaluate_num
     real = Subset(val, fair_choice(val, count), size)
-    features = open_features(args, machine, real[0][0], train, folder)
-
-    def add_up(what, count, read):
-        ledger = Ledger(None, {}, machine, size)              # a new one each time, as the next samples are others
-        return ledger.add_up(what, count, read, lambda batch: features.sums(batch, count, size))
+    features = open_features(args, machine, real[0].images, train, folder)
+    real_sums = Ledger(None, {}, machine, size).add_up("real images", len(real), real.read, features.sums)
 
     def drawn(numbers):
         return sampled_batches(draw, numbers, size, count, len(train.classes), 0, machine)
 
-    def judge():
-        return {features.distance: features.figures(add_up("samples", count, drawn), real_sums)[features.distance]}
-
-    real_sums = add_up("real images", len(real), real.read)
+    def judge():                                              # a new Ledger each time, as the next samples are others
+        sums = Ledger(None, {}, machine, size).add_up("samples", count, drawn, features.sums)
+        return {features.distance: features.figures(sums, real_sums)[features.distance]}
     return judge

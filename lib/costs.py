@@ -16,26 +16,24 @@ def flops(function):
 
 def kept_for_backward(function, weights):
     """Bytes that function() keeps of its forward passes for the backward passes, besides the weights, in float32."""
-    known = {weight.untyped_storage()._cdata for weight in weights}
     storages = {}                                             # held, so that no address is given twice
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            storages[storage._cdata] = storage
+        storages[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         function()
+    for weight in weights:
+        storages.pop(weight.untyped_storage()._cdata, None)
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def tensor_bytes(state):
-    """Of all tensors in nested dicts and lists."""
-    if torch.is_tensor(state):
-        return state.nbytes
-    items = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
-    return sum(map(tensor_bytes, items))
+def state_bytes(part):
+    """Of the tensors that a model or an optimizer saves."""
+    states = part.state.values() if isinstance(part, torch.optim.Optimizer) else [part.state_dict()]
+    return sum(tensor.nbytes for state in states for tensor in state.values())
 
 
 def print_plan(args, machine, step_of, what):
@@ -47,8 +45,7 @@ def print_plan(args, machine, step_of, what):
     activations = kept_for_backward(step, weights) / (2 if machine.bf16 else 1)
     each = flops(step) / batch
     total = each * args.batch * args.steps
-    state = tensor_bytes({name: part.state_dict() for name, part in parts.items()})       # after a step: with moments
-    model = tensor_bytes(parts["ema"].state_dict())
+    state = sum(map(state_bytes, parts.values()))                           # after a step: with moments
     if machine.leads:
         print(f"""\
 parameters   {sum(p.numel() for p in parts['model'].parameters()) / 1e6:.2f} M, {what}
@@ -56,4 +53,4 @@ FLOPs        {each / 1e9:.4g} G an image, {total / 1e15:.4g} P in {args.steps} s
 time         {total / 1e12 / args.dry_run / 3600:.3g} hours at {args.dry_run:g} TFLOP/s, of all devices together
 memory       about {(state + trained + activations) / 1e9:.3g} GB on each device: {(state + trained) / 1e9:.3g} for the
              weights, {activations / 1e9:.3g} for a micro-batch of {batch}
-checkpoints  {model / 1e9:.3g} GB for use, {state / 1e9:.3g} GB to go on from""")
+checkpoints  {state_bytes(parts["ema"]) / 1e9:.3g} GB for use, {state / 1e9:.3g} GB to go on from""")

@@ -6,6 +6,7 @@
 
 A condition is a line of text that says what is measured. Nothing here knows what a batch holds.
 """
+import contextlib
 import json
 import math
 import time
@@ -33,9 +34,16 @@ class Ledger:
 
     def __init__(self, folder, setup, machine, batch, again=False):
         self.folder, self.setup, self.machine, self.batch = folder, setup, machine, batch
-        self.results, self.others, self.under_way = {}, [], {}
+        self.records, self.results, self.under_way = [], {}, {}             # records: of all setups, as in the file
         if folder:
-            self._read(again)
+            with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # another's file is replaced
+                self.records = json.loads((folder / "eval.json").read_text())["records"]
+        if folder and not again:
+            own = [record for record in self.records if record["setup"] == setup]
+            self.results = {record["condition"]: record["result"] for record in own}
+            with contextlib.suppress(FileNotFoundError, ValueError):      # damaged: what it held is done again
+                kept = load_checkpoint(folder / "eval.resume.pt", "sums of an evaluation")
+                self.under_way = kept["under way"] if kept["setup"] == setup else {}
 
     def batches_left(self, condition, count):
         """The numbers of the batches that this rank has yet to add up, of those of `count` images: one in each round.
@@ -88,20 +96,6 @@ class Ledger:
             total[name] = whole.to(value.dtype) if value.is_floating_point() else whole.round().to(value.dtype)
         return total
 
-    def _read(self, again):
-        try:
-            records = json.loads((self.folder / "eval.json").read_text())["records"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):      # not of this class: it is replaced
-            records = []
-        self.others = [record for record in records if again or record["setup"] != self.setup]
-        self.results = {record["condition"]: record["result"] for record in records if record not in self.others}
-        try:
-            kept = load_checkpoint(self.folder / "eval.resume.pt", "sums of an evaluation")
-        except (FileNotFoundError, ValueError):                           # damaged: what it held is done again
-            return
-        if kept["setup"] == self.setup and not again:
-            self.under_way = kept["under way"]
-
     def _save_sums(self):
         if self.machine.leads and self.folder:
             save_checkpoint(self.folder / "eval.resume.pt", {
@@ -110,6 +104,8 @@ class Ledger:
     def keep(self, condition, figures):
         """Writes down the figures, {name: plain value}; the sums that they came from are no longer needed."""
         self.results[condition] = figures
+        others = [each for each in self.records if (each["setup"], each["condition"]) != (self.setup, condition)]
+        self.records = others + [{"setup": self.setup, "condition": condition, "result": figures}]
         self.write()
         self.under_way.pop(condition, None)
         self._save_sums()
@@ -117,9 +113,5 @@ class Ledger:
     def write(self, **latest):
         """Writes eval.json: what was asked for last (a dict), then every result with the setup it was found under."""
         if self.machine.leads and self.folder:
-            records = [record for record in self.others
-                       if record["setup"] != self.setup or record["condition"] not in self.results]
-            records += [{"setup": self.setup, "condition": condition, "result": figures}
-                        for condition, figures in self.results.items()]
-            text = json.dumps({**latest, "setup": self.setup, "records": records}, indent=1)
+            text = json.dumps({**latest, "setup": self.setup, "records": self.records}, indent=1)
             write_atomically(self.folder / "eval.json", lambda file: file.write(text.encode()))

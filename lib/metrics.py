@@ -1,9 +1,9 @@
 """Measures of images, by features of them and by their pixels.
 
-    moments, mean_and_covariance, frechet_distance    FID (Heusel et al. 2017)
-    split_of, score_sums, inception_score             IS (Salimans et al. 2016)
-    precision_recall                                  precision and recall (Kynkäänniemi et al. 2019)
-    psnr, sharpness                                   by pixels
+    moments, gaussian, frechet_distance         FID (Heusel et al. 2017)
+    split_of, score_sums, inception_score       IS (Salimans et al. 2016)
+    precision_recall                            precision and recall (Kynkäänniemi et al. 2019)
+    psnr, sharpness                             by pixels
 
 moments and score_sums return dicts of float64 tensors that add up: over batches, over processes, over an
 interruption. So 50,000 images take no more memory than 500. Nothing here knows where features come from.
@@ -25,21 +25,20 @@ def moments(features, shift):
     return {"count": x.new_tensor(len(x)), "sum": x.sum(0), "outer": x.T @ x}
 
 
-def mean_and_covariance(sums, shift):
-    """Of what moments() summed -> (D,), (D, D); the covariance with n - 1 below. Needs n >= 2."""
+def gaussian(sums, shift):
+    """Of what moments() summed -> mean (D,), covariance (D, D) with n - 1 below, its square_root(). Needs n >= 2."""
     n, mean = sums["count"], sums["sum"] / sums["count"]
-    return shift + mean, (sums["outer"] - n * torch.outer(mean, mean)) / (n - 1)
+    covariance = (sums["outer"] - n * torch.outer(mean, mean)) / (n - 1)
+    return shift + mean, covariance, square_root(covariance)
 
 
-def frechet_distance(mean1, covariance1, mean2, covariance2, root2=None):
-    """|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½), between two Gaussians, a float >= 0. Means (D,), covariances (D, D);
-    root2, where it is known: square_root(covariance2).
+def frechet_distance(mean1, covariance1, root1, mean2, covariance2, root2):
+    """|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½), between two Gaussians as of gaussian(), a float >= 0.
 
     tr (C1 C2)^½ is the sum of the singular values of C1^½ C2^½: no square root of a product's rounding errors is taken,
     so covariances may be singular, as they are with fewer images than features. Source: Heusel et al. 2017, Eq. 6;
     Dowson and Landau 1982."""
-    root2 = square_root(covariance2) if root2 is None else root2
-    overlap = torch.linalg.svdvals(square_root(covariance1).T @ root2).sum()
+    overlap = torch.linalg.svdvals(root1.T @ root2).sum()
     distance = (mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * overlap
     return distance.clamp(min=0).item()
 
@@ -57,10 +56,8 @@ def split_of(count):
     """Which of the splits each of `count` images belongs to -> (count,) int64; no more splits than images.
 
     Images are dealt out in a fixed random order, that of torch-fidelity, so that no split lacks a class."""
-    splits, place = min(SPLITS, count), np.empty(count, np.int64)
-    place[np.random.RandomState(2020).permutation(count)] = np.arange(count)
-    edges = [i * count // splits for i in range(1, splits)]
-    return torch.from_numpy(np.searchsorted(edges, place, side="right"))
+    splits, place = min(SPLITS, count), np.random.RandomState(2020).permutation(count).argsort()
+    return torch.from_numpy(((place + 1) * splits - 1) // count)          # split i begins at place ⌊i · count / splits⌋
 
 
 def score_sums(logits, split):
@@ -91,9 +88,8 @@ def precision_recall(generated, real, rows=1000):
     if fewest <= NEIGHBOURS:
         raise ValueError(f"precision and recall need at least {NEIGHBOURS + 1} images in each set, not {fewest}")
     generated, real = generated.double(), real.double()
-
-    def distances(some, others):          # differences, not the faster product: equal features must be at distance 0
-        return torch.cdist(some, others, compute_mode="donot_use_mm_for_euclid_dist")
+    # By differences, not by the faster product: equal features must be at distance 0.
+    distances = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
 
     def share_near(images, others):       # the nearest neighbour of an image, at distance 0, is itself: hence + 1
         radius = torch.cat([distances(part, others).kthvalue(NEIGHBOURS + 1, 1).values for part in others.split(rows)])

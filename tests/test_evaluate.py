@@ -26,7 +26,7 @@ QUICK = ["--num", "30", "--batch", "10", "--classifier-steps", "3"]
 
 def statistics(features):
     shift = features[:3].double().mean(0)
-    return metrics.mean_and_covariance(metrics.moments(features, shift), shift)
+    return metrics.gaussian(metrics.moments(features, shift), shift)
 
 
 def plain_frechet(x, y):
@@ -105,10 +105,11 @@ def test_streaming_sums_are_those_of_all_at_once():
     sums = book.add_up(
         "x", 101, lambda numbers: (slice(10 * b, 10 * b + 10) for b in numbers),
         lambda part: (metrics.moments(x[part], shift) | metrics.score_sums(logits[part], split[part]), {}))
-    mean, covariance = metrics.mean_and_covariance(sums, shift)
+    mean, covariance, root = metrics.gaussian(sums, shift)
     expected = np.cov(x.numpy(), rowvar=False)
     assert np.allclose(mean, x.numpy().mean(0), rtol=1e-10, atol=0)
     assert np.abs(covariance.numpy() - expected).max() < 1e-10 * np.abs(expected).max()
+    assert torch.allclose(root @ root.T, covariance)
     assert np.allclose(metrics.inception_score(sums), plain_inception_score(logits), rtol=1e-10, atol=0)
     # All alike: 1. Each sure of a class of its own, as often: the number of classes.
     alike, apart = torch.zeros(60, 6), 1e3 * torch.eye(6).repeat(10, 1)
@@ -284,12 +285,11 @@ def shades(labels, size=16):
 
 def seen(features, images, labels, size):
     """The sums over images in batches of `size`, with the features."""
-    book = Ledger(None, None, features.machine, size)
+    book, split = Ledger(None, None, features.machine, size), metrics.split_of(len(images))
 
     def read(numbers):
-        return (Batch(b, images[size * b:][:size], labels[size * b:][:size]) for b in numbers)
-    return book.add_up("x", len(images), read, lambda batch: features.sums(batch, len(images), size),
-                       {"features": len(images)})
+        return (Batch(b, *(of_all[size * b:][:size] for of_all in (split, images, labels))) for b in numbers)
+    return book.add_up("x", len(images), read, features.sums, {"features": len(images)})
 
 
 def test_what_is_seen_in_images():
@@ -394,19 +394,19 @@ def task(monkeypatch):
     return SimpleNamespace(args=args, machine=machine, ledger=Ledger(None, None, machine, 8), title="", options={},
                            likelihoods=dict.fromkeys(SCHEDULES, transformer),
                            tokenizer=Painter(), transformer=transformer, train=Drawn(), real=real,
-                           features=Features(machine, Drawn.classes, ByShade(), None, real[0][0]))
+                           features=Features(machine, Drawn.classes, ByShade(), None, real[0].images))
 
 
 def sums_of_real(task):
-    return task.ledger.add_up("real", 200, Subset(Drawn(), np.arange(200), 8).read,
-                              lambda batch: task.features.sums(batch, 200, 8), evaluate.FEATURES)
+    read = Subset(Drawn(), np.arange(200), 8).read
+    return task.ledger.add_up("real", 200, read, task.features.sums, evaluate.FEATURES)
 
 
 def test_samples_are_counted_as_the_class_that_was_asked_for(task, monkeypatch):
     trained_on, tested_on = [], []
     monkeypatch.setattr(classifier, "train_classifier", lambda data, *_: trained_on.append(data))
     monkeypatch.setattr(classifier, "accuracy", lambda model, data, machine: tested_on.append(data) or (0.5, 0.75))
-    keep = {"tokens": 25, "labels": 25}
+    keep = {"tokens": 25}
     row = evaluate.row_of_samples(task, sums_of_real(task), "samples", {}, 0, keep)
     assert row["classifier names the class"] == 1
     assert row["classifier names the class, by class"] == dict.fromkeys(Drawn.classes, 1)
@@ -698,7 +698,8 @@ def test_features_as_torch_fidelity_measures_them(tmp_path):
         for i, pixels in enumerate(blocks):
             Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
         images = torch.from_numpy(blocks[np.array(sorted(range(12), key=str))]).movedim(-1, 1)    # as files are sorted
-        sets.append([Batch(i, part, torch.zeros(len(part)).long()) for i, part in enumerate(images.split(5))])
+        columns = (metrics.split_of(12), images, torch.zeros(12).long())
+        sets.append([Batch(i, *part) for i, part in enumerate(zip(*(column.split(5) for column in columns)))])
     theirs = fidelity.calculate_metrics(
         input1=str(tmp_path / "a"), input2=str(tmp_path / "b"), fid=True, isc=True, prc=True, cuda=False,
         feature_extractor="inception-v3-compat", cache=False, verbose=False, save_cpu_ram=True,
@@ -707,8 +708,7 @@ def test_features_as_torch_fidelity_measures_them(tmp_path):
     features = classifier.Features(machine, ("any",), None, inception, sets[1][0].images)
     book, sums = Ledger(None, None, machine, 5), []
     for name, batches in zip("ab", sets):
-        sums.append(book.add_up(name, 12, lambda numbers, batches=batches: batches,
-                                lambda batch: features.sums(batch, 12, 5), {"features": 12}))
+        sums.append(book.add_up(name, 12, lambda numbers, batches=batches: batches, features.sums, {"features": 12}))
     ours = features.figures(*sums)
     assert ours["FID"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3) and ours["FID"] > 1e-4
     assert ours["IS"] == pytest.approx(theirs["inception_score_mean"], rel=1e-3)

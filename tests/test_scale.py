@@ -288,7 +288,7 @@ def test_bench_goes_on_after_a_row_without_memory(tmp_path, monkeypatch, capsys)
         assert [row["row"] for row in json.loads(path.read_text())["rows"]] == ["first"]         # written as they come
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append("before each row"))
-    monkeypatch.setattr(bench, "ROWS", {name: (function, [1], [1], [1]) for name, function in
+    monkeypatch.setattr(bench, "ROWS", {name: (function, [1], [1]) for name, function in
                                         {"first": enough, "full": full, "last": enough}.items()})
     args = SimpleNamespace(preset=["shapes"], rows=["first", "full", "last"], batch=None, repeats=1, compare=False,
                            plot=None, json=str(path))
