@@ -179,25 +179,24 @@ def draw(model, tokenizer, labels, generator, machine):
 def train(args, machine):
     args.parts = training.micro_batches(args, machine)
     if args.dry_run:                                                       # before there is a tokenizer
-        config = configuration(args, *PLANNED[args.preset or (args.data if args.data in PLANNED else "folder")])
+        config = configuration(args, *PLANNED[args.preset])
         what = f"{config.num_tokens} tokens of {config.codebook_size}"
         return costs.print_plan(args, machine, functools.partial(imagined_step, args, config), what)
-    vqgan = args.vqgan or training.folder_of(args) / "vqgan.pt"
-    tokenizer = FrozenTokenizer(vqgan, VQGAN, args.image_size, args.micro_batch or 64, machine)
+    own_tokenizer = args.run / "vqgan.pt"
+    tokenizer = FrozenTokenizer(args.vqgan or own_tokenizer, VQGAN, args.image_size, args.micro_batch or 64, machine)
     found = {"image_size": tokenizer.image_size, "tokenizer": tokenizer.fingerprint}
-    settings = training.decisive_settings(args, FLAGS, "init") | found
-    run = training.Run(STAGES[args.decoder], settings, LOGGED, args, machine)
+    run = training.Run(STAGES[args.decoder], FLAGS, found, LOGGED, args, machine)
     data, val = open_data(args.data, tokenizer.image_size, args.data_dir)
     classes = list(data.classes)
     config, start = configuration(args, tokenizer.codebook_size, tokenizer.num_tokens, len(classes)), ()
     if args.init:
         config, *start = start_from(args, config, tokenizer.fingerprint, classes)
     nets = build(args, config, machine, *start)
-    run.restore(nets.saved, {"data": args.data, "classes": classes, **found})
-    run.introduce(nets.model, f"{config.num_tokens} tokens of {config.codebook_size}, {len(classes)} classes",
-                  costs.flops(imagined_step(args, config, 1)[1]))
-    own_tokenizer = run.folder / "vqgan.pt"                                # a run holds all that sampling needs
+    run.start(nets.saved, {"data": args.data, "classes": classes, **found},
+              f"{config.num_tokens} tokens of {config.codebook_size}, {len(classes)} classes",
+              costs.flops(imagined_step(args, config, 1)[1]))
     if args.vqgan and machine.leads and (args.overwrite or not own_tokenizer.exists()):
+        # A run holds all that sampling needs.
         write_atomically(own_tokenizer, lambda file: file.write(Path(args.vqgan).read_bytes()))
 
     drawing = functools.partial(draw, nets.ema.model, tokenizer.model)
@@ -231,7 +230,6 @@ def train(args, machine):
 def main():
     devices.launch(train, training.parse_training_flags(__doc__, {
         "decoder": (list(STAGES), "parallel", "autoregressive: next-token prediction in raster order, causal"),
-        "init": (str, None, "a run whose transformer to start from, sizes included, such as runs/imagenet256"),
         "vqgan": (str, None, "tokenizer file (default: vqgan.pt in the run's folder)"),
         "image_size": (count, None, "pixels along each side (default: what the tokenizer was trained at)"),
         **JUDGE_FLAGS,

@@ -96,11 +96,11 @@ def discriminator_losses(args, discriminator, uncompiled, images, restored, pena
         return loss + args.r1_every * args.r1 * r1_penalty(uncompiled, images), loss
 
 
-def centred(discriminator):
-    """A discriminator of images in [0, 1], which it gets from -1 to 1: from [0, 1] it would learn far slower."""
-    def logits(images):
-        return discriminator(images * 2 - 1)
-    return logits
+class CentredDiscriminator(Discriminator):
+    """A discriminator of images in [0, 1] that sees them from -1 to 1: from [0, 1] it would learn far slower."""
+
+    def forward(self, images):
+        return super().forward(images * 2 - 1)
 
 
 def build(args, config, machine, lpips=None, start=None):
@@ -112,7 +112,7 @@ def build(args, config, machine, lpips=None, start=None):
     model = VQGAN(config)
     if start is not None:
         model.load_state_dict(start.state_dict())
-    disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width)
+    disc = CentredDiscriminator(args.image_size, args.disc_width, args.disc_max_width)
     for network in (model, disc, lpips):
         if network is not None:
             network.to(machine.device, memory_format=machine.layout)
@@ -149,7 +149,7 @@ def train_step(nets, images, step, args, machine):
 
     def tokenizer_loss(images):
         total, losses, restored = tokenizer_losses(
-            args, nets.wrapped, centred(nets.judging_disc), nets.lpips, images, adversarial)
+            args, nets.wrapped, nets.judging_disc, nets.lpips, images, adversarial)
         reconstructions.append(restored)
         return total, losses
 
@@ -166,8 +166,7 @@ def train_step(nets, images, step, args, machine):
     penalty = args.r1 > 0 and step % args.r1_every == 0
 
     def disc_loss(images, restored):
-        total, loss = discriminator_losses(
-            args, centred(nets.wrapped_disc), centred(nets.disc), images, restored, penalty)
+        total, loss = discriminator_losses(args, nets.wrapped_disc, nets.disc, images, restored, penalty)
         return total, {"discriminator": loss}
 
     nets.disc.requires_grad_(True)
@@ -208,17 +207,19 @@ def configuration(args):
 def train(args, machine):
     if args.perceptual == "auto":
         args.perceptual = "lpips" if args.image_size >= 128 else "none"
+    args.multipliers = tuple(args.multipliers)                             # a list, where the flag was given
     config, start = configuration(args)
-    args.parts, num_tokens = training.micro_batches(args, machine), (args.image_size // config.stride) ** 2
+    args.parts = training.micro_batches(args, machine)
+    what = f"{(args.image_size // config.stride) ** 2} tokens of {config.codebook_size}"
     step_of = functools.partial(imagined_step, args, config)
     if args.dry_run:
-        return costs.print_plan(args, machine, step_of, f"{num_tokens} tokens of {config.codebook_size}")
-    run = training.Run("vqgan", training.decisive_settings(args, FLAGS, "init"), LOGGED, args, machine)
+        return costs.print_plan(args, machine, step_of, what)
+    run = training.Run("vqgan", FLAGS, {}, LOGGED, args, machine)
     data, val = open_data(args.data, args.image_size, args.data_dir)
     sample, _ = spread(val, 512 if args.image_size <= 64 else 64)
     nets = build(args, config, machine, load_lpips() if args.perceptual == "lpips" else None, start)
-    run.restore(nets.saved, {"data": args.data, "image_size": args.image_size, "classes": list(data.classes)})
-    run.introduce(nets.model, f"{num_tokens} tokens of {config.codebook_size}", costs.flops(step_of(1)[1]))
+    about = {"data": args.data, "image_size": args.image_size, "classes": list(data.classes)}
+    run.start(nets.saved, about, what, costs.flops(step_of(1)[1]))
 
     def draw_preview():
         return preview(nets.ema.model, sample, args.micro_batch or 64, machine)
@@ -235,8 +236,7 @@ def train(args, machine):
 
 
 def main():
-    own = {"init": (str, None, "a run whose tokenizer to start from, sizes included, such as runs/imagenet256")}
-    devices.launch(train, training.parse_training_flags(__doc__, own, FLAGS, PRESETS))
+    devices.launch(train, training.parse_training_flags(__doc__, {}, FLAGS, PRESETS))
 
 
 if __name__ == "__main__":

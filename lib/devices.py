@@ -289,20 +289,15 @@ def launch(function, args):
         together = False                                    # an error is of this rank alone: it waits for no other
         raise
     finally:
+        # A thread of gloo may be the last to hold a tensor, and asks for the interpreter to free it. If that is gone by
+        # then, the process is aborted ('terminate called without an active exception'). So no rank leaves before the
+        # others, and the models, whose DistributedDataParallel keeps the threads alive in reference cycles, are
+        # collected first.
         if dist.is_initialized():
-            leave(together)
-
-
-def leave(together):
-    """Ends the process group, when all ranks are done, and with it its threads.
-
-    A thread of gloo may be the last to hold a tensor, and asks for the interpreter to free it. If that is gone by then,
-    the process is aborted ('terminate called without an active exception'). So no rank leaves before the others, and
-    the models, whose DistributedDataParallel keeps the threads alive in reference cycles, are collected first."""
-    if together:
-        dist.barrier()
-    gc.collect()
-    dist.destroy_process_group()
+            if together:
+                dist.barrier()
+            gc.collect()
+            dist.destroy_process_group()
 
 
 def step_seed(seed, step, rank=0):
