@@ -86,7 +86,7 @@ def train_step(nets, tokens, labels, step, args, machine, generator):
     metrics["gradient"] = torch.nn.utils.clip_grad_norm_(nets.model.parameters(), 1.0)
     for optimizer in nets.optimizers.values():
         optimizer.step()
-    nets.ema.update(nets.model, step)
+    optimizers.average(nets.ema, nets.model, args.ema, step)
     return metrics
 
 
@@ -118,9 +118,10 @@ def build(args, config, machine, start=None, same_classes=False):
     if start is not None:
         adopt(model, start, same_classes)
     model.to(machine.device)
-    ema, both = optimizers.EMA(model, args.ema), optimizers.transformer_optimizers(model, args, machine)
-    return SimpleNamespace(model=model, ema=ema, optimizers=both, saved={"model": model, "ema": ema.model, **both},
-                           wrapped=machine.wrap(model), loss=machine.compile(loss_and_accuracy))
+    models = {"model": model, "ema": optimizers.averaged(model)}
+    both = optimizers.transformer_optimizers(model, args, machine)
+    return SimpleNamespace(**models, optimizers=both, saved=models | both, wrapped=machine.wrap(model),
+                           loss=machine.compile(loss_and_accuracy))
 
 
 def imagined_step(args, config, batch):
@@ -199,7 +200,7 @@ def train(args, machine):
         # A run holds all that sampling needs.
         write_atomically(own_tokenizer, lambda file: file.write(Path(args.vqgan).read_bytes()))
 
-    drawing = functools.partial(draw, nets.ema.model, tokenizer.model)
+    drawing = functools.partial(draw, nets.ema, tokenizer.model)
     judge = open_judge(args, machine, data, val, run.folder, drawing) if args.evaluate_every else None
     if args.cache_tokens:
         folder = run.folder / "tokens" / tokenizer.fingerprint            # another tokenizer's have another place
@@ -213,7 +214,7 @@ def train(args, machine):
         shown = machine.put(torch.arange(min(10, len(classes))).repeat_interleave(8))           # eight of each class
         images, _ = drawing(shown, machine.generator(0), machine)
         machine.sync()
-        figures = validation(args, nets.ema.model, val_tokens, val_labels, machine)
+        figures = validation(args, nets.ema, val_tokens, val_labels, machine)
         return figures, pictures.grid((images.cpu() / 255).split(8), classes)
 
     read = machine.put if args.cache_tokens else tokenizer.encode                    # cached tokens, or images
@@ -228,12 +229,12 @@ def train(args, machine):
 
 
 def main():
-    devices.launch(train, training.parse_training_flags(__doc__, {
+    devices.launch(train, training.parse_training_flags(__doc__, FLAGS, PRESETS, {
         "decoder": (list(STAGES), "parallel", "autoregressive: next-token prediction in raster order, causal"),
         "vqgan": (str, None, "tokenizer file (default: vqgan.pt in the run's folder)"),
         "image_size": (count, None, "pixels along each side (default: what the tokenizer was trained at)"),
         **JUDGE_FLAGS,
-    }, FLAGS, PRESETS))
+    }))
 
 
 if __name__ == "__main__":

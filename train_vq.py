@@ -113,20 +113,19 @@ def build(args, config, machine, lpips=None, start=None):
     if start is not None:
         model.load_state_dict(start.state_dict())
     disc = CentredDiscriminator(args.image_size, args.disc_width, args.disc_max_width)
-    for network in (model, disc, lpips):
-        if network is not None:
-            network.to(machine.device, memory_format=machine.layout)
+    for network in filter(None, (model, disc, lpips)):
+        network.to(machine.device, memory_format=machine.layout)
     model.encoder.recompute = model.decoder.recompute = args.recompute or args.image_size >= 512
     codebook = model.quantizer.codebook
     groups = [{"params": [p for p in model.parameters() if p is not codebook], "base": args.lr},
               {"params": [codebook], "base": args.lr * args.codebook_lr}]
     adam = {"betas": (args.beta1, 0.99), "fused": machine.fused}
     saved = {"model": model, "disc": disc, "optimizer": torch.optim.Adam(groups, lr=args.lr, **adam),
-             "disc_optimizer": torch.optim.Adam(disc.parameters(), lr=args.disc_lr, **adam)}
-    ema = optimizers.EMA(model, args.ema)
+             "disc_optimizer": torch.optim.Adam(disc.parameters(), lr=args.disc_lr, **adam),
+             "ema": optimizers.averaged(model)}
     return SimpleNamespace(
-        **saved, ema=ema, saved=saved | {"ema": ema.model}, wrapped=machine.wrap(model),
-        wrapped_disc=machine.wrap(disc), judging_disc=machine.compile(disc), lpips=lpips and machine.compile(lpips))
+        **saved, saved=saved, wrapped=machine.wrap(model), wrapped_disc=machine.wrap(disc),
+        judging_disc=machine.compile(disc), lpips=lpips and machine.compile(lpips))
 
 
 def imagined_step(args, config, batch):
@@ -157,7 +156,7 @@ def train_step(nets, images, step, args, machine):
     losses = optimizers.accumulate(machine, nets.wrapped, tokenizer_loss, [images], args.parts)
     losses["gradient"] = torch.nn.utils.clip_grad_norm_(nets.model.parameters(), 1.0)
     nets.optimizer.step()
-    nets.ema.update(nets.model, step)
+    optimizers.average(nets.ema, nets.model, args.ema, step)
     if adversarial == 0:
         return losses | {"discriminator": torch.zeros_like(losses["generator"])}
 
@@ -221,9 +220,7 @@ def train(args, machine):
     about = {"data": args.data, "image_size": args.image_size, "classes": list(data.classes)}
     run.start(nets.saved, about, what, costs.flops(step_of(1)[1]))
 
-    def draw_preview():
-        return preview(nets.ema.model, sample, args.micro_batch or 64, machine)
-
+    draw_preview = functools.partial(preview, nets.ema, sample, args.micro_batch or 64, machine)
     stream = batches(data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
     for step, (images, _) in enumerate(stream, run.step):
         generator = machine.seed_step(args.seed, step)
@@ -236,7 +233,7 @@ def train(args, machine):
 
 
 def main():
-    devices.launch(train, training.parse_training_flags(__doc__, {}, FLAGS, PRESETS))
+    devices.launch(train, training.parse_training_flags(__doc__, FLAGS, PRESETS))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,4 @@
-"""Safe files: what is written is whole or not there, and nothing that is loaded can run code.
-
-    write_atomically                          any file: written to a temporary name, then renamed
-    save_checkpoint, load_checkpoint          a dict of tensors and plain values
-    rebuild, load_run, newest_run             models from their files alone
-"""
+"""Safe files: what is written is whole or not there, and nothing that is loaded can run code."""
 import hashlib
 import os
 import socket
@@ -26,15 +21,13 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
-        if temporary.exists():
+    except (OSError, RuntimeError) as error:               # torch.save reports a full disk as the latter
+        reason = getattr(error, "strerror", None) or "the file could not be written (disk full?)"
+        raise OSError(f"cannot write {path}: {reason}; free some space or choose another folder "
+                      f"with --run or --out") from error
+    finally:
+        if temporary.exists():                             # it was not renamed
             temporary.unlink()
-        # torch.save reports a full disk as a RuntimeError of its zip writer.
-        if isinstance(error, (OSError, RuntimeError)):
-            reason = getattr(error, "strerror", None) or "the file could not be written (disk full?)"
-            raise OSError(f"cannot write {path}: {reason}; free some space or choose another folder "
-                          f"with --run or --out") from error
-        raise
 
 
 def on_cpu(value, before=None):

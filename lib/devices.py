@@ -1,8 +1,5 @@
-"""Where a loop runs: a CPU, CUDA GPUs under torchrun, or TPU chips under torch-xla; precision, ranks, seeds, flags.
-
-    python train_vq.py                                             # one process on what is there
-    torchrun --nproc_per_node 8 train_vq.py --data imagenet        # a process for each GPU: DistributedDataParallel
-    python train_vq.py --data imagenet --device xla                # one process for all TPU chips of a host
+"""Where a loop runs: in one process on a CPU or a GPU, in one for each GPU under torchrun (DistributedDataParallel), or
+in one for all TPU chips of a host (torch-xla); precision, ranks, seeds, flags.
 
 A script's main() parses the flags and calls launch(function, args), which calls function(args, machine) on every rank.
 Bad input raises ValueError or OSError with one line for the user; `command_line` turns it into exit status 2.
@@ -32,19 +29,17 @@ def command_line(main):
     TRACEBACK=1 in the environment shows where it came from."""
     try:
         main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped: started again, an evaluation goes on from here", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:
-        if not out_of_memory(error):
+    except (ValueError, OSError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, RuntimeError):
+            text = ("out of memory: in training lower --micro-batch (the result stays that of --batch) or the model's "
+                    "sizes, else the number of images at once (--num, --batch)")
+        if os.environ.get("TRACEBACK") or isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
-        print("error: out of memory: in training lower --micro-batch (the result stays that of --batch) or the model's "
-              "sizes, else the number of images at once (--num, --batch)", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
 
 

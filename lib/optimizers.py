@@ -74,17 +74,16 @@ def transformer_optimizers(model, args, machine):
     return optimizers
 
 
-class EMA:
-    """Exponential moving average of a model's weights; `model` is the averaged copy, for evaluation."""
+def averaged(model):
+    """A copy of a model for evaluation, in which average() keeps an exponential moving average of its weights."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
 
-    def __init__(self, model, decay):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
 
-    @torch.no_grad()
-    def update(self, model, step):
-        decay = min(self.decay, (1 + step) / (10 + step))  # the first, poor weights are forgotten faster
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+@torch.no_grad()
+def average(ema, model, decay, step):
+    """Moves the weights of `ema` a share 1 - decay towards the model's, and further in the first steps."""
+    decay = min(decay, (1 + step) / (10 + step))  # the first, poor weights are forgotten faster
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def accumulate(machine, wrapped, loss_of, batch, parts):

@@ -44,10 +44,10 @@ def presets(flags, others):
     return table | {name: table[base] | changes for name, (base, changes) in others.items()}
 
 
-def parse_training_flags(description, own_flags, flags, presets):
-    """The flags of a training script: its own, those of both, its hyperparameters. Exits with status 2 on bad ones.
+def parse_training_flags(description, flags, presets, own_flags=()):
+    """The flags of a training script: those of both, its own, its hyperparameters. Exits with status 2 on bad ones.
 
-    own_flags: as for add_flags. flags, presets: as above. A preset's value stands unless its flag is given. The preset
+    flags, presets: as above. own_flags: as for add_flags. A preset's value stands unless its flag is given. The preset
     is that of the data set, `folder` for any folder of images, or the one named by --preset."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, {
@@ -58,7 +58,7 @@ def parse_training_flags(description, own_flags, flags, presets):
         "resume": ({"action": "store_true"}, None, "go on where the run stopped; start, if there is none"),
         "overwrite": ({"action": "store_true"}, None, "start again, replacing what the run folder holds"),
         "dry_run": (devices.number(float, 0.001), None, "say what the run would take at so many TFLOP/s, and end"),
-        **own_flags,
+        **dict(own_flags),
         **{name: (kind, None, f"{text} (default: {shown_default(name, presets)})")
            for name, (kind, *_, text) in (flags | PACE).items()},
         "seed": (whole, 0, "of every random draw"),
@@ -77,14 +77,12 @@ def parse_training_flags(description, own_flags, flags, presets):
 
 def shown_default(flag, presets):
     """What --help says of a flag's default: its value, or, where the presets differ, that of each."""
-    def show(value):
-        if value is None:
-            return "all"
-        if isinstance(value, bool):
-            return "yes" if value else "no"
-        return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-    values = {name: show(preset[flag]) for name, preset in presets.items()}
+    values = {}
+    for name, preset in presets.items():
+        value = preset[flag]
+        if value is None or isinstance(value, bool):
+            value = {None: "all", True: "yes", False: "no"}[value]
+        values[name] = " ".join(map(str, value)) if isinstance(value, tuple) else value
     if len(set(values.values())) == 1:
         return values["shapes"]
     return ", ".join(f"{name}: {value}" for name, value in values.items())
@@ -116,14 +114,14 @@ class Run:
         self.stage, self.folder, self.args, self.machine = stage, args.run, args, machine
         self.model_file, self.resume_file, self.picture, self.curve = (
             self.folder / f"{stage}.{ending}" for ending in ("pt", "resume.pt", "png", "curve.png"))
-        self.best_file, self.best = self.folder / f"{stage}.best.pt", math.inf               # of --evaluate-every
+        self.best = math.inf                                   # the least distance that --evaluate-every has found
         self.step, self.state, self.copy, self.writing, self.writer = 0, None, None, None, ThreadPoolExecutor(1)
         if not args.overwrite and (self.model_file.exists() or self.resume_file.exists()):
             self._resume_or_refuse()
         if machine.leads:                                      # a folder that cannot be written shows here, not later
-            write_atomically(self.folder / ".writable", lambda file: file.write(b"test"))
-            for leftover in [".writable", *self.folder.glob(f".{stage}.*.tmp")]:                      # of a killed run
-                (self.folder / leftover).unlink()
+            write_atomically(self.folder / f".{stage}.test.tmp", lambda file: file.write(b"test"))
+            for leftover in self.folder.glob(f".{stage}.*.tmp"):                                # also of a killed run
+                leftover.unlink()
             with contextlib.suppress(OSError):                 # a folder that was not there comes with its first file
                 self.folder.rmdir()
         self.log = Log(self.folder / f"{stage}.log.csv", columns, self.step, args, machine)
@@ -200,7 +198,8 @@ class Run:
         """Keeps the model for use beside the latest one, where none before was as good. found: {name: distance}."""
         distance, = found.values()
         if distance < self.best and self.machine.leads:
-            save_checkpoint(self.best_file, self._for_use(step, on_cpu(self.parts["ema"].state_dict())))
+            weights = on_cpu(self.parts["ema"].state_dict())
+            save_checkpoint(self.folder / f"{self.stage}.best.pt", self._for_use(step, weights))
         self.best = min(distance, self.best)
         return found
 
@@ -297,10 +296,7 @@ class StopSignal:
 
     def requested(self, step):
         """Whether to stop after this step. Ranks must agree: at every tenth step they tell each other."""
-        received = self.number is not None
-        if self.machine.world == 1:
-            return received
-        return step % 10 == 0 and self.machine.any(received)
+        return (self.machine.world == 1 or step % 10 == 0) and self.machine.any(self.number is not None)
 
     def exit(self, step, steps):
         """Ends the process as the signal asked, with the command that goes on from here."""

@@ -113,7 +113,7 @@ def test_a_step_trains_both_networks_and_only_its_own(images):
     losses = train_vq.train_step(nets, images, begin - 1, ARGS, machine)
     assert losses["generator"] == losses["discriminator"] == 0
     assert not torch.equal(weights(nets.model), model) and torch.equal(weights(nets.disc), disc)
-    averaged = weights(nets.ema.model)
+    averaged = weights(nets.ema)
     assert not torch.equal(averaged, model) and not torch.equal(averaged, weights(nets.model))
     assert losses["gradient"] > 1 and gradient_norm(nets.model) == pytest.approx(1, abs=1e-4)              # clipped
     rest, codebook = nets.optimizer.param_groups
@@ -174,13 +174,13 @@ def test_averaged_weights_lag_behind():
     """At step t by (1 + t) / (10 + t), at most by the decay asked for."""
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(0)
-    ema = optimizers.EMA(model, 0.9)
+    ema = optimizers.averaged(model)
     model.weight.data.fill_(1)
-    ema.update(model, 0)
-    assert ema.model.weight.item() == pytest.approx(0.9)                   # 1 - 1/10 of the way
-    ema.update(model, 10_000)
-    assert ema.model.weight.item() == pytest.approx(0.9 + 0.1 * 0.1)
-    assert not ema.model.weight.requires_grad
+    optimizers.average(ema, model, 0.9, 0)
+    assert ema.weight.item() == pytest.approx(0.9)                   # 1 - 1/10 of the way
+    optimizers.average(ema, model, 0.9, 10_000)
+    assert ema.weight.item() == pytest.approx(0.9 + 0.1 * 0.1)
+    assert not ema.weight.requires_grad
 
 
 def test_micro_batches_are_means_of_the_batch():
@@ -227,7 +227,7 @@ def test_a_step_of_stage_2_is_the_formula():
     assert metrics["accuracy"].item() == pytest.approx(right.item())
     gradient = metrics["gradient"].item()
     assert gradient > 0.5 and gradient_norm(nets.model) == pytest.approx(min(1, gradient), abs=1e-4), gradient
-    averaged = list(nets.ema.model.parameters())
+    averaged = list(nets.ema.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(before, averaged, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(nets.model.parameters(), averaged, strict=True))
     adamw, muon = nets.optimizers["adamw"], nets.optimizers["muon"]
