@@ -183,7 +183,7 @@ def train(args, machine):
         config = configuration(args, *PLANNED[args.preset])
         what = f"{config.num_tokens} tokens of {config.codebook_size}"
         return costs.print_plan(args, machine, functools.partial(imagined_step, args, config), what)
-    own_tokenizer = args.run / "vqgan.pt"
+    own_tokenizer = args.run / "vqgan.pt"                                  # a run holds all that sampling needs
     tokenizer = FrozenTokenizer(args.vqgan or own_tokenizer, VQGAN, args.image_size, args.micro_batch or 64, machine)
     found = {"image_size": tokenizer.image_size, "tokenizer": tokenizer.fingerprint}
     run = training.Run(STAGES[args.decoder], FLAGS, found, LOGGED, args, machine)
@@ -197,7 +197,6 @@ def train(args, machine):
               f"{config.num_tokens} tokens of {config.codebook_size}, {len(classes)} classes",
               costs.flops(imagined_step(args, config, 1)[1]))
     if args.vqgan and machine.leads and (args.overwrite or not own_tokenizer.exists()):
-        # A run holds all that sampling needs.
         write_atomically(own_tokenizer, lambda file: file.write(Path(args.vqgan).read_bytes()))
 
     drawing = functools.partial(draw, nets.ema, tokenizer.model)

@@ -64,12 +64,13 @@ LOGGED = ["reconstruction", "perceptual", "commitment", "codebook", "entropy", "
           "psnr", "usage", "sharpness"]
 
 
-def tokenizer_losses(args, model, discriminator, lpips, images, adversarial):
+def tokenizer_losses(args, model, discriminator, lpips, adversarial, reconstructions, images):
     """The tokenizer: reconstruct, stay near the codes, look alike to `lpips` (or None), and pass for real.
 
-    images: (B, 3, S, S) in [0, 1]. discriminator: images -> logits. adversarial: the weight of its loss now, or 0.
-    Returns the total, a scalar; the losses by name; and the reconstructions, detached."""
+    discriminator: images -> logits. adversarial: the weight of its loss now, or 0. reconstructions: a list, which gets
+    those of the images, detached. images: (B, 3, S, S) in [0, 1]. Returns the total, a scalar, and the losses by name."""
     restored, _, losses = model(images)
+    reconstructions.append(restored.detach())
     losses["reconstruction"] = F.mse_loss(restored.float(), images)
     total = args.reconstruction * losses["reconstruction"]
     total = total + losses["commitment"] + losses["codebook"] + losses["entropy"]
@@ -80,20 +81,20 @@ def tokenizer_losses(args, model, discriminator, lpips, images, adversarial):
     if adversarial > 0:
         losses["generator"] = generator_loss(discriminator(restored).float(), args.gan_loss)
         total = total + adversarial * losses["generator"]
-    return total, losses, restored.detach()
+    return total, losses
 
 
-def discriminator_losses(args, discriminator, uncompiled, images, restored, penalty):
+def discriminator_losses(args, discriminator, uncompiled, penalty, images, restored):
     """The discriminator: real images against the tokenizer's reconstructions of them.
 
     uncompiled: the same without torch.compile, which has no second derivatives. penalty: whether R1 is due (StyleGAN2's
-    lazy regularization). Returns the total and the loss without the penalty."""
+    lazy regularization). Returns the total and, by name, the loss without the penalty."""
     real, fake = discriminator(torch.cat([images, restored])).float().chunk(2)
-    loss = discriminator_loss(real, fake, args.gan_loss)
-    if not penalty:
-        return loss, loss
-    with devices.full_precision(images):      # the square of a gradient needs float32
-        return loss + args.r1_every * args.r1 * r1_penalty(uncompiled, images), loss
+    total = loss = discriminator_loss(real, fake, args.gan_loss)
+    if penalty:
+        with devices.full_precision(images):      # the square of a gradient needs float32
+            total = loss + args.r1_every * args.r1 * r1_penalty(uncompiled, images)
+    return total, {"discriminator": loss}
 
 
 class CentredDiscriminator(Discriminator):
@@ -145,13 +146,8 @@ def train_step(nets, images, step, args, machine):
     adversarial = args.adversarial * min(1, (steps_of_gan + 1) / args.gan_ramp) if steps_of_gan >= 0 else 0
     optimizers.set_learning_rate(nets.optimizer, step, args.lr, args.warmup, args.steps, args.decay)
     reconstructions = []
-
-    def tokenizer_loss(images):
-        total, losses, restored = tokenizer_losses(
-            args, nets.wrapped, nets.judging_disc, nets.lpips, images, adversarial)
-        reconstructions.append(restored)
-        return total, losses
-
+    tokenizer_loss = functools.partial(
+        tokenizer_losses, args, nets.wrapped, nets.judging_disc, nets.lpips, adversarial, reconstructions)
     nets.disc.requires_grad_(False)
     losses = optimizers.accumulate(machine, nets.wrapped, tokenizer_loss, [images], args.parts)
     losses["gradient"] = torch.nn.utils.clip_grad_norm_(nets.model.parameters(), 1.0)
@@ -163,11 +159,7 @@ def train_step(nets, images, step, args, machine):
     # The discriminator warms up as well, or its first steps overshoot.
     optimizers.set_learning_rate(nets.disc_optimizer, steps_of_gan, args.disc_lr, args.gan_ramp, 0, decay=False)
     penalty = args.r1 > 0 and step % args.r1_every == 0
-
-    def disc_loss(images, restored):
-        total, loss = discriminator_losses(args, nets.wrapped_disc, nets.disc, images, restored, penalty)
-        return total, {"discriminator": loss}
-
+    disc_loss = functools.partial(discriminator_losses, args, nets.wrapped_disc, nets.disc, penalty)
     nets.disc.requires_grad_(True)
     both = [images, torch.cat(reconstructions)]
     losses |= optimizers.accumulate(machine, nets.wrapped_disc, disc_loss, both, args.parts)
@@ -233,7 +225,7 @@ def train(args, machine):
 
 
 def main():
-    devices.launch(train, training.parse_training_flags(__doc__, FLAGS, PRESETS))
+    devices.launch(train, training.parse_training_flags(__doc__, FLAGS, PRESETS, {}))
 
 
 if __name__ == "__main__":

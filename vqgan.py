@@ -241,8 +241,7 @@ class Discriminator(nn.Module):
     """StyleGAN2's residual discriminator as released: (B, 3, S, S) in [0, 1] -> real/fake logits (B,).
 
     image_size: S, a power of two, at least 8. width: channels at 256 pixels (64 as released); they double at each
-    halving up to max_width. Raises ValueError for another S.
-    """
+    halving up to max_width. Raises ValueError for another S."""
 
     def __init__(self, image_size=256, width=64, max_width=512):
         super().__init__()

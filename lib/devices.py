@@ -32,19 +32,19 @@ def command_line(main):
     except KeyboardInterrupt:
         print("\nstopped: started again, an evaluation goes on from here", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:
         text = " ".join(str(error).split())
-        if isinstance(error, RuntimeError):
+        if out_of_memory(error):
             text = ("out of memory: in training lower --micro-batch (the result stays that of --batch) or the model's "
                     "sizes, else the number of images at once (--num, --batch)")
-        if os.environ.get("TRACEBACK") or isinstance(error, RuntimeError) and not out_of_memory(error):
+        elif not isinstance(error, (ValueError, OSError)) or os.environ.get("TRACEBACK"):
             raise
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
 
 
 def out_of_memory(error):
-    """Whether a RuntimeError of torch says so, of a GPU or of the CPU."""
+    """Whether an error of torch says so, of a GPU or of the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
@@ -222,11 +222,9 @@ class Machine:
 
         torch-xla gets a graph for each micro-batch: one for all of them needs the memory of the whole batch. On a CPU
         attention is two matrix products: the backward pass of the fused kernel takes four times as long in bfloat16."""
-        with contextlib.ExitStack() as stack:
-            if more and hasattr(wrapped, "no_sync"):
-                stack.enter_context(wrapped.no_sync())
-            if self.device.type == "cpu":
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        exchange = wrapped.no_sync() if more and hasattr(wrapped, "no_sync") else contextlib.nullcontext()
+        attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
+        with exchange, attention:
             yield
         if more:
             self.sync()

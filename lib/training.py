@@ -44,7 +44,7 @@ def presets(flags, others):
     return table | {name: table[base] | changes for name, (base, changes) in others.items()}
 
 
-def parse_training_flags(description, flags, presets, own_flags=()):
+def parse_training_flags(description, flags, presets, own_flags):
     """The flags of a training script: those of both, its own, its hyperparameters. Exits with status 2 on bad ones.
 
     flags, presets: as above. own_flags: as for add_flags. A preset's value stands unless its flag is given. The preset
@@ -58,7 +58,7 @@ def parse_training_flags(description, flags, presets, own_flags=()):
         "resume": ({"action": "store_true"}, None, "go on where the run stopped; start, if there is none"),
         "overwrite": ({"action": "store_true"}, None, "start again, replacing what the run folder holds"),
         "dry_run": (devices.number(float, 0.001), None, "say what the run would take at so many TFLOP/s, and end"),
-        **dict(own_flags),
+        **own_flags,
         **{name: (kind, None, f"{text} (default: {shown_default(name, presets)})")
            for name, (kind, *_, text) in (flags | PACE).items()},
         "seed": (whole, 0, "of every random draw"),

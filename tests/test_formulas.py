@@ -39,14 +39,16 @@ def test_the_tokenizers_loss_is_the_weighted_sum_of_its_terms(tokenizer, images)
     def lpips(a, b):
         return (a - b).abs().mean((1, 2, 3))
     restored, _, terms = tokenizer(images)
-    total, losses, output = train_vq.tokenizer_losses(ARGS, tokenizer, discriminator, lpips, images, 0.3)
+    reconstructions = []
+    total, losses = train_vq.tokenizer_losses(ARGS, tokenizer, discriminator, lpips, 0.3, reconstructions, images)
+    output, = reconstructions
     assert torch.equal(output, restored) and not output.requires_grad
     expected = (ARGS.reconstruction * (restored - images).square().mean() + terms["commitment"] + terms["codebook"]
                 + terms["entropy"] + ARGS.perceptual_weight * lpips(restored, images).mean()
                 + 0.3 * F.softplus(-discriminator(restored)).mean())       # low where the discriminator says "real"
     torch.testing.assert_close(total, expected)
     assert min(abs(losses[name].item()) for name in losses) > 1e-4         # no term is too small to be missed
-    total, losses, _ = train_vq.tokenizer_losses(ARGS, tokenizer, discriminator, None, images, 0)
+    total, losses = train_vq.tokenizer_losses(ARGS, tokenizer, discriminator, None, 0, [], images)
     assert losses["generator"] == 0 and "perceptual" not in losses
 
 
@@ -71,11 +73,11 @@ def test_the_discriminators_loss_and_its_lazy_penalty(images):
     disc.dense2.weight.data *= 1000                                        # far from the tiny logits of the start
     restored = images.flip(0) * 0.9
     loss = F.softplus(-disc(images)).mean() + F.softplus(disc(restored)).mean()
-    without, shown = train_vq.discriminator_losses(ARGS, disc, disc, images, restored, penalty=False)
+    without, shown = train_vq.discriminator_losses(ARGS, disc, disc, False, images, restored)
     torch.testing.assert_close(without, loss)
-    torch.testing.assert_close(shown, loss)
-    penalised, shown = train_vq.discriminator_losses(ARGS, disc, disc, images, restored, penalty=True)
-    torch.testing.assert_close(shown, loss)
+    torch.testing.assert_close(shown, {"discriminator": loss})
+    penalised, shown = train_vq.discriminator_losses(ARGS, disc, disc, True, images, restored)
+    torch.testing.assert_close(shown, {"discriminator": loss})
     # Applied at every r1_every-th step only, it is r1_every times as strong.
     torch.testing.assert_close(penalised - loss, 16 * ARGS.r1 * r1_penalty(disc, images))
     assert ARGS.r1_every == 16 and penalised - loss > 1e-4
@@ -126,9 +128,9 @@ def test_a_step_trains_both_networks_and_only_its_own(images):
     # The generator's weight grows over gan_ramp steps: at half of them, half of it has been reached.
     seen = []
 
-    def spy(args, model, discriminator, lpips, images, adversarial):
+    def spy(args, model, discriminator, lpips, adversarial, reconstructions, images):
         seen.append(adversarial)
-        return original(args, model, discriminator, lpips, images, adversarial)
+        return original(args, model, discriminator, lpips, adversarial, reconstructions, images)
     original, train_vq.tokenizer_losses = train_vq.tokenizer_losses, spy
     try:
         for step in (begin, begin + ARGS.gan_ramp // 2 - 1, begin + ARGS.gan_ramp + 7):
