@@ -68,7 +68,7 @@ def tokenizer_losses(args, model, discriminator, lpips, adversarial, reconstruct
     """The tokenizer: reconstruct, stay near the codes, look alike to `lpips` (or None), and pass for real.
 
     discriminator: images -> logits. adversarial: the weight of its loss now, or 0. reconstructions: a list, which gets
-    those of the images, detached. images: (B, 3, S, S) in [0, 1]. Returns the total, a scalar, and the losses by name."""
+    those of the images, detached. images: (B, 3, S, S) in [0, 1]. Returns the total and the losses by name, scalars."""
     restored, _, losses = model(images)
     reconstructions.append(restored.detach())
     losses["reconstruction"] = F.mse_loss(restored.float(), images)
