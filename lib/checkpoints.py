@@ -54,11 +54,12 @@ def load_checkpoint(path, kind):
 
     Raises FileNotFoundError, or ValueError for a file that is truncated, not a checkpoint, or of another kind."""
     damaged = ValueError(f"{path} is not a checkpoint of this project, or is damaged; restore it or train it again")
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path} does not exist: train it first, or name another run")
-    with open(path, "rb") as file:
-        if not zipfile.is_zipfile(file):                 # what torch.save writes; anything else is not even unpickled
-            raise damaged
+    try:
+        with open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):             # what torch.save writes; anything else is not even unpickled
+                raise damaged
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist: train it first, or name another run") from None
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["kind"]
