@@ -86,7 +86,7 @@ def train_step(nets, tokens, labels, step, args, machine, generator):
     metrics["gradient"] = torch.nn.utils.clip_grad_norm_(nets.model.parameters(), 1.0)
     for optimizer in nets.optimizers.values():
         optimizer.step()
-    nets.ema.update(nets.model, step)
+    optimizers.average(nets.ema, nets.model, args.ema, step)
     return metrics
 
 
@@ -118,9 +118,10 @@ def build(args, config, machine, start=None, same_classes=False):
     if start is not None:
         adopt(model, start, same_classes)
     model.to(machine.device)
-    ema, both = optimizers.EMA(model, args.ema), optimizers.transformer_optimizers(model, args, machine)
-    return SimpleNamespace(model=model, ema=ema, optimizers=both, saved={"model": model, "ema": ema.model, **both},
-                           wrapped=machine.wrap(model), loss=machine.compile(loss_and_accuracy))
+    models = {"model": model, "ema": optimizers.averaged(model)}
+    both = optimizers.transformer_optimizers(model, args, machine)
+    return SimpleNamespace(**models, optimizers=both, saved=models | both, wrapped=machine.wrap(model),
+                           loss=machine.compile(loss_and_accuracy))
 
 
 def imagined_step(args, config, batch):
@@ -179,28 +180,26 @@ def draw(model, tokenizer, labels, generator, machine):
 def train(args, machine):
     args.parts = training.micro_batches(args, machine)
     if args.dry_run:                                                       # before there is a tokenizer
-        config = configuration(args, *PLANNED[args.preset or (args.data if args.data in PLANNED else "folder")])
+        config = configuration(args, *PLANNED[args.preset])
         what = f"{config.num_tokens} tokens of {config.codebook_size}"
         return costs.print_plan(args, machine, functools.partial(imagined_step, args, config), what)
-    vqgan = args.vqgan or training.folder_of(args) / "vqgan.pt"
-    tokenizer = FrozenTokenizer(vqgan, VQGAN, args.image_size, args.micro_batch or 64, machine)
+    own_tokenizer = args.run / "vqgan.pt"                                  # a run holds all that sampling needs
+    tokenizer = FrozenTokenizer(args.vqgan or own_tokenizer, VQGAN, args.image_size, args.micro_batch or 64, machine)
     found = {"image_size": tokenizer.image_size, "tokenizer": tokenizer.fingerprint}
-    settings = training.decisive_settings(args, FLAGS, "init") | found
-    run = training.Run(STAGES[args.decoder], settings, LOGGED, args, machine)
+    run = training.Run(STAGES[args.decoder], FLAGS, found, LOGGED, args, machine)
     data, val = open_data(args.data, tokenizer.image_size, args.data_dir)
     classes = list(data.classes)
     config, start = configuration(args, tokenizer.codebook_size, tokenizer.num_tokens, len(classes)), ()
     if args.init:
         config, *start = start_from(args, config, tokenizer.fingerprint, classes)
     nets = build(args, config, machine, *start)
-    run.restore(nets.saved, {"data": args.data, "classes": classes, **found})
-    run.introduce(nets.model, f"{config.num_tokens} tokens of {config.codebook_size}, {len(classes)} classes",
-                  costs.flops(imagined_step(args, config, 1)[1]))
-    own_tokenizer = run.folder / "vqgan.pt"                                # a run holds all that sampling needs
+    run.start(nets.saved, {"data": args.data, "classes": classes, **found},
+              f"{config.num_tokens} tokens of {config.codebook_size}, {len(classes)} classes",
+              costs.flops(imagined_step(args, config, 1)[1]))
     if args.vqgan and machine.leads and (args.overwrite or not own_tokenizer.exists()):
         write_atomically(own_tokenizer, lambda file: file.write(Path(args.vqgan).read_bytes()))
 
-    drawing = functools.partial(draw, nets.ema.model, tokenizer.model)
+    drawing = functools.partial(draw, nets.ema, tokenizer.model)
     judge = open_judge(args, machine, data, val, run.folder, drawing) if args.evaluate_every else None
     if args.cache_tokens:
         folder = run.folder / "tokens" / tokenizer.fingerprint            # another tokenizer's have another place
@@ -214,7 +213,7 @@ def train(args, machine):
         shown = machine.put(torch.arange(min(10, len(classes))).repeat_interleave(8))           # eight of each class
         images, _ = drawing(shown, machine.generator(0), machine)
         machine.sync()
-        figures = validation(args, nets.ema.model, val_tokens, val_labels, machine)
+        figures = validation(args, nets.ema, val_tokens, val_labels, machine)
         return figures, pictures.grid((images.cpu() / 255).split(8), classes)
 
     read = machine.put if args.cache_tokens else tokenizer.encode                    # cached tokens, or images
@@ -229,13 +228,12 @@ def train(args, machine):
 
 
 def main():
-    devices.launch(train, training.parse_training_flags(__doc__, {
+    devices.launch(train, training.parse_training_flags(__doc__, FLAGS, PRESETS, {
         "decoder": (list(STAGES), "parallel", "autoregressive: next-token prediction in raster order, causal"),
-        "init": (str, None, "a run whose transformer to start from, sizes included, such as runs/imagenet256"),
         "vqgan": (str, None, "tokenizer file (default: vqgan.pt in the run's folder)"),
         "image_size": (count, None, "pixels along each side (default: what the tokenizer was trained at)"),
         **JUDGE_FLAGS,
-    }, FLAGS, PRESETS))
+    }))
 
 
 if __name__ == "__main__":

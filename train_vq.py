@@ -64,12 +64,13 @@ LOGGED = ["reconstruction", "perceptual", "commitment", "codebook", "entropy", "
           "psnr", "usage", "sharpness"]
 
 
-def tokenizer_losses(args, model, discriminator, lpips, images, adversarial):
+def tokenizer_losses(args, model, discriminator, lpips, adversarial, reconstructions, images):
     """The tokenizer: reconstruct, stay near the codes, look alike to `lpips` (or None), and pass for real.
 
-    images: (B, 3, S, S) in [0, 1]. discriminator: images -> logits. adversarial: the weight of its loss now, or 0.
-    Returns the total, a scalar; the losses by name; and the reconstructions, detached."""
+    discriminator: images -> logits. adversarial: the weight of its loss now, or 0. reconstructions: a list, which gets
+    those of the images, detached. images: (B, 3, S, S) in [0, 1]. Returns the total and the losses by name, scalars."""
     restored, _, losses = model(images)
+    reconstructions.append(restored.detach())
     losses["reconstruction"] = F.mse_loss(restored.float(), images)
     total = args.reconstruction * losses["reconstruction"]
     total = total + losses["commitment"] + losses["codebook"] + losses["entropy"]
@@ -80,27 +81,27 @@ def tokenizer_losses(args, model, discriminator, lpips, images, adversarial):
     if adversarial > 0:
         losses["generator"] = generator_loss(discriminator(restored).float(), args.gan_loss)
         total = total + adversarial * losses["generator"]
-    return total, losses, restored.detach()
+    return total, losses
 
 
-def discriminator_losses(args, discriminator, uncompiled, images, restored, penalty):
+def discriminator_losses(args, discriminator, uncompiled, penalty, images, restored):
     """The discriminator: real images against the tokenizer's reconstructions of them.
 
     uncompiled: the same without torch.compile, which has no second derivatives. penalty: whether R1 is due (StyleGAN2's
-    lazy regularization). Returns the total and the loss without the penalty."""
+    lazy regularization). Returns the total and, by name, the loss without the penalty."""
     real, fake = discriminator(torch.cat([images, restored])).float().chunk(2)
-    loss = discriminator_loss(real, fake, args.gan_loss)
-    if not penalty:
-        return loss, loss
-    with devices.full_precision(images):      # the square of a gradient needs float32
-        return loss + args.r1_every * args.r1 * r1_penalty(uncompiled, images), loss
+    total = loss = discriminator_loss(real, fake, args.gan_loss)
+    if penalty:
+        with devices.full_precision(images):      # the square of a gradient needs float32
+            total = loss + args.r1_every * args.r1 * r1_penalty(uncompiled, images)
+    return total, {"discriminator": loss}
 
 
-def centred(discriminator):
-    """A discriminator of images in [0, 1], which it gets from -1 to 1: from [0, 1] it would learn far slower."""
-    def logits(images):
-        return discriminator(images * 2 - 1)
-    return logits
+class CentredDiscriminator(Discriminator):
+    """A discriminator of images in [0, 1] that sees them from -1 to 1: from [0, 1] it would learn far slower."""
+
+    def forward(self, images):
+        return super().forward(images * 2 - 1)
 
 
 def build(args, config, machine, lpips=None, start=None):
@@ -112,21 +113,20 @@ def build(args, config, machine, lpips=None, start=None):
     model = VQGAN(config)
     if start is not None:
         model.load_state_dict(start.state_dict())
-    disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width)
-    for network in (model, disc, lpips):
-        if network is not None:
-            network.to(machine.device, memory_format=machine.layout)
+    disc = CentredDiscriminator(args.image_size, args.disc_width, args.disc_max_width)
+    for network in filter(None, (model, disc, lpips)):
+        network.to(machine.device, memory_format=machine.layout)
     model.encoder.recompute = model.decoder.recompute = args.recompute or args.image_size >= 512
     codebook = model.quantizer.codebook
     groups = [{"params": [p for p in model.parameters() if p is not codebook], "base": args.lr},
               {"params": [codebook], "base": args.lr * args.codebook_lr}]
     adam = {"betas": (args.beta1, 0.99), "fused": machine.fused}
     saved = {"model": model, "disc": disc, "optimizer": torch.optim.Adam(groups, lr=args.lr, **adam),
-             "disc_optimizer": torch.optim.Adam(disc.parameters(), lr=args.disc_lr, **adam)}
-    ema = optimizers.EMA(model, args.ema)
+             "disc_optimizer": torch.optim.Adam(disc.parameters(), lr=args.disc_lr, **adam),
+             "ema": optimizers.averaged(model)}
     return SimpleNamespace(
-        **saved, ema=ema, saved=saved | {"ema": ema.model}, wrapped=machine.wrap(model),
-        wrapped_disc=machine.wrap(disc), judging_disc=machine.compile(disc), lpips=lpips and machine.compile(lpips))
+        **saved, saved=saved, wrapped=machine.wrap(model), wrapped_disc=machine.wrap(disc),
+        judging_disc=machine.compile(disc), lpips=lpips and machine.compile(lpips))
 
 
 def imagined_step(args, config, batch):
@@ -146,30 +146,20 @@ def train_step(nets, images, step, args, machine):
     adversarial = args.adversarial * min(1, (steps_of_gan + 1) / args.gan_ramp) if steps_of_gan >= 0 else 0
     optimizers.set_learning_rate(nets.optimizer, step, args.lr, args.warmup, args.steps, args.decay)
     reconstructions = []
-
-    def tokenizer_loss(images):
-        total, losses, restored = tokenizer_losses(
-            args, nets.wrapped, centred(nets.judging_disc), nets.lpips, images, adversarial)
-        reconstructions.append(restored)
-        return total, losses
-
+    tokenizer_loss = functools.partial(
+        tokenizer_losses, args, nets.wrapped, nets.judging_disc, nets.lpips, adversarial, reconstructions)
     nets.disc.requires_grad_(False)
     losses = optimizers.accumulate(machine, nets.wrapped, tokenizer_loss, [images], args.parts)
     losses["gradient"] = torch.nn.utils.clip_grad_norm_(nets.model.parameters(), 1.0)
     nets.optimizer.step()
-    nets.ema.update(nets.model, step)
+    optimizers.average(nets.ema, nets.model, args.ema, step)
     if adversarial == 0:
         return losses | {"discriminator": torch.zeros_like(losses["generator"])}
 
     # The discriminator warms up as well, or its first steps overshoot.
     optimizers.set_learning_rate(nets.disc_optimizer, steps_of_gan, args.disc_lr, args.gan_ramp, 0, decay=False)
     penalty = args.r1 > 0 and step % args.r1_every == 0
-
-    def disc_loss(images, restored):
-        total, loss = discriminator_losses(
-            args, centred(nets.wrapped_disc), centred(nets.disc), images, restored, penalty)
-        return total, {"discriminator": loss}
-
+    disc_loss = functools.partial(discriminator_losses, args, nets.wrapped_disc, nets.disc, penalty)
     nets.disc.requires_grad_(True)
     both = [images, torch.cat(reconstructions)]
     losses |= optimizers.accumulate(machine, nets.wrapped_disc, disc_loss, both, args.parts)
@@ -208,21 +198,21 @@ def configuration(args):
 def train(args, machine):
     if args.perceptual == "auto":
         args.perceptual = "lpips" if args.image_size >= 128 else "none"
+    args.multipliers = tuple(args.multipliers)                             # a list, where the flag was given
     config, start = configuration(args)
-    args.parts, num_tokens = training.micro_batches(args, machine), (args.image_size // config.stride) ** 2
+    args.parts = training.micro_batches(args, machine)
+    what = f"{(args.image_size // config.stride) ** 2} tokens of {config.codebook_size}"
     step_of = functools.partial(imagined_step, args, config)
     if args.dry_run:
-        return costs.print_plan(args, machine, step_of, f"{num_tokens} tokens of {config.codebook_size}")
-    run = training.Run("vqgan", training.decisive_settings(args, FLAGS, "init"), LOGGED, args, machine)
+        return costs.print_plan(args, machine, step_of, what)
+    run = training.Run("vqgan", FLAGS, {}, LOGGED, args, machine)
     data, val = open_data(args.data, args.image_size, args.data_dir)
     sample, _ = spread(val, 512 if args.image_size <= 64 else 64)
     nets = build(args, config, machine, load_lpips() if args.perceptual == "lpips" else None, start)
-    run.restore(nets.saved, {"data": args.data, "image_size": args.image_size, "classes": list(data.classes)})
-    run.introduce(nets.model, f"{num_tokens} tokens of {config.codebook_size}", costs.flops(step_of(1)[1]))
+    about = {"data": args.data, "image_size": args.image_size, "classes": list(data.classes)}
+    run.start(nets.saved, about, what, costs.flops(step_of(1)[1]))
 
-    def draw_preview():
-        return preview(nets.ema.model, sample, args.micro_batch or 64, machine)
-
+    draw_preview = functools.partial(preview, nets.ema, sample, args.micro_batch or 64, machine)
     stream = batches(data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
     for step, (images, _) in enumerate(stream, run.step):
         generator = machine.seed_step(args.seed, step)
@@ -235,8 +225,7 @@ def train(args, machine):
 
 
 def main():
-    own = {"init": (str, None, "a run whose tokenizer to start from, sizes included, such as runs/imagenet256")}
-    devices.launch(train, training.parse_training_flags(__doc__, own, FLAGS, PRESETS))
+    devices.launch(train, training.parse_training_flags(__doc__, FLAGS, PRESETS, {}))
 
 
 if __name__ == "__main__":

@@ -71,20 +71,22 @@ class ResBlock(nn.Module):
         return h + (x if self.shortcut is None else self.shortcut(h))
 
 
+def res_blocks(config, inputs, outputs):
+    """The residual blocks of a resolution, of which the first changes the width."""
+    return [ResBlock(outputs if i else inputs, outputs, config.groups) for i in range(config.res_blocks)]
+
+
 class Encoder(Tower):
     """(B, 3, H, W) -> (B, codebook_dim, H / stride, W / stride)."""
 
     def __init__(self, config):
         super().__init__()
         widths = [config.filters * m for m in config.multipliers]
-        layers, width = [conv3x3(3, config.filters, bias=False)], config.filters
-        for level, outputs in enumerate(widths):
-            for _ in range(config.res_blocks):
-                layers.append(ResBlock(width, outputs, config.groups))
-                width = outputs
-            if level < len(widths) - 1:
-                layers.append(nn.AvgPool2d(2))
-        layers += [ResBlock(width, width, config.groups) for _ in range(config.res_blocks)]
+        layers = [conv3x3(3, config.filters, bias=False), *res_blocks(config, config.filters, widths[0])]
+        for width, outputs in pairwise(widths):
+            layers += [nn.AvgPool2d(2), *res_blocks(config, width, outputs)]
+        width = widths[-1]
+        layers += res_blocks(config, width, width)
         layers += [nn.GroupNorm(config.groups, width, eps=1e-6), nn.SiLU(), nn.Conv2d(width, config.codebook_dim, 1)]
         self.layers = nn.Sequential(*layers)
 
@@ -94,16 +96,12 @@ class Decoder(Tower):
 
     def __init__(self, config):
         super().__init__()
-        widths = [config.filters * m for m in config.multipliers]
+        widths = [config.filters * m for m in reversed(config.multipliers)]
+        layers, width = [conv3x3(config.codebook_dim, widths[0])], widths[0]
+        layers += res_blocks(config, width, width) + res_blocks(config, width, width)
+        for width, outputs in pairwise(widths):
+            layers += [Upsample(), conv3x3(width, width), *res_blocks(config, width, outputs)]
         width = widths[-1]
-        layers = [conv3x3(config.codebook_dim, width)]
-        layers += [ResBlock(width, width, config.groups) for _ in range(config.res_blocks)]
-        for level, outputs in reversed(list(enumerate(widths))):
-            for _ in range(config.res_blocks):
-                layers.append(ResBlock(width, outputs, config.groups))
-                width = outputs
-            if level > 0:
-                layers += [Upsample(), conv3x3(width, width)]
         layers += [nn.GroupNorm(config.groups, width, eps=1e-6), nn.SiLU(), conv3x3(width, 3)]
         self.layers = nn.Sequential(*layers)
 
@@ -188,10 +186,10 @@ class VQGAN(nn.Module):
         """Starts the codebook from features of these images: from the start, every entry is near some feature."""
         features = self.encoder(images).permute(0, 2, 3, 1).flatten(0, 2)
         size = self.config.codebook_size
-        repeats = -(-size // len(features))                             # where there are fewer features than entries
-        chosen = torch.randperm(len(features), generator=generator).repeat(repeats)[:size].to(features.device)
+        # From the first again, where there are fewer features than entries; the noise lets no two entries be alike.
+        chosen = torch.randperm(len(features), generator=generator)[torch.arange(size) % len(features)]
         noise = torch.randn(size, features.shape[1], generator=generator).to(features.device)
-        start = features[chosen] + 0.05 * features.std(0) * noise                                 # no two entries alike
+        start = features[chosen.to(features.device)] + 0.05 * features.std(0) * noise
         self.quantizer.codebook.copy_(from_first_rank(start))
 
     def decode(self, indices):
@@ -243,8 +241,7 @@ class Discriminator(nn.Module):
     """StyleGAN2's residual discriminator as released: (B, 3, S, S) in [0, 1] -> real/fake logits (B,).
 
     image_size: S, a power of two, at least 8. width: channels at 256 pixels (64 as released); they double at each
-    halving up to max_width. Raises ValueError for another S.
-    """
+    halving up to max_width. Raises ValueError for another S."""
 
     def __init__(self, image_size=256, width=64, max_width=512):
         super().__init__()

@@ -1,9 +1,4 @@
-"""Safe files: what is written is whole or not there, and nothing that is loaded can run code.
-
-    write_atomically                          any file: written to a temporary name, then renamed
-    save_checkpoint, load_checkpoint          a dict of tensors and plain values
-    rebuild, load_run, newest_run             models from their files alone
-"""
+"""Safe files: what is written is whole or not there, and nothing that is loaded can run code."""
 import hashlib
 import os
 import socket
@@ -26,15 +21,13 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
-        if temporary.exists():
+    except (OSError, RuntimeError) as error:               # torch.save reports a full disk as the latter
+        reason = getattr(error, "strerror", None) or "the file could not be written (disk full?)"
+        raise OSError(f"cannot write {path}: {reason}; free some space or choose another folder "
+                      f"with --run or --out") from error
+    finally:
+        if temporary.exists():                             # it was not renamed
             temporary.unlink()
-        # torch.save reports a full disk as a RuntimeError of its zip writer.
-        if isinstance(error, (OSError, RuntimeError)):
-            reason = getattr(error, "strerror", None) or "the file could not be written (disk full?)"
-            raise OSError(f"cannot write {path}: {reason}; free some space or choose another folder "
-                          f"with --run or --out") from error
-        raise
 
 
 def on_cpu(value, before=None):
@@ -60,7 +53,7 @@ def load_checkpoint(path, kind):
     """Reads what save_checkpoint wrote. kind: what its "kind" must say, such as vqgan or transformer.
 
     Raises FileNotFoundError, or ValueError for a file that is truncated, not a checkpoint, or of another kind."""
-    damaged = ValueError(f"{path} is not a checkpoint, or is damaged; restore it or train it again")
+    damaged = ValueError(f"{path} is not a checkpoint of this project, or is damaged; restore it or train it again")
     try:
         with open(path, "rb") as file:
             if not zipfile.is_zipfile(file):             # what torch.save writes; anything else is not even unpickled
@@ -69,12 +62,11 @@ def load_checkpoint(path, kind):
         raise FileNotFoundError(f"{path} does not exist: train it first, or name another run") from None
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = checkpoint["kind"]
     except Exception as error:                           # a damaged archive can raise nearly anything
         raise damaged from error
-    if not isinstance(checkpoint, dict) or "kind" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint of this project")
-    if checkpoint["kind"] != kind:
-        raise ValueError(f"{path} holds a {checkpoint['kind']}, where a {kind} is needed")
+    if found != kind:
+        raise ValueError(f"{path} holds a {found}, where a {kind} is needed")
     return checkpoint
 
 
@@ -95,13 +87,10 @@ def load_weights(model, weights, path):
     The weights may be float16, as in example/: each becomes of its parameter's type."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
-        problem = None
-        if name not in weights or name not in own:
-            problem = f"is {'missing' if name not in weights else 'unexpected'}"
-        elif own[name].shape != weights[name].shape:
-            problem = f"has shape {tuple(weights[name].shape)}, not {tuple(own[name].shape)}"
-        if problem:
-            raise ValueError(f"{path} does not fit its own configuration: parameter {name} {problem}")
+        found, expected = (tuple(state[name].shape) if name in state else "none" for state in (weights, own))
+        if found != expected:
+            raise ValueError(f"{path} does not fit its own configuration: parameter {name} has shape {found}, "
+                             f"where {expected} is expected")
     model.load_state_dict({name: value.to(own[name].dtype) for name, value in weights.items()}, assign=True)
     return model
 

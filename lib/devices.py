@@ -1,8 +1,5 @@
-"""Where a loop runs: a CPU, CUDA GPUs under torchrun, or TPU chips under torch-xla; precision, ranks, seeds, flags.
-
-    python train_vq.py                                             # one process on what is there
-    torchrun --nproc_per_node 8 train_vq.py --data imagenet        # a process for each GPU: DistributedDataParallel
-    python train_vq.py --data imagenet --device xla                # one process for all TPU chips of a host
+"""Where a loop runs: in one process on a CPU or a GPU, in one for each GPU under torchrun (DistributedDataParallel), or
+in one for all TPU chips of a host (torch-xla); precision, ranks, seeds, flags.
 
 A script's main() parses the flags and calls launch(function, args), which calls function(args, machine) on every rank.
 Bad input raises ValueError or OSError with one line for the user; `command_line` turns it into exit status 2.
@@ -32,24 +29,22 @@ def command_line(main):
     TRACEBACK=1 in the environment shows where it came from."""
     try:
         main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped: started again, an evaluation goes on from here", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:
-        if not out_of_memory(error):
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if out_of_memory(error):
+            text = ("out of memory: in training lower --micro-batch (the result stays that of --batch) or the model's "
+                    "sizes, else the number of images at once (--num, --batch)")
+        elif not isinstance(error, (ValueError, OSError)) or os.environ.get("TRACEBACK"):
             raise
-        print("error: out of memory: in training lower --micro-batch (the result stays that of --batch) or the model's "
-              "sizes, else the number of images at once (--num, --batch)", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
 
 
 def out_of_memory(error):
-    """Whether a RuntimeError of torch says so, of a GPU or of the CPU."""
+    """Whether an error of torch says so, of a GPU or of the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
@@ -227,11 +222,9 @@ class Machine:
 
         torch-xla gets a graph for each micro-batch: one for all of them needs the memory of the whole batch. On a CPU
         attention is two matrix products: the backward pass of the fused kernel takes four times as long in bfloat16."""
-        with contextlib.ExitStack() as stack:
-            if more and hasattr(wrapped, "no_sync"):
-                stack.enter_context(wrapped.no_sync())
-            if self.device.type == "cpu":
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        exchange = wrapped.no_sync() if more and hasattr(wrapped, "no_sync") else contextlib.nullcontext()
+        attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
+        with exchange, attention:
             yield
         if more:
             self.sync()
@@ -289,20 +282,15 @@ def launch(function, args):
         together = False                                    # an error is of this rank alone: it waits for no other
         raise
     finally:
+        # A thread of gloo may be the last to hold a tensor, and asks for the interpreter to free it. If that is gone by
+        # then, the process is aborted ('terminate called without an active exception'). So no rank leaves before the
+        # others, and the models, whose DistributedDataParallel keeps the threads alive in reference cycles, are
+        # collected first.
         if dist.is_initialized():
-            leave(together)
-
-
-def leave(together):
-    """Ends the process group, when all ranks are done, and with it its threads.
-
-    A thread of gloo may be the last to hold a tensor, and asks for the interpreter to free it. If that is gone by then,
-    the process is aborted ('terminate called without an active exception'). So no rank leaves before the others, and
-    the models, whose DistributedDataParallel keeps the threads alive in reference cycles, are collected first."""
-    if together:
-        dist.barrier()
-    gc.collect()
-    dist.destroy_process_group()
+            if together:
+                dist.barrier()
+            gc.collect()
+            dist.destroy_process_group()
 
 
 def step_seed(seed, step, rank=0):

@@ -5,19 +5,17 @@ import math
 import torch
 
 
-def learning_rate(step, base, warmup, total, decay):
-    """Linear warm-up over `warmup` steps, then constant, or a cosine down to 1% of `base` at step `total`."""
-    if step < warmup:
-        return base * (step + 1) / warmup
-    if not decay:
-        return base
-    return base * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))))
-
-
 def set_learning_rate(optimizer, step, base, warmup, total, decay):
-    """learning_rate() for every group of parameters, with the group's own "base" where it has one."""
+    """Linear warm-up over `warmup` steps, then constant, or a cosine down to 1% of `base` at step `total`.
+
+    A group of parameters that has a "base" of its own follows that."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, group.get("base", base), warmup, total, decay)
+        rate = group.get("base", base)
+        if step < warmup:
+            rate = rate * (step + 1) / warmup
+        elif decay:
+            rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+        group["lr"] = rate
 
 
 class Muon(torch.optim.Optimizer):
@@ -62,32 +60,30 @@ def orthogonal(matrix):
 
 def transformer_optimizers(model, args, machine):
     """AdamW for all parameters, or (--optimizer muon) for all but the blocks' matrices. Returns {name: optimizer}."""
-    blocks = [(name, p) for name, p in model.blocks.named_parameters() if p.ndim > 1 and args.optimizer == "muon"]
-    chosen = {id(p) for _, p in blocks}
-    others = [p for p in model.parameters() if id(p) not in chosen]
+    blocks = {p: name for name, p in model.blocks.named_parameters() if p.ndim > 1 and args.optimizer == "muon"}
+    others = [p for p in model.parameters() if p not in blocks]
     # Weight decay for matrices; biases, LayerNorms and the output's bias are left alone.
     groups = [{"params": [p for p in others if p.ndim > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0}]
     optimizers = {"adamw": torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.96), fused=machine.fused)}
     if blocks:
-        groups = [{"params": [p for name, p in blocks if name.endswith("qkv.weight")], "parts": 3},
-                  {"params": [p for name, p in blocks if not name.endswith("qkv.weight")]}]
+        groups = [{"params": [p for p, name in blocks.items() if name.endswith("qkv.weight")], "parts": 3},
+                  {"params": [p for p, name in blocks.items() if not name.endswith("qkv.weight")]}]
         precision = torch.bfloat16 if machine.bf16 else torch.float32
         optimizers["muon"] = Muon(groups, args.muon_lr, args.weight_decay, precision)
     return optimizers
 
 
-class EMA:
-    """Exponential moving average of a model's weights; `model` is the averaged copy, for evaluation."""
+def averaged(model):
+    """A copy of a model for evaluation, in which average() keeps an exponential moving average of its weights."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
 
-    def __init__(self, model, decay):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
 
-    @torch.no_grad()
-    def update(self, model, step):
-        decay = min(self.decay, (1 + step) / (10 + step))  # the first, poor weights are forgotten faster
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+@torch.no_grad()
+def average(ema, model, decay, step):
+    """Moves the weights of `ema` a share 1 - decay towards the model's, and further in the first steps."""
+    decay = min(decay, (1 + step) / (10 + step))  # the first, poor weights are forgotten faster
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def accumulate(machine, wrapped, loss_of, batch, parts):

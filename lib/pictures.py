@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,10 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 from lib.checkpoints import write_atomically
 
 
-def clock(seconds):
-    """3725 -> "1:02:05"."""
-    seconds = max(0, int(seconds))
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+def time_left(amount, speed):
+    """What is to be done, and how much of it in a second (0 or None: not known yet) -> "1:02:05 left"."""
+    return f"{timedelta(seconds=int(amount / speed)) if speed else '?'} left"
 
 
 def show_line(text, last=False, stream=None):
@@ -51,8 +51,8 @@ class Progress:
         self.shown = now
         speed = (done - self.first) / max(now - self.started, 1e-9)
         amounts = f"{done:.4g} of {self.total:.4g}" if isinstance(done, float) else f"{done} of {self.total}"
-        left = clock((self.total - done) / speed) if speed > 0 else "?"
-        show_line(f"{self.what}: {amounts} {self.unit}, {speed:.4g}/s, {left} left", last, self.stream)
+        left = time_left(self.total - done, speed)
+        show_line(f"{self.what}: {amounts} {self.unit}, {speed:.4g}/s, {left}", last, self.stream)
 
 
 def print_table(title, rows, columns=None):

@@ -24,7 +24,7 @@ from lib import data, devices
 from lib.checkpoints import load_checkpoint, on_cpu, save_checkpoint, write_atomically
 from lib.devices import add_flags, add_machine_flags, count, mean_over_ranks, whole
 from lib.optimizers import match_layouts
-from lib.pictures import clock, draw_log, save_image, show_line
+from lib.pictures import draw_log, save_image, show_line, time_left
 
 # How often a run says, shows and keeps something: a row as in the scripts' tables, decisive for no result.
 PACE = {
@@ -44,57 +44,48 @@ def presets(flags, others):
     return table | {name: table[base] | changes for name, (base, changes) in others.items()}
 
 
-def parse_training_flags(description, own_flags, flags, presets):
-    """The flags of a training script: its own, those of both, its hyperparameters. Exits with status 2 on bad ones.
+def parse_training_flags(description, flags, presets, own_flags):
+    """The flags of a training script: those of both, its own, its hyperparameters. Exits with status 2 on bad ones.
 
-    own_flags: as for add_flags. flags, presets: as above. A preset's value stands unless its flag is given. The preset
+    flags, presets: as above. own_flags: as for add_flags. A preset's value stands unless its flag is given. The preset
     is that of the data set, `folder` for any folder of images, or the one named by --preset."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, {
         "data": (str, "shapes", "shapes, cifar10, imagenet, places2, or a folder with a subfolder for each class"),
         "preset": (list(presets), None, "the data set whose settings to take (default: the data's own, or folder)"),
         "run": (str, None, "the run's folder (default: runs/NAME, after the data)"),
+        "init": (str, None, "a run whose model to start from, sizes included, such as runs/imagenet256"),
         "resume": ({"action": "store_true"}, None, "go on where the run stopped; start, if there is none"),
         "overwrite": ({"action": "store_true"}, None, "start again, replacing what the run folder holds"),
-        "dry_run": (devices.number(float, 0.001), None, "say what the run would take at so many TFLOP/s, and end")})
-    add_flags(parser, own_flags)
-    for name, (kind, *_, text) in (flags | PACE).items():
-        add_flags(parser, {name: (kind, None, f"{text} (default: {shown_default(name, presets)})")})
-    add_flags(parser, {
+        "dry_run": (devices.number(float, 0.001), None, "say what the run would take at so many TFLOP/s, and end"),
+        **own_flags,
+        **{name: (kind, None, f"{text} (default: {shown_default(name, presets)})")
+           for name, (kind, *_, text) in (flags | PACE).items()},
         "seed": (whole, 0, "of every random draw"),
         **data.DATA_FLAGS,
         "workers": (whole, None, "processes that read ahead (default: none for data in memory, else up to 16)")})
     add_machine_flags(parser)
     args = parser.parse_args()
-    data.admit_pixels(args.max_pixels)
-    for name, value in presets[args.preset or (args.data if args.data in presets else "folder")].items():
-        given = getattr(args, name)
-        if given is None:
+    args.preset = args.preset or (args.data if args.data in presets else "folder")
+    args.run = Path(args.run or Path("runs", Path(args.data).name))
+    for name, value in presets[args.preset].items():
+        if getattr(args, name) is None:
             setattr(args, name, value)
-        elif isinstance(given, list):
-            setattr(args, name, tuple(given))
+    data.admit_pixels(args.max_pixels)
     return args
 
 
 def shown_default(flag, presets):
     """What --help says of a flag's default: its value, or, where the presets differ, that of each."""
-    def show(value):
-        if value is None:
-            return "all"
-        if isinstance(value, bool):
-            return "yes" if value else "no"
-        return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-    values = {name: show(preset[flag]) for name, preset in presets.items()}
+    values = {}
+    for name, preset in presets.items():
+        value = preset[flag]
+        if value is None or isinstance(value, bool):
+            value = {None: "all", True: "yes", False: "no"}[value]
+        values[name] = " ".join(map(str, value)) if isinstance(value, tuple) else value
     if len(set(values.values())) == 1:
         return values["shapes"]
     return ", ".join(f"{name}: {value}" for name, value in values.items())
-
-
-def decisive_settings(args, flags, *others):
-    """The plain values that decide a run's result, which a resumed run must share: of all of `flags` and `others` but
-    --micro-batch, which decides the memory alone."""
-    return {name: getattr(args, name) for name in (*flags, "data", "seed", *others) if name != "micro_batch"}
 
 
 def micro_batches(args, machine):
@@ -107,40 +98,36 @@ def micro_batches(args, machine):
     return own_share // size
 
 
-def folder_of(args):
-    """The run's folder: --run, or runs/NAME, after the data."""
-    return Path(args.run or Path("runs", Path(args.data).name))
-
-
 class Run:
     """One stage's training in a run folder: refuses to overwrite, resumes, saves, stops on signals.
 
-    stage: vqgan, transformer or autoregressive. settings: see decisive_settings. columns: what the log holds besides
-    the step and the speed. args: the flags of every training script. Only the leading process writes and prints.
-    Attributes: folder; step, how many were done at the start. Raises ValueError where a run is in the way or does not
-    match, OSError where the folder cannot be written."""
+    stage: vqgan, transformer or autoregressive. flags: the stage's hyperparameters. found: what else decides the
+    result, plain values by name. columns: what the log holds besides the step and the speed. args: as from
+    parse_training_flags. Only the leading process writes and prints. Attributes: folder; step, how many were done at
+    the start. Raises ValueError where a run is in the way or does not match, OSError where the folder cannot be
+    written."""
 
-    def __init__(self, stage, settings, columns, args, machine):
-        self.stage, self.settings, self.args, self.machine = stage, settings | {"bf16": machine.bf16}, args, machine
-        self.folder = folder_of(args)
+    def __init__(self, stage, flags, found, columns, args, machine):
+        # --micro-batch decides the memory alone: a resumed run may have another.
+        decisive = [name for name in (*flags, "data", "seed", "init") if name != "micro_batch"]
+        self.settings = {name: getattr(args, name) for name in decisive} | found | {"bf16": machine.bf16}
+        self.stage, self.folder, self.args, self.machine = stage, args.run, args, machine
         self.model_file, self.resume_file, self.picture, self.curve = (
             self.folder / f"{stage}.{ending}" for ending in ("pt", "resume.pt", "png", "curve.png"))
-        self.best_file, self.best = self.folder / f"{stage}.best.pt", math.inf               # of --evaluate-every
+        self.best = math.inf                                   # the least distance that --evaluate-every has found
         self.step, self.state, self.copy, self.writing, self.writer = 0, None, None, None, ThreadPoolExecutor(1)
-        if self.model_file.exists() or self.resume_file.exists():
+        if not args.overwrite and (self.model_file.exists() or self.resume_file.exists()):
             self._resume_or_refuse()
         if machine.leads:                                      # a folder that cannot be written shows here, not later
-            write_atomically(self.folder / ".writable", lambda file: file.write(b"test"))
-            for leftover in [".writable", *self.folder.glob(f".{stage}.*.tmp")]:                      # of a killed run
-                (self.folder / leftover).unlink()
+            write_atomically(self.folder / f".{stage}.test.tmp", lambda file: file.write(b"test"))
+            for leftover in self.folder.glob(f".{stage}.*.tmp"):                                # also of a killed run
+                leftover.unlink()
             with contextlib.suppress(OSError):                 # a folder that was not there comes with its first file
                 self.folder.rmdir()
         self.log = Log(self.folder / f"{stage}.log.csv", columns, self.step, args, machine)
         self.stop = StopSignal(machine)
 
     def _resume_or_refuse(self):
-        if self.args.overwrite:
-            return
         state = None
         if self.resume_file.exists():
             state = load_checkpoint(self.resume_file, f"{self.stage} training state")
@@ -159,23 +146,19 @@ class Run:
                                  f"resume with the same settings, or use --overwrite or another --run")
         self.step, self.state, self.best = state["step"], state, state.get("best", math.inf)
 
-    def restore(self, parts, about):
-        """Takes what is to be saved from now on, and brings it to where the run stopped.
+    def start(self, parts, about, what, flops):
+        """Takes what is trained and saved from now on, brings it to where the run stopped, and says what it is.
 
-        parts: models and optimizers by name, of which "ema" is the model for use. about: the plain values that the
-        latter's file holds besides its weights and configuration."""
-        self.parts, self.about = parts, about
+        parts: models and optimizers by name, of which "model" learns and "ema" is for use. about: the plain values that
+        the latter's file holds besides its weights and configuration. what: anything to say besides the number of
+        parameters and the devices. flops: for an image, from lib.costs."""
+        self.parts, self.about, self.log.flops = parts, about, flops
         for name, part in parts.items() if self.state else ():
             part.load_state_dict(self.state[name])
             if isinstance(part, torch.optim.Optimizer):
                 match_layouts(part)
         self.state = None                                        # as large as the models: not kept while training
-
-    def introduce(self, model, what, flops):
-        """Says what is about to be trained. what: anything besides the number of parameters and the devices. flops: for
-        an image, from lib.costs."""
-        self.log.flops = flops
-        parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        parameters = sum(parameter.numel() for parameter in parts["model"].parameters()) / 1e6
         where = f"{self.machine.device} x {self.machine.devices}"
         self.say(f"{self.folder}: {parameters:.2f} M parameters, {what}, on {where}")
 
@@ -215,7 +198,8 @@ class Run:
         """Keeps the model for use beside the latest one, where none before was as good. found: {name: distance}."""
         distance, = found.values()
         if distance < self.best and self.machine.leads:
-            save_checkpoint(self.best_file, self._for_use(step, on_cpu(self.parts["ema"].state_dict())))
+            weights = on_cpu(self.parts["ema"].state_dict())
+            save_checkpoint(self.folder / f"{self.stage}.best.pt", self._for_use(step, weights))
         self.best = min(distance, self.best)
         return found
 
@@ -281,9 +265,9 @@ class Log:
             csv.DictWriter(file, self.columns).writerow(
                 {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
         shown = [f"{name} {value:.4g}" for name, value in (means | figures).items()]
-        left = clock((self.args.steps - step) * self.args.batch / speed) if speed else "?"
+        left = time_left((self.args.steps - step) * self.args.batch, speed)
         rate = f"{speed or 0:.0f} images/s ({row['TFLOP/s'] or 0:.3g} TFLOP/s)"
-        text = "  ".join([f"step {step}/{self.args.steps}", *shown, rate, f"{left} left"])
+        text = "  ".join([f"step {step}/{self.args.steps}", *shown, rate, left])
         show_line(text, last=step == self.args.steps)
 
     def _open(self):
@@ -312,10 +296,7 @@ class StopSignal:
 
     def requested(self, step):
         """Whether to stop after this step. Ranks must agree: at every tenth step they tell each other."""
-        received = self.number is not None
-        if self.machine.world == 1:
-            return received
-        return step % 10 == 0 and self.machine.any(received)
+        return (self.machine.world == 1 or step % 10 == 0) and self.machine.any(self.number is not None)
 
     def exit(self, step, steps):
         """Ends the process as the signal asked, with the command that goes on from here."""

@@ -39,14 +39,16 @@ def test_the_tokenizers_loss_is_the_weighted_sum_of_its_terms(tokenizer, images)
     def lpips(a, b):
         return (a - b).abs().mean((1, 2, 3))
     restored, _, terms = tokenizer(images)
-    total, losses, output = train_vq.tokenizer_losses(ARGS, tokenizer, discriminator, lpips, images, 0.3)
+    reconstructions = []
+    total, losses = train_vq.tokenizer_losses(ARGS, tokenizer, discriminator, lpips, 0.3, reconstructions, images)
+    output, = reconstructions
     assert torch.equal(output, restored) and not output.requires_grad
     expected = (ARGS.reconstruction * (restored - images).square().mean() + terms["commitment"] + terms["codebook"]
                 + terms["entropy"] + ARGS.perceptual_weight * lpips(restored, images).mean()
                 + 0.3 * F.softplus(-discriminator(restored)).mean())       # low where the discriminator says "real"
     torch.testing.assert_close(total, expected)
     assert min(abs(losses[name].item()) for name in losses) > 1e-4         # no term is too small to be missed
-    total, losses, _ = train_vq.tokenizer_losses(ARGS, tokenizer, discriminator, None, images, 0)
+    total, losses = train_vq.tokenizer_losses(ARGS, tokenizer, discriminator, None, 0, [], images)
     assert losses["generator"] == 0 and "perceptual" not in losses
 
 
@@ -71,15 +73,17 @@ def test_the_discriminators_loss_and_its_lazy_penalty(images):
     disc.dense2.weight.data *= 1000                                        # far from the tiny logits of the start
     restored = images.flip(0) * 0.9
     loss = F.softplus(-disc(images)).mean() + F.softplus(disc(restored)).mean()
-    without, shown = train_vq.discriminator_losses(ARGS, disc, disc, images, restored, penalty=False)
+    without, shown = train_vq.discriminator_losses(ARGS, disc, disc, False, images, restored)
     torch.testing.assert_close(without, loss)
-    torch.testing.assert_close(shown, loss)
-    penalised, shown = train_vq.discriminator_losses(ARGS, disc, disc, images, restored, penalty=True)
-    torch.testing.assert_close(shown, loss)
+    torch.testing.assert_close(shown, {"discriminator": loss})
+    penalised, shown = train_vq.discriminator_losses(ARGS, disc, disc, True, images, restored)
+    torch.testing.assert_close(shown, {"discriminator": loss})
     # Applied at every r1_every-th step only, it is r1_every times as strong.
     torch.testing.assert_close(penalised - loss, 16 * ARGS.r1 * r1_penalty(disc, images))
     assert ARGS.r1_every == 16 and penalised - loss > 1e-4
-    assert torch.equal(train_vq.centred(disc)(images), disc(images * 2 - 1))
+    centred = train_vq.CentredDiscriminator(32, 4, 32)
+    centred.load_state_dict(disc.state_dict())
+    assert torch.equal(centred(images), disc(images * 2 - 1))
 
 
 def test_the_penalty_takes_few_operations():
@@ -111,7 +115,7 @@ def test_a_step_trains_both_networks_and_only_its_own(images):
     losses = train_vq.train_step(nets, images, begin - 1, ARGS, machine)
     assert losses["generator"] == losses["discriminator"] == 0
     assert not torch.equal(weights(nets.model), model) and torch.equal(weights(nets.disc), disc)
-    averaged = weights(nets.ema.model)
+    averaged = weights(nets.ema)
     assert not torch.equal(averaged, model) and not torch.equal(averaged, weights(nets.model))
     assert losses["gradient"] > 1 and gradient_norm(nets.model) == pytest.approx(1, abs=1e-4)              # clipped
     rest, codebook = nets.optimizer.param_groups
@@ -124,9 +128,9 @@ def test_a_step_trains_both_networks_and_only_its_own(images):
     # The generator's weight grows over gan_ramp steps: at half of them, half of it has been reached.
     seen = []
 
-    def spy(args, model, discriminator, lpips, images, adversarial):
+    def spy(args, model, discriminator, lpips, adversarial, reconstructions, images):
         seen.append(adversarial)
-        return original(args, model, discriminator, lpips, images, adversarial)
+        return original(args, model, discriminator, lpips, adversarial, reconstructions, images)
     original, train_vq.tokenizer_losses = train_vq.tokenizer_losses, spy
     try:
         for step in (begin, begin + ARGS.gan_ramp // 2 - 1, begin + ARGS.gan_ramp + 7):
@@ -155,26 +159,30 @@ def test_the_codebook_starts_near_features(tokenizer, images):
 # ---- the frame of both stages
 
 def test_the_learning_rate_warms_up_and_decays():
-    rates = [optimizers.learning_rate(step, 2.0, 10, 110, decay=True) for step in range(110)]
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "base": 6.0}, {"params": [torch.zeros(1)]}], lr=1.0)
+
+    def rate(step, decay):
+        optimizers.set_learning_rate(optimizer, step, 2.0, 10, 110, decay)
+        own, common = (group["lr"] for group in optimizer.param_groups)
+        assert own == pytest.approx(3 * common)
+        return common
+    rates = [rate(step, decay=True) for step in range(110)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert rates[10] == 2 and rates[60] == pytest.approx(2 * (0.01 + 0.99 / 2)) and rates[-1] < 0.03
-    assert optimizers.learning_rate(100_000, 2.0, 10, 110, decay=False) == 2
-    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "base": 6.0}, {"params": [torch.zeros(1)]}], lr=1.0)
-    optimizers.set_learning_rate(optimizer, 60, 2.0, 10, 110, decay=True)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([3 * rates[60], rates[60]])
+    assert rate(100_000, decay=False) == 2
 
 
 def test_averaged_weights_lag_behind():
     """At step t by (1 + t) / (10 + t), at most by the decay asked for."""
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(0)
-    ema = optimizers.EMA(model, 0.9)
+    ema = optimizers.averaged(model)
     model.weight.data.fill_(1)
-    ema.update(model, 0)
-    assert ema.model.weight.item() == pytest.approx(0.9)                   # 1 - 1/10 of the way
-    ema.update(model, 10_000)
-    assert ema.model.weight.item() == pytest.approx(0.9 + 0.1 * 0.1)
-    assert not ema.model.weight.requires_grad
+    optimizers.average(ema, model, 0.9, 0)
+    assert ema.weight.item() == pytest.approx(0.9)                   # 1 - 1/10 of the way
+    optimizers.average(ema, model, 0.9, 10_000)
+    assert ema.weight.item() == pytest.approx(0.9 + 0.1 * 0.1)
+    assert not ema.weight.requires_grad
 
 
 def test_micro_batches_are_means_of_the_batch():
@@ -221,7 +229,7 @@ def test_a_step_of_stage_2_is_the_formula():
     assert metrics["accuracy"].item() == pytest.approx(right.item())
     gradient = metrics["gradient"].item()
     assert gradient > 0.5 and gradient_norm(nets.model) == pytest.approx(min(1, gradient), abs=1e-4), gradient
-    averaged = list(nets.ema.model.parameters())
+    averaged = list(nets.ema.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(before, averaged, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(nets.model.parameters(), averaged, strict=True))
     adamw, muon = nets.optimizers["adamw"], nets.optimizers["muon"]

@@ -154,10 +154,10 @@ def test_a_save_is_written_while_training_goes_on(trained, tmp_path, monkeypatch
     model, machine = rebuild(trained / "vqgan.pt", "vqgan", VQGAN)[0], Machine("cpu")
     optimizer = torch.optim.Adam(model.requires_grad_(True).parameters())
     args = SimpleNamespace(run=tmp_path / "run", overwrite=False, resume=False, steps=9, batch=4, log_every=9,
-                           picture_every=9, save_every=2)
-    run = training.Run("vqgan", {}, ["loss"], args, machine)
-    run.restore({"ema": model, "optimizer": optimizer}, {})
-    run.log.flops, may_write, written = 1.0, threading.Event(), []
+                           picture_every=9, save_every=2, data="shapes", seed=0, init=None)
+    run = training.Run("vqgan", {}, {}, ["loss"], args, machine)
+    run.start({"model": model, "ema": model, "optimizer": optimizer}, {}, "a tokenizer", 1.0)
+    may_write, written = threading.Event(), []
 
     def slowly(path, checkpoint):
         assert may_write.wait(60)
