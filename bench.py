@@ -3,12 +3,11 @@
     python bench.py                                  # the paper's 256 x 256 configuration
     python bench.py --rows train-transformer decode --batch 4 --json bench.json
     python bench.py --preset imagenet256 imagenet512 --rows train-transformer --batch 1 2 4 --plot rate.png
-    python bench.py --compare --preset imagenet256 imagenet512 --plot runtime.png      # both decoders (Figure 4)
+    python bench.py --preset imagenet256 imagenet512 --rows decode sequential          # both decoders (Figure 4)
 
-What is timed are the training scripts' own train_step()s, maskgit's decode() and the tokenizer's encode() and decode().
-lib/costs.py counts their FLOPs. The peak is the fastest of a few square matrix products of the same precision, timed
-before and after each row. --compare times single passes and multiplies: parallel decoding passes over all positions at
-each step; sequential decoding is timed at eight places, with its cache and without.
+What is timed are the training scripts' own train_step()s, maskgit's decode() and decode_sequential(), which makes a
+pass for each token, with a cache, and the tokenizer's encode() and decode(). lib/costs.py counts their FLOPs. The peak
+is the fastest of a few square matrix products of the same precision, timed before and after each row.
 """
 import argparse
 import dataclasses
@@ -31,7 +30,7 @@ from lib.checkpoints import write_atomically
 from lib.costs import flops
 from lib.lpips import LPIPS
 from lib.pictures import new_figure
-from maskgit import MaskGIT, decode, sample_tokens
+from maskgit import MaskGIT, decode, decode_sequential
 from vqgan import VQGAN
 
 PRESETS = {"imagenet256": ("imagenet", 256), "imagenet512": ("imagenet", 512), "cifar10": ("cifar10", 32),
@@ -113,19 +112,29 @@ def time_train_vq(machine, sizes, batch, repeats):
 
 @torch.no_grad()
 def time_inference(row, machine, sizes, batch, repeats):
-    """decode: all steps from class labels to tokens. encode: from images to tokens. restore: from tokens to images."""
-    size, side, decoding = sizes.image_size, sizes.side, functools.partial(decode, steps=sizes.maskgit.default_steps)
-    function, given = {
-        "decode": (decoding, torch.arange(batch) % sizes.maskgit.num_classes),
-        "encode": (VQGAN.encode, torch.rand(batch, 3, size, size).contiguous(memory_format=machine.layout)),
-        "restore": (VQGAN.decode, torch.randint(sizes.vqgan.codebook_size, (batch, side, side)))}[row]
-    model = MaskGIT(sizes.maskgit) if row == "decode" else VQGAN(sizes.vqgan)
-    model = machine.freeze(model.to(machine.device, memory_format=machine.layout).eval())
-    # Of decode(), only the model's passes are compiled.
-    fast = (function, machine.compile(model)) if row == "decode" else (machine.compile(function), model)
+    """decode, sequential: from labels to tokens. encode: from images to tokens. restore: from tokens to images."""
+    size, grid = sizes.image_size, (batch, sizes.side, sizes.side)
+    labels = torch.arange(batch) % sizes.maskgit.num_classes
+    causal = dataclasses.replace(sizes.maskgit, causal=True)
+    function, model, config, given = {
+        "decode": (functools.partial(decode, steps=sizes.maskgit.default_steps), MaskGIT, sizes.maskgit, labels),
+        "sequential": (decode_sequential, MaskGIT, causal, labels),
+        "encode": (VQGAN.encode, VQGAN, sizes.vqgan, torch.rand(batch, 3, size, size)),
+        "restore": (VQGAN.decode, VQGAN, sizes.vqgan, torch.randint(sizes.vqgan.codebook_size, grid))}[row]
+    with torch.device("meta"):
+        imagined = model(config)
+    count = flops(functools.partial(function, imagined, given.to("meta")))
+    model = machine.freeze(model(config).to(machine.device, memory_format=machine.layout).eval())
+    given = given.contiguous(memory_format=machine.layout) if row == "encode" else given
+    # Of the decoders only the model's passes are compiled.
+    if row == "decode":
+        model = machine.compile(model)
+    elif row == "sequential":
+        model.predict = machine.compile(model.predict)
+    else:
+        function = machine.compile(function)
     with machine.autocast():
-        took = seconds(machine, repeats, *fast, machine.put(given))
-    return took, flops(lambda: function(model.to("meta", torch.float32), given.to("meta")))
+        return seconds(machine, repeats, function, model, machine.put(given)), count
 
 
 # By row: a function that returns seconds and FLOPs of a batch; how many images that is, on a CPU for the presets of the
@@ -133,6 +142,7 @@ def time_inference(row, machine, sizes, batch, repeats):
 ROWS = {
     "train-transformer": (time_train_transformer, [4], [256]),
     "decode": (functools.partial(time_inference, "decode"), [1, 4, 16], [1, 16, 64, 256]),
+    "sequential": (functools.partial(time_inference, "sequential"), [1, 4], [1, 16, 64]),
     "train-vq": (time_train_vq, [1], [32]),
     "encode": (functools.partial(time_inference, "encode"), [1], [64]),
     "restore": (functools.partial(time_inference, "restore"), [1], [64]),
@@ -162,50 +172,16 @@ def measure(machine, args):
                    "images_per_second": batch / took, "share": count / took / peak, "memory": memory}
 
 
-def sequential_pass(predict, rows, i, caches):
-    """What decode_sequential() does for token i. predict: that of a causal MaskGIT, whose caches are given, or None."""
-    if caches:
-        caches[0].position.fill_(i)                                                             # of all layers
-    logits = predict(rows[:, i:i + 1], caches) if caches else predict(rows[:, :i + 1])
-    sample_tokens(logits[:, -1].float(), 1.0, None)
-
-
-@torch.no_grad()
-def compare(machine, args):
-    """Times a batch against the number of passes, parallel and sequential; prints these rows and yields them."""
-    print("preset       batch decoder                passes   seconds to parallel, 8")
-    for preset in args.preset:
-        config = configuration(preset).maskgit
-        torch.manual_seed(0)
-        parallel = machine.freeze(MaskGIT(config).to(machine.device).eval())
-        causal = machine.freeze(MaskGIT(dataclasses.replace(config, causal=True)).to(machine.device).eval())
-        forward, predict_one, N = machine.compile(parallel), machine.compile(causal.predict), config.num_tokens
-        for batch in args.batch or ([1, 16, 64] if machine.device.type == "cuda" else [1, 4]):
-            labels = machine.put(torch.arange(batch) % config.num_classes)
-            rows = torch.zeros(batch, N + 1, dtype=torch.long, device=machine.device)
-            with machine.autocast():
-                one_step = seconds(machine, args.repeats, decode, forward, labels, 2) / 2
-                times = [("parallel", T, T * one_step) for T in (1, 2, 4, 8, 12, 16, 32, 64, 128, 256) if T <= N]
-                for decoder, predict, caches in (("sequential, cached", predict_one, causal.empty_caches()),
-                                                 ("sequential, uncached", causal.predict, None)):
-                    each = [seconds(machine, 1, sequential_pass, predict, rows, i, caches)
-                            for i in range(N // 16, N, N // 8)]
-                    times.append((decoder, N, N * statistics.mean(each)))
-            for decoder, passes, took in times:
-                print(f"{preset:12} {batch:5} {decoder:22} {passes:6} {took:9.4g} {took / one_step / 8:14.3g}")
-                yield {"preset": preset, "batch": batch, "row": decoder, "passes": passes, "seconds": took}
-
-
-def plot(path, results, x, y):
-    """results[y] against results[x]: a curve for each row of each preset (and, if x is not the batch, each batch)."""
+def plot(path, results):
+    """Images a second against the batch: a curve for each row of each preset."""
     curves = {}
     for result in results:
-        batch = "" if x == "batch" else f", batch {result['batch']}"
-        curves.setdefault(f"{result['preset']}{batch}: {result['row']}", []).append((result[x], result[y]))
+        curves.setdefault(f"{result['preset']}: {result['row']}", []).append(
+            (result["batch"], result["images_per_second"]))
     with new_figure(path, 9, 4.5) as (figure, (axis,)):
         for name, points in curves.items():
             axis.plot(*zip(*points), "o-", ms=5, lw=1, label=name)
-        axis.set(xscale="log", yscale="log", xlabel=x, ylabel=y.replace("_per_", "/"))
+        axis.set(xscale="log", yscale="log", xlabel="batch", ylabel="images/s")
         figure.legend(loc="outside right", fontsize=8)
 
 
@@ -215,13 +191,12 @@ def bench(args, machine):
     precision = "bfloat16" if machine.bf16 else "float32"
     print(f"{name}, {precision}, torch {torch.__version__}, compiled: {machine.compiled}")
     content = {"device": name, "precision": precision, "torch": torch.__version__, "rows": []}
-    timed, x, y = (compare, "passes", "seconds") if args.compare else (measure, "batch", "images_per_second")
-    for row in timed(machine, args):
+    for row in measure(machine, args):
         content["rows"].append(row)
         if args.json:
             write_atomically(args.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
         if args.plot:
-            plot(args.plot, content["rows"], x, y)
+            plot(args.plot, content["rows"])
 
 
 def main():
@@ -229,11 +204,10 @@ def main():
     devices.add_flags(parser, {
         "preset": ({"nargs": "+", "choices": PRESETS}, ["imagenet256"], "sizes to measure"),
         "rows": ({"nargs": "+", "choices": ROWS}, list(ROWS), "what to measure"),
-        "compare": ({"action": "store_true"}, None, "time the decoders against the number of passes, not the rows"),
         "batch": ({"type": devices.count, "nargs": "+"}, None, "images at once (default: what suits the device)"),
         "repeats": (devices.count, 3, "timed calls of each row, whose median counts"),
         "json": (str, None, "also write the numbers to this file"),
-        "plot": (str, None, "also plot the rate against the batch (--compare: seconds against passes), to this PNG")})
+        "plot": (str, None, "also plot the rate against the batch, to this PNG")})
     devices.add_machine_flags(parser)
     devices.launch(bench, parser.parse_args())
 

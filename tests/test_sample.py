@@ -245,37 +245,6 @@ def test_the_film_shows_one_image_of_each_class(call, monkeypatch):
     assert torch.equal(drawn["frames"][-1], torch.stack([row[0] for row in drawn["rows"]]))
 
 
-def test_comparison(call, monkeypatch):
-    """Both decoders draw the class that was asked for, each shown at eight moments; the sequential one above."""
-    drawn, labels = {}, []
-
-    def recording_grid(rows, captions, titles):
-        drawn.update(rows=rows, captions=captions, titles=titles)
-        return Image.new("RGB", (8, 8))
-
-    def recording(decoder):
-        def record(model, part, **options):
-            labels.append((part.tolist(), options["generator"].initial_seed()))
-            return decoder(model, part, **options)
-        return record
-
-    def masked_tokens(tokenizer, predicted, masked, grey):        # in place of the images: how many tokens are masked
-        return masked.sum((1, 2)).float().view(-1, 1, 1, 1)
-    monkeypatch.setattr(sample, "grid", recording_grid)
-    monkeypatch.setattr(sample, "restore", masked_tokens)
-    monkeypatch.setattr(sample, "decode", recording(decode))
-    monkeypatch.setattr(sample, "decode_sequential", recording(decode_sequential))
-    call("--run", ROOT / "example", "--compare", "--class", "house", "--num", 3, "--steps", 12, "--seed", 4,
-         "--out", "a.png")
-    moments = [2, 3, 4, 6, 8, 9, 10, 12]
-    counts = mask_counts("cosine", 12, 64)
-    assert labels == [([8] * 3, 4)] * 2
-    assert [row.flatten().tolist() for row in drawn["rows"][:2]] == [[56, 48, 40, 32, 24, 16, 8, 0]] * 2
-    assert [row.flatten().tolist() for row in drawn["rows"][2:]] == [[counts[step - 1] for step in moments]] * 2
-    assert drawn["captions"] == ["sequential, 64 passes"] * 2 + ["parallel, 12 passes"] * 2
-    assert drawn["titles"] == [f"{8 * (i + 1)} | {step}" for i, step in enumerate(moments)]
-
-
 # ----------------------------------------------------------------------------------------- the autoregressive baseline
 
 @pytest.mark.parametrize("toy", [True], indirect=True)
@@ -311,14 +280,12 @@ def test_one_decoder_for_each_kind(toy):
 
 
 def test_a_run_with_both(trained, call, tmp_path):
-    """Training, drawing and comparing; a run that holds only the sequential one draws with it."""
+    """Training and drawing; a run that holds only the sequential one draws with it."""
     folder = tmp_path / "both"
     shutil.copytree(trained, folder)
-    line = call("--run", folder, "--compare", code=2)
+    line = call("--run", folder, "--decoder", "autoregressive", code=2)
     assert "autoregressive.pt" in line and "does not exist" in line
     run("train_transformer.py", "--run", folder, *TINY_TRANSFORMER, "--decoder", "autoregressive")
-    run("sample.py", "--run", folder, "--compare", "--num", 1)
-    assert (folder / "compare.png").exists()
     call("--run", folder, "--decoder", "autoregressive", "--num", 1, "--film", "--bf16", "yes", "--top-k", 3)
     assert (folder / "samples.film.gif").exists()
     (folder / "transformer.pt").unlink()

@@ -290,8 +290,8 @@ def test_bench_goes_on_after_a_row_without_memory(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append("before each row"))
     monkeypatch.setattr(bench, "ROWS", {name: (function, [1], [1]) for name, function in
                                         {"first": enough, "full": full, "last": enough}.items()})
-    args = SimpleNamespace(preset=["shapes"], rows=["first", "full", "last"], batch=None, repeats=1, compare=False,
-                           plot=None, json=str(path))
+    args = SimpleNamespace(preset=["shapes"], rows=["first", "full", "last"], batch=None, repeats=1, plot=None,
+                           json=str(path))
     bench.bench(args, devices.Machine("cpu"))
     assert "out of memory" in capsys.readouterr().out and len(resets) == 3
     assert [row["row"] for row in json.loads(path.read_text())["rows"]] == ["first", "last"]
@@ -300,7 +300,8 @@ def test_bench_goes_on_after_a_row_without_memory(tmp_path, monkeypatch, capsys)
 def test_bench(tmp_path):
     output = run("bench.py", "--preset", "shapes", "--batch", 2, "--repeats", 1, "--json", tmp_path / "bench.json")
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert [row["row"] for row in rows] == ["train-transformer", "decode", "train-vq", "encode", "restore"]
+    names = ["train-transformer", "decode", "sequential", "train-vq", "encode", "restore"]
+    assert [row["row"] for row in rows] == names
     assert all(0 < row["share"] < 1.2 and row["memory"] > 1e7 for row in rows) and "float32" in output
     # 6 FLOPs for each weight of the blocks and each of 65 positions, a little more for attention and the output.
     train = rows[0]["flops"] / 2
