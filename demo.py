@@ -164,11 +164,11 @@ class Demo:
         it sampled; "cell", the place of one} -> its likeliest codes, and the sampled one: "codes", their probabilities
         "p", and "patches" of 3 x 3 tokens, as the decoder makes them around it."""
         request = json.loads(body)
-        args, cell, stride = read_settings(request["settings"]), request["cell"], self.stride
-        model = self.models[args.decoder]
+        model, cell, stride = self.models["parallel"], request["cell"], self.stride
+        options = sampler_options(read_settings(request["settings"]), model.config)
         tokens = [model.mask_id if token is None else token for token in request["tokens"]]
         tokens, predicted = torch.tensor([tokens, request["predicted"]], device=self.machine.device)
-        weight = args.cfg * request["step"] / (args.steps or model.config.default_steps)
+        weight = options["cfg"] * request["step"] / options["steps"]
         with self.machine.autocast(), torch.no_grad():
             label = torch.tensor([request["label"]], device=self.machine.device)
             p = guided_logits(model, tokens[None], label, weight)[0, cell].softmax(-1)

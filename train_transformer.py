@@ -31,7 +31,7 @@ FLAGS = {
     "dropout": (share, 0.0, 0.1, 0.1, "dropout probability"),
     "schedule": (SCHEDULES, "cosine", "cosine", "cosine", "mask schedule in training"),
     "label_smoothing": (share, 0.0, 0.0, 0.1, "label smoothing of the loss"),
-    "class_dropout": (share, 0.0, 0.1, 0.0, "share of the labels replaced by the null class, for guidance"),
+    "class_dropout": (share, 0.1, 0.1, 0.0, "share of the labels replaced by the null class, for guided decoding"),
     "steps": (count, 4000, 60_000, 1_501_000, "training steps"),                                # imagenet: 300 epochs
     "batch": (count, 64, 256, 256, "images in a step, over all devices"),
     "micro_batch": (count, None, None, 64, "images in memory at once on each device; gradients add up to --batch"),
@@ -73,7 +73,7 @@ def train_step(nets, tokens, labels, step, args, machine, generator):
     generator: of the CPU, for masks and dropped labels. Returns the metrics by name, on the device."""
     for optimizer in nets.optimizers.values():
         optimizers.set_learning_rate(optimizer, step, args.lr, args.warmup, args.steps, args.decay)
-    if args.class_dropout > 0:              # some are of no class, so that the model learns to draw without one as well
+    if nets.model.config.null_class:        # some are of no class, so that the model learns to draw without one as well
         dropped = from_host(torch.rand(labels.shape, generator=generator), labels) < args.class_dropout
         labels = torch.where(dropped, nets.model.null_label, labels)
     seen, mask = mask_for_training(args.schedule, nets.model, tokens, generator)
@@ -147,8 +147,9 @@ def adopt(model, start, same_classes):
 
 def configuration(args, codebook_size, num_tokens, num_classes):
     """The flags, and what the tokenizer and the data decide -> a MaskGITConfig."""
+    causal = args.decoder == "autoregressive"                              # which is decoded without guidance
     return MaskGITConfig(codebook_size, num_classes, num_tokens, args.dim, args.depth, args.heads, 4 * args.dim,
-                         args.dropout, causal=args.decoder == "autoregressive", null_class=args.class_dropout > 0)
+                         args.dropout, causal, null_class=args.class_dropout > 0 and not causal)
 
 
 def start_from(args, config, tokenizer_id, classes):
@@ -173,7 +174,7 @@ def draw(model, tokenizer, labels, generator, machine):
             tokens = decode_sequential(model, labels, generator=generator)
         else:
             steps = min(model.config.default_steps, model.config.num_tokens)
-            tokens = decode(model, labels, steps, generator=generator)
+            tokens = decode(model, labels, steps, cfg=float(model.config.null_class), generator=generator)
         return torch.cat([pictures.to_uint8(tokenizer.decode(part)) for part in as_grid(tokens).split(8)]), tokens
 
 
@@ -198,7 +199,6 @@ def train(args, machine):
               costs.flops(imagined_step(args, config, 1)[1]))
     if args.vqgan and machine.leads and (args.overwrite or not own_tokenizer.exists()):
         write_atomically(own_tokenizer, lambda file: file.write(Path(args.vqgan).read_bytes()))
-
     drawing = functools.partial(draw, nets.ema, tokenizer.model)
     judge = open_judge(args, machine, data, val, run.folder, drawing) if args.evaluate_every else None
     if args.cache_tokens:

@@ -87,10 +87,10 @@ def load_weights(model, weights, path):
     The weights may be float16, as in example/: each becomes of its parameter's type."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
-        found, expected = (tuple(state[name].shape) if name in state else "none" for state in (weights, own))
+        found, expected = (tuple(state[name].shape) if name in state else "missing" for state in (weights, own))
         if found != expected:
-            raise ValueError(f"{path} does not fit its own configuration: parameter {name} has shape {found}, "
-                             f"where {expected} is expected")
+            raise ValueError(f"{path} does not fit its own configuration: parameter {name} should be {expected}, "
+                             f"and is {found}")
     model.load_state_dict({name: value.to(own[name].dtype) for name, value in weights.items()}, assign=True)
     return model
 
@@ -137,7 +137,7 @@ def add_sampler_flags(parser, schedules, orders):
         "choice_temperature": (positive, 4.5, "noise in the choice of what to keep"),
         "temperature": (positive, 1.0, "of the token samples; 0 takes the likeliest"),
         "top_k": (count, None, "sample among so many likeliest tokens (default: all)"),
-        "cfg": (positive, 0.0, "weight of classifier-free guidance, for runs trained with --class-dropout"),
+        "cfg": (positive, None, "weight of classifier-free guidance (default: 1 where a run can, see --class-dropout)"),
         "order": (orders, "confidence", "what is revealed first"),
         "seed": (whole, 0, "of every random draw")})
 
@@ -147,8 +147,9 @@ def sampler_options(args, config):
     options = {"temperature": args.temperature, "top_k": args.top_k}
     if config.causal:
         return options
+    cfg = float(config.null_class) if args.cfg is None else args.cfg
     return options | {"steps": args.steps or config.default_steps, "schedule": args.schedule,
-                      "choice_temperature": args.choice_temperature, "cfg": args.cfg, "order": args.order}
+                      "choice_temperature": args.choice_temperature, "cfg": cfg, "order": args.order}
 
 
 def newest_run(root="runs"):

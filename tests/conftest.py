@@ -25,7 +25,7 @@ EVERY_STEP = ["--save-every", 2, "--picture-every", 2, "--log-every", 1, "--bf16
 TINY_VQ = ["--filters", 8, "--codebook-size", 32, "--codebook-dim", 4, "--steps", 6, "--batch", 4, "--disc-width", 1,
            "--disc-max-width", 8, "--r1-every", 2, *EVERY_STEP]
 TINY_TRANSFORMER = ["--cache-tokens", 0, "--dropout", 0.1, "--dim", 16, "--depth", 1, "--heads", 2, "--steps", 6,
-                    "--batch", 4, *EVERY_STEP]
+                    "--batch", 4, "--class-dropout", 0, *EVERY_STEP]
 
 
 @pytest.fixture(autouse=True)

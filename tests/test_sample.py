@@ -10,7 +10,7 @@ from PIL import Image
 
 import sample
 from lib.pictures import picture_path, save_image
-from maskgit import MaskGIT, MaskGITConfig, decode, decode_sequential, mask_counts
+from maskgit import MaskGIT, MaskGITConfig, decode, decode_sequential
 from vqgan import as_grid, to_pixels
 
 
@@ -188,7 +188,7 @@ def test_film(toy):
     if toy.config.causal:
         images, frames = sample.draw(Tiles(), toy, labels, batch=2, film=True, generator=generators[0])
         tokens = decode_sequential(toy, labels[:2], generator=generators[1])
-        steps = [(tokens, (torch.arange(16) >= 2 * known).expand(2, 16)) for known in range(1, 9)]
+        steps = [(tokens, (torch.arange(16) >= 2 * known).expand(2, 16), None) for known in range(1, 9)]
         share = 1.0
     else:
         images, frames = sample.draw(Tiles(), toy, labels, batch=2, film=True, steps=5, generator=generators[0])
