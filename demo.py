@@ -15,7 +15,6 @@ import io
 import itertools
 import json
 import math
-import select
 import socket
 import threading
 import time
@@ -245,8 +244,7 @@ class Page(BaseHTTPRequestHandler):
 
     def tell(self, news):
         """Sends a line of JSON. Raises ConnectionError where the page has gone, or the server ends."""
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        if self.server.stopping or readable and not self.connection.recv(1, socket.MSG_PEEK):
+        if self.server.stopping:
             raise ConnectionAbortedError
         self.wfile.write(json.dumps(news).encode() + b"\n")
 
