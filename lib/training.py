@@ -297,7 +297,6 @@ def launcher():
     """What a command begins with that starts as many processes as there are: python, or torchrun."""
     if "LOCAL_WORLD_SIZE" not in os.environ:
         return "python"
-    nodes, hosts = os.environ["GROUP_WORLD_SIZE"], ""
-    if nodes != "1":
-        hosts = f"--nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint HOST:PORT "
+    nodes = os.environ["GROUP_WORLD_SIZE"]
+    hosts = f"--nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint HOST:PORT " if nodes != "1" else ""
     return f"torchrun {hosts}--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} --"
