@@ -4,7 +4,6 @@ Trained on a run's real images, the classifier names what samples show, and its 
 Inception's weights are not always at hand, and say little about drawn shapes. Trained on samples alone, it gives the
 classification accuracy score (CAS).
 """
-import functools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -270,8 +269,8 @@ def open_judge(args, machine, train, val, folder, draw):
     features = open_features(args, machine, real[0].images, train, folder)
     real_sums = Ledger(None, {}, machine, size).add_up("real images", len(real), real.read, features.sums)
 
-    drawn = functools.partial(sampled_batches, draw, size=size, count=count, classes=len(train.classes), seed=0,
-                              machine=machine)
+    def drawn(numbers):
+        return sampled_batches(draw, numbers, size, count, len(train.classes), 0, machine)
 
     def judge():                                              # a new Ledger each time, as the next samples are others
         sums = Ledger(None, {}, machine, size).add_up("samples", count, drawn, features.sums)
