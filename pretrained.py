@@ -235,16 +235,16 @@ def convert(args, folder):
         import_msgpack()                                    # without it, there is no use in fetching
         names = [f"{kind}_{args.model}_checkpoint" for kind in ("tokenizer", "maskgit")]
         files = [file or download(URL + name, name, offline=args.offline) for file, name in zip(files, names)]
-    tokenizer_file, transformer_file = files
-    tokenizer, side, classes = vqgan_from_jax(tokenizer_file), 16, IMAGENET_CLASSES
+    tokenizer, side, classes = vqgan_from_jax(files[0]), 16, IMAGENET_CLASSES
     models = {"vqgan": tokenizer}
-    if transformer_file:
-        models["transformer"] = transformer = maskgit_from_jax(transformer_file, tokenizer.config.codebook_size)
-        tokens, side = transformer.config.num_tokens, math.isqrt(transformer.config.num_tokens)
-        if side * side != tokens:
-            raise ValueError(f"{transformer_file} draws {tokens} tokens, which are no square image")
-        if transformer.config.num_classes != len(classes):
-            classes = [str(i) for i in range(transformer.config.num_classes)]
+    if files[1]:
+        models["transformer"] = maskgit_from_jax(files[1], tokenizer.config.codebook_size)
+        config = models["transformer"].config
+        side = math.isqrt(config.num_tokens)
+        if side * side != config.num_tokens:
+            raise ValueError(f"{files[1]} draws {config.num_tokens} tokens, which are no square image")
+        if config.num_classes != len(classes):
+            classes = [str(i) for i in range(config.num_classes)]
     for (kind, model), source in zip(models.items(), files):
         checkpoint = {"kind": kind, "step": 0, "settings": {"source": str(source)}, "config": asdict(model.config),
                       "model": model.state_dict(), "data": "imagenet", "image_size": side * tokenizer.config.stride,
@@ -255,7 +255,7 @@ def convert(args, folder):
         (folder / f"{kind}.resume.pt").unlink(missing_ok=True)             # of the run that --overwrite replaces
         size = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"wrote {folder}/{kind}.pt: {size:.2f} M parameters, {model.config}")
-    print(f"next: python {'sample.py' if transformer_file else 'train_transformer.py --data imagenet'} --run {folder}")
+    print(f"next: python {'sample.py' if files[1] else 'train_transformer.py --data imagenet'} --run {folder}")
 
 
 def export(run, targets):

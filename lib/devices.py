@@ -275,19 +275,16 @@ def launch(function, args):
         machine = Machine(args.device, args.bf16, getattr(args, "compile", None))
     except ImportError:
         raise ValueError("--device xla needs torch-xla: pip install torch==2.9.0 'torch_xla[tpu]==2.9.0'") from None
-    together = True                       # also after a signal (SystemExit), of which the ranks have told each other
     try:
         function(args, machine)
-    except (Exception, KeyboardInterrupt):
-        together = False                                    # an error is of this rank alone: it waits for no other
-        raise
     finally:
         # A thread of gloo may be the last to hold a tensor, and asks for the interpreter to free it. If that is gone by
         # then, the process is aborted ('terminate called without an active exception'). So no rank leaves before the
         # others, and the models, whose DistributedDataParallel keeps the threads alive in reference cycles, are
         # collected first.
         if dist.is_initialized():
-            if together:
+            # An error is of this rank alone, which then waits for no other; of a signal (SystemExit) all have learnt.
+            if isinstance(sys.exception(), SystemExit | None):
                 dist.barrier()
             gc.collect()
             dist.destroy_process_group()
@@ -300,12 +297,11 @@ def step_seed(seed, step, rank=0):
 
 def mean_over_ranks(tensor):
     """The mean of a tensor over the ranks, on all of them, without a gradient. One process: the tensor, detached."""
-    tensor = tensor.detach()
-    if not dist.is_initialized() or dist.get_world_size() == 1 or tensor.is_meta:
-        return tensor
-    tensor = tensor.clone()
-    dist.all_reduce(tensor)
-    return tensor / dist.get_world_size()
+    if not dist.is_initialized() or tensor.is_meta:
+        return tensor.detach()
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def from_first_rank(tensor):

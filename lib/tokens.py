@@ -74,9 +74,8 @@ class CachedTokens:
         missing = {path: range(self.rows)[i * self.chunk:(i + 1) * self.chunk]
                    for i, path in enumerate(self.paths) if i % world == rank and not path.exists()}
         parts = [rows[i:i + self.BATCH] for rows in missing.values() for i in range(0, len(rows), self.BATCH)]
-        stream = iter(loader(self, parts, self.data))
-        total, done = sum(map(len, parts)), 0
-        progress = Progress(f"encoding {self.rows} views into {self.folder}", total, stream=sys.stderr)
+        stream, done = iter(loader(self, parts, self.data)), 0
+        progress = Progress(f"encoding {self.rows} views into {self.folder}", sum(map(len, parts)), stream=sys.stderr)
         for path, rows in missing.items():
             batches = []
             for _ in rows[::self.BATCH]:

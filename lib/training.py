@@ -8,6 +8,7 @@ A run is a folder, `runs/NAME`. For each stage (`vqgan`, `transformer`) it holds
 import argparse
 import contextlib
 import csv
+import functools
 import math
 import os
 import shlex
@@ -77,12 +78,10 @@ def parse_training_flags(description, flags, presets, own_flags):
 
 def shown_default(flag, presets):
     """What --help says of a flag's default: its value, or, where the presets differ, that of each."""
-    values = {}
+    words, values = {"None": "all", "True": "yes", "False": "no"}, {}
     for name, preset in presets.items():
-        value = preset[flag]
-        if value is None or isinstance(value, bool):
-            value = {None: "all", True: "yes", False: "no"}[value]
-        values[name] = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        text = " ".join(map(str, preset[flag])) if isinstance(preset[flag], tuple) else str(preset[flag])
+        values[name] = words.get(text, text)
     if len(set(values.values())) == 1:
         return values["shapes"]
     return ", ".join(f"{name}: {value}" for name, value in values.items())
@@ -125,12 +124,18 @@ class Run:
             with contextlib.suppress(OSError):                 # a folder that was not there comes with its first file
                 self.folder.rmdir()
         self.log = Log(self.folder / f"{stage}.log.csv", columns, self.step, args, machine)
-        self.stop = StopSignal(machine)
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember_signal)
+
+    def _remember_signal(self, number, frame):
+        """Ctrl-C or SIGTERM: finish_step() ends the process, all saved; a second signal ends it at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
 
     def _resume_or_refuse(self):
-        state = None
-        if self.resume_file.exists():
-            state = load_checkpoint(self.resume_file, f"{self.stage} training state")
+        there = self.resume_file.exists()
+        state = load_checkpoint(self.resume_file, f"{self.stage} training state") if there else None
         if not self.args.resume:
             progress = "finished"
             if state and state["step"] < self.args.steps:
@@ -172,9 +177,11 @@ class Run:
         step: how many are done now. metrics: scalar tensors by name. preview() -> figures of validation by name, and a
         picture (PIL). judge() -> {name: a distance}, for --evaluate-every; None: there is none. Raises ValueError where
         a metric is not finite; the files on disk are then the last good ones."""
+        machine, args = self.machine, self.args
         self.log.add(metrics)
-        self.machine.sync()
-        stopping, args = self.stop.requested(step), self.args
+        machine.sync()
+        # Ranks must agree whether to stop: at every tenth step they tell each other.
+        stopping = (machine.world == 1 or step % 10 == 0) and machine.any(self.signal is not None)
         ending = stopping or step == args.steps
         draw = ending or step % args.picture_every == 0
         figures, picture = preview() if draw else ({}, None)
@@ -182,17 +189,21 @@ class Run:
             figures |= self._keep_the_best(step, judge())
         if figures or step % args.log_every == 0 or step % args.save_every == 0:
             self.log.write(step, figures, self.resume_file)
-        if self.machine.leads and draw:
+        if machine.leads and draw:
             save_image(self.picture, picture)
             draw_log(self.curve, self.log.path)
-        if self.machine.leads and (ending or step % args.save_every == 0):
+        if machine.leads and (ending or step % args.save_every == 0):
             self._save(step)
             if ending:
                 self.writing.result()
-        elif self.machine.leads and not self.writing and self.machine.mesh is None:
+        elif machine.leads and not self.writing and machine.mesh is None:
             self.writing = self.writer.submit(self._copy)                     # gets the memory, which takes seconds
         if stopping:
-            self.stop.exit(step, args.steps)
+            if machine.leads:
+                command = shlex.join(word for word in sys.argv if word not in ("--overwrite", "--resume"))
+                print(f"\nstopped at step {step} of {args.steps}, all saved. Go on with:\n"
+                      f"  {launcher()} {command} --resume", file=sys.stderr)
+            sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def _keep_the_best(self, step, found):
         """Keeps the model for use beside the latest one, where none before was as good. found: {name: distance}."""
@@ -234,7 +245,7 @@ class Log:
     def __init__(self, path, columns, step, args, machine):
         self.path, self.columns = path, ["step", *columns, "images/s", "TFLOP/s"]
         self.step, self.args, self.machine = step, args, machine
-        self.pending, self.names, self.is_open = [], [], False
+        self.pending, self.names = [], []
         self.times = []                                                        # (step, seconds) of the latest lines
 
     def add(self, metrics):
@@ -259,59 +270,33 @@ class Log:
         if step > first:
             speed = (step - first) * self.args.batch / (time.time() - then)
         row = {"step": step, **means, **figures, "images/s": speed, "TFLOP/s": speed and speed * self.flops / 1e12}
-        if not self.is_open:
-            self._open()
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(
-                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+        self.table.writerow(
+            {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
         shown = [f"{name} {value:.4g}" for name, value in (means | figures).items()]
         left = time_left((self.args.steps - step) * self.args.batch, speed)
         rate = f"{speed or 0:.0f} images/s ({row['TFLOP/s'] or 0:.3g} TFLOP/s)"
         text = "  ".join([f"step {step}/{self.args.steps}", *shown, rate, left])
         show_line(text, last=step == self.args.steps)
 
-    def _open(self):
-        self.is_open, rows = True, []
+    @functools.cached_property
+    def table(self):
+        """The file's writer, opened for the first row; what it writes is in the file at once."""
+        rows = []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.step and self.path.exists():
             with open(self.path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= self.step]
-        with open(self.path, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-class StopSignal:
-    """Ctrl-C or SIGTERM: the step under way is finished and saved first; a second signal ends the process at once."""
-
-    def __init__(self, machine):
-        self.number, self.machine = None, machine
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember)
-
-    def _remember(self, number, frame):
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def requested(self, step):
-        """Whether to stop after this step. Ranks must agree: at every tenth step they tell each other."""
-        return (self.machine.world == 1 or step % 10 == 0) and self.machine.any(self.number is not None)
-
-    def exit(self, step, steps):
-        """Ends the process as the signal asked, with the command that goes on from here."""
-        if self.machine.leads:
-            arguments = [argument for argument in sys.argv if argument not in ("--overwrite", "--resume")]
-            print(f"\nstopped at step {step} of {steps}, all saved. Go on with:\n"
-                  f"  {launcher()} {shlex.join(arguments)} --resume", file=sys.stderr)
-        sys.exit(128 + (self.number or signal.SIGTERM))
+                rows = [{name: row.get(name) for name in self.columns} for row in csv.DictReader(file)
+                        if row["step"].isdigit() and int(row["step"]) <= self.step]
+        table = csv.DictWriter(self.path.open("w", newline="", buffering=1), self.columns)
+        table.writeheader()
+        table.writerows(rows)
+        return table
 
 
 def launcher():
     """What a command begins with that starts as many processes as there are: python, or torchrun."""
     if "LOCAL_WORLD_SIZE" not in os.environ:
         return "python"
-    nodes, hosts = os.environ["GROUP_WORLD_SIZE"], ""
-    if nodes != "1":
-        hosts = f"--nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint HOST:PORT "
+    nodes = os.environ["GROUP_WORLD_SIZE"]
+    hosts = f"--nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint HOST:PORT " if nodes != "1" else ""
     return f"torchrun {hosts}--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} --"
