@@ -18,13 +18,13 @@ def cache_folder():
     return Path(os.environ.get("MASKGIT_CACHE") or Path.home() / ".cache" / "maskgit")
 
 
-def download(url, name, sha256=None, size=None, offline=False, folder=None):
+def download(url, name, sha256=None, offline=False, folder=None):
     """A file of a folder (None: the cache folder), fetched where it is not there yet -> its path.
 
-    sha256: its checksum, or the first digits of it; size: its bytes; None: unknown, then the server's word is taken.
-    offline: never use the network. What arrived of a file before its connection broke off is kept, and the next try or
-    call goes on from there. Two processes may ask at once: one fetches, the other waits. Raises OSError where the file
-    is not to be had or cannot be written, ValueError for a wrong size or checksum."""
+    sha256: its checksum, or the first digits of it; None: unknown. offline: never use the network. What arrived of a
+    file before its connection broke off is kept, and the next try or call goes on from there. Two processes may ask at
+    once: one fetches, the other waits. Raises OSError where the file is not to be had or cannot be written, ValueError
+    for a wrong checksum."""
     path = (folder or cache_folder()) / name
     if path.exists():                                       # only a whole file gets its final name
         return path
@@ -34,7 +34,7 @@ def download(url, name, sha256=None, size=None, offline=False, folder=None):
         if path.exists():                                   # another process has fetched it meanwhile
             return path
         part = path.with_name(f"{name}.part")
-        fetch(url, path, part, size)
+        fetch(url, path, part)
         if sha256:
             with open(part, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -65,12 +65,12 @@ def locked(path, setting):
     return lock
 
 
-def fetch(url, path, part, size):
-    """Adds to `part` what it lacks to be the file `path`, in several tries. Raises what download() raises."""
+def fetch(url, path, part):
+    """Adds to `part` what it lacks to be the file `path`, in several tries. Raises OSError."""
     for wait in range(TRIES):
         time.sleep(wait)
         try:
-            return fetch_rest(url, path, part, size)
+            return fetch_rest(url, path, part)
         except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
             reason = error                                  # the network failed in the middle: another try may help
         except urllib.error.HTTPError as error:
@@ -90,17 +90,15 @@ def fetch(url, path, part, size):
     raise OSError(f"cannot fetch {url}: {reason}, {TRIES} times; run this again to go on from there")
 
 
-def fetch_rest(url, path, part, size):
-    """One try of fetch(). Raises ValueError for a wrong size, and whatever breaks it off."""
+def fetch_rest(url, path, part):
+    """One try of fetch(). Raises whatever breaks it off."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=30) as response:
         have = have if response.status == 206 else 0        # a server that cannot send the rest alone sends all of it
         length = response.headers.get("Content-Length")
-        total = have + int(length) if length else size
-        if size and total != size:
-            raise ValueError(f"{url} has {total} bytes, not {size}: put the right file at {path} yourself")
-        progress = Progress(f"fetching {path.name}", (total or 0) / 1e6, "MB", have / 1e6, sys.stderr)
+        total = have + int(length) if length else 0       # 0: the server does not tell
+        progress = Progress(f"fetching {path.name}", total / 1e6, "MB", have / 1e6, sys.stderr)
         with open(part, "ab" if have else "wb") as file:
             while chunk := response.read(1 << 17):
                 file.write(chunk)
@@ -109,5 +107,5 @@ def fetch_rest(url, path, part, size):
                     progress.show(have / 1e6)
             file.flush()
             os.fsync(file.fileno())
-    if total is not None and have != total:
+    if total and have != total:
         raise http.client.HTTPException(f"the connection broke off at {have} of {total} bytes")
