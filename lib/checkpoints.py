@@ -53,18 +53,17 @@ def load_checkpoint(path, kind):
     """Reads what save_checkpoint wrote. kind: what its "kind" must say, such as vqgan or transformer.
 
     Raises FileNotFoundError, or ValueError for a file that is truncated, not a checkpoint, or of another kind."""
-    damaged = ValueError(f"{path} is not a checkpoint of this project, or is damaged; restore it or train it again")
     try:
-        with open(path, "rb") as file:
-            if not zipfile.is_zipfile(file):             # what torch.save writes; anything else is not even unpickled
-                raise damaged
+        with zipfile.ZipFile(path):                      # what torch.save writes; anything else is not even unpickled
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = checkpoint["kind"]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: train it first, or name another run") from None
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = checkpoint["kind"]
+    except OSError:
+        raise
     except Exception as error:                           # a damaged archive can raise nearly anything
-        raise damaged from error
+        raise ValueError(f"{path} is not a checkpoint of this project, or is damaged; restore it or train it "
+                         f"again") from error
     if found != kind:
         raise ValueError(f"{path} holds a {found}, where a {kind} is needed")
     return checkpoint
