@@ -30,11 +30,28 @@ def download(url, name, sha256=None, offline=False, folder=None):
         return path
     if offline:
         raise OSError(f"{path} is not there, and the network is not to be used: fetch {url} elsewhere and put it there")
-    with locked(path, "--data-dir" if folder else "MASKGIT_CACHE"):
+    for wait in range(TRIES):
+        time.sleep(wait)
+        try:
+            return fetch(url, path, sha256)
+        except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+            reason = error                                  # the network failed in the middle: another try may help
+        except urllib.error.URLError as error:              # no server, or (HTTPError) one that refuses
+            raise OSError(f"cannot fetch {url} ({error}): check the network, try again later, or put the file at "
+                          f"{path} yourself") from error
+        except OSError as error:                            # any other is of the disk
+            raise OSError(f"cannot write {path}: {error.strerror}; free some space, or choose another folder "
+                          f"(MASKGIT_CACHE, --data-dir), and run this again") from error
+    raise OSError(f"cannot fetch {url}: {reason}, {TRIES} times; run this again to go on from there")
+
+
+def fetch(url, path, sha256):
+    """One try of download(). Raises ValueError for a wrong checksum, and whatever breaks it off."""
+    part = path.with_name(f"{path.name}.part")
+    with locked(path):
         if path.exists():                                   # another process has fetched it meanwhile
             return path
-        part = path.with_name(f"{name}.part")
-        fetch(url, path, part)
+        fetch_rest(url, part, path.name)
         if sha256:
             with open(part, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -42,21 +59,15 @@ def download(url, name, sha256=None, offline=False, folder=None):
                 part.unlink()
                 raise ValueError(f"{url} has a wrong checksum (SHA-256 {found}, expected {sha256}): what arrived was "
                                  f"deleted; run this again, or put the right file at {path}")
-        os.replace(part, path)
-    return path
+        return part.replace(path)
 
 
-def locked(path, setting):
-    """An open file, until whose closing no other process fetches `path`; waits until none does. setting: the name of
-    what chooses the folder. Raises OSError where that cannot be written."""
+def locked(path):
+    """An open file, until whose closing no other process fetches `path`; waits until none does."""
     import fcntl  # Windows has none: files are put there by hand
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(f"{path.name}.lock").open("wb")
-    except OSError as error:
-        raise OSError(f"cannot write to the folder {path.parent}: {error.strerror}; choose another with "
-                      f"{setting}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f"{path.name}.lock").open("wb")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -65,40 +76,24 @@ def locked(path, setting):
     return lock
 
 
-def fetch(url, path, part):
-    """Adds to `part` what it lacks to be the file `path`, in several tries. Raises OSError."""
-    for wait in range(TRIES):
-        time.sleep(wait)
-        try:
-            return fetch_rest(url, path, part)
-        except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
-            reason = error                                  # the network failed in the middle: another try may help
-        except urllib.error.HTTPError as error:
-            if error.code != 416:
-                raise OSError(f"cannot fetch {url}: the server answers {error.code} {error.reason}; try again later, "
-                              f"or put the file at {path} yourself") from error
-            if error.headers.get("Content-Range") == f"bytes */{part.stat().st_size}":
-                return                                      # there is no more than we have
-            part.unlink()
-            reason = "the server has less of it than was there"
-        except urllib.error.URLError as error:
-            raise OSError(f"cannot reach {url} ({error.reason}): check the network, or put the file at {path} "
-                          f"yourself") from error
-        except OSError as error:                            # any other is of the disk
-            raise OSError(f"cannot write {part}: {error.strerror}; free some space, or choose another folder "
-                          f"(MASKGIT_CACHE, --data-dir), and run this again") from error
-    raise OSError(f"cannot fetch {url}: {reason}, {TRIES} times; run this again to go on from there")
-
-
-def fetch_rest(url, path, part):
-    """One try of fetch(). Raises whatever breaks it off."""
+def fetch_rest(url, part, name):
+    """Adds to `part` what it lacks to be the file `name`. Raises whatever breaks it off."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=30) as response:
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise
+        if error.headers.get("Content-Range") == f"bytes */{have}":
+            return                                          # there is no more than we have
+        part.unlink()
+        raise http.client.HTTPException("the server has less of it than was there") from error
+    with response:
         have = have if response.status == 206 else 0        # a server that cannot send the rest alone sends all of it
         length = response.headers.get("Content-Length")
-        total = have + int(length) if length else 0       # 0: the server does not tell
-        progress = Progress(f"fetching {path.name}", total / 1e6, "MB", have / 1e6, sys.stderr)
+        total = have + int(length) if length else 0         # 0: the server does not tell
+        progress = Progress(f"fetching {name}", total / 1e6, "MB", have / 1e6, sys.stderr)
         with open(part, "ab" if have else "wb") as file:
             while chunk := response.read(1 << 17):
                 file.write(chunk)

@@ -493,10 +493,10 @@ def test_servers_that_fail_or_are_not_there(server):
     server.status = 503
     with pytest.raises(OSError) as error:
         download(server.url, "file")
-    says(error, server.url, 503, server.cache / "file")
+    says(error, server.url, 503, "try again later", server.cache / "file")
     with pytest.raises(OSError) as error:
         download("http://127.0.0.1:9/file", "file")
-    says(error, "cannot reach http://127.0.0.1:9/file", server.cache / "file")
+    says(error, "cannot fetch http://127.0.0.1:9/file", "refused", "network", server.cache / "file")
     with pytest.raises(OSError) as error:
         download(server.url, "file", offline=True)
     says(error, server.url, server.cache / "file")
