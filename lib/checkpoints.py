@@ -150,27 +150,18 @@ def sampler_options(args, config):
                       "choice_temperature": args.choice_temperature, "cfg": args.cfg, "order": args.order}
 
 
-def newest_run(root="runs"):
-    """The folder whose transformer was written last; the example beside the scripts where there is none.
-
-    Raises FileNotFoundError where that is missing too."""
-    files = [path for stage in STAGES.values() for path in Path(root).glob(f"*/{stage}.pt")]
-    example = Path(__file__).parent.parent / "example" / "transformer.pt"
-    if files:
-        return max(files, key=lambda path: path.stat().st_mtime).parent
-    if example.exists():
-        return example.parent
-    raise FileNotFoundError(f"no run in {root}/ holds a transformer: run train_vq.py and train_transformer.py, or "
-                            f"pretrained.py imagenet256, or name a run with --run")
-
-
 def load_run(folder, machine, tokenizer_class, transformer_class, vqgan=None, decoder=None):
-    """Both models of a run (None: the newest), on the machine -> (folder, tokenizer, transformer, its checkpoint).
+    """Both models of a run, on the machine -> (folder, tokenizer, transformer, its checkpoint).
 
+    folder: None: the one in runs/ whose transformer was written last, or the example, where none holds one.
     vqgan: another tokenizer file. decoder: one of STAGES; None: parallel, but in a run that holds only the other.
     Raises FileNotFoundError, or ValueError where the two do not belong together: another codebook, or a
     tokenizer that was trained again after the transformer."""
-    folder = Path(folder) if folder else newest_run()
+    if not folder:
+        files = [path for stage in STAGES.values() for path in Path("runs").glob(f"*/{stage}.pt")]
+        example = Path(__file__).parent.parent / "example" / "transformer.pt"
+        folder = max(files, key=lambda path: path.stat().st_mtime, default=example).parent
+    folder = Path(folder)
     path = Path(vqgan or folder / "vqgan.pt")
     only_sequential = not (folder / "transformer.pt").exists() and (folder / "autoregressive.pt").exists()
     stage = STAGES[decoder or ("autoregressive" if only_sequential else "parallel")]
