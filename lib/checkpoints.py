@@ -86,10 +86,11 @@ def load_weights(model, weights, path):
     The weights may be float16, as in example/: each becomes of its parameter's type."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
-        found, expected = (tuple(state[name].shape) if name in state else "none" for state in (weights, own))
+        found, expected = (f"of shape {tuple(state[name].shape)}" if name in state else "missing"
+                           for state in (weights, own))
         if found != expected:
-            raise ValueError(f"{path} does not fit its own configuration: parameter {name} has shape {found}, "
-                             f"where {expected} is expected")
+            raise ValueError(f"{path} does not fit its own configuration: parameter {name} is {found}, and should be "
+                             f"{expected}")
     model.load_state_dict({name: value.to(own[name].dtype) for name, value in weights.items()}, assign=True)
     return model
 
