@@ -109,13 +109,12 @@ REGIONS = {"box": box_region, "mask": mask_region, "inpaint": inpaint_region, "o
 def choose_class(args, transformer, names, known):
     """The class that is painted -> (its index, its name and why it was chosen). Raises ValueError."""
     if args.class_name is not None:
-        label, reason = find_class(args.class_name, names), "as asked"
-    elif transformer.null_label is not None:
+        label = find_class(args.class_name, names)
+        return label, f"{names[label]} (as asked)"
+    if transformer.null_label is not None:
         return transformer.null_label, "none (no --class was given)"
-    else:
-        label = likeliest_class(transformer, known.flatten(), args.seed)
-        reason = "the likeliest for what is kept of the image"
-    return label, f"{names[label]} ({reason})"
+    label = likeliest_class(transformer, known.flatten(), args.seed)
+    return label, f"{names[label]} (the likeliest for what is kept of the image)"
 
 
 def likeliest_class(model, known, seed):
@@ -132,8 +131,7 @@ def likeliest_class(model, known, seed):
     shown = torch.full_like(known, model.mask_id)
     for part in places.chunk(4):
         logits = torch.cat([model(shown.expand(len(some), -1), some)[:, part].float() for some in classes.split(64)])
-        targets = known[part].expand(len(classes), -1)[..., None]
-        score[classes] += logits.log_softmax(-1).gather(-1, targets).sum((1, 2))
+        score[classes] += logits.log_softmax(-1)[:, torch.arange(len(part)), known[part]].sum(1)
         classes = classes[score[classes].topk(min(len(classes), max(16, len(classes) // 4))).indices]
         shown[part] = known[part]
     return classes[score[classes].argmax()].item()

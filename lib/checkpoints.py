@@ -53,18 +53,17 @@ def load_checkpoint(path, kind):
     """Reads what save_checkpoint wrote. kind: what its "kind" must say, such as vqgan or transformer.
 
     Raises FileNotFoundError, or ValueError for a file that is truncated, not a checkpoint, or of another kind."""
-    damaged = ValueError(f"{path} is not a checkpoint of this project, or is damaged; restore it or train it again")
     try:
-        with open(path, "rb") as file:
-            if not zipfile.is_zipfile(file):             # what torch.save writes; anything else is not even unpickled
-                raise damaged
+        with zipfile.ZipFile(path):                      # what torch.save writes; anything else is not even unpickled
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = checkpoint["kind"]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: train it first, or name another run") from None
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = checkpoint["kind"]
+    except OSError:
+        raise
     except Exception as error:                           # a damaged archive can raise nearly anything
-        raise damaged from error
+        raise ValueError(f"{path} is not a checkpoint of this project, or is damaged; restore it or train it "
+                         f"again") from error
     if found != kind:
         raise ValueError(f"{path} holds a {found}, where a {kind} is needed")
     return checkpoint
@@ -87,10 +86,11 @@ def load_weights(model, weights, path):
     The weights may be float16, as in example/: each becomes of its parameter's type."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
-        found, expected = (tuple(state[name].shape) if name in state else "missing" for state in (weights, own))
+        found, expected = (f"of shape {tuple(state[name].shape)}" if name in state else "missing"
+                           for state in (weights, own))
         if found != expected:
-            raise ValueError(f"{path} does not fit its own configuration: parameter {name} should be {expected}, "
-                             f"and is {found}")
+            raise ValueError(f"{path} does not fit its own configuration: parameter {name} is {found}, and should be "
+                             f"{expected}")
     model.load_state_dict({name: value.to(own[name].dtype) for name, value in weights.items()}, assign=True)
     return model
 
@@ -152,27 +152,18 @@ def sampler_options(args, config):
                       "choice_temperature": args.choice_temperature, "cfg": cfg, "order": args.order}
 
 
-def newest_run(root="runs"):
-    """The folder whose transformer was written last; the example beside the scripts where there is none.
-
-    Raises FileNotFoundError where that is missing too."""
-    files = [path for stage in STAGES.values() for path in Path(root).glob(f"*/{stage}.pt")]
-    example = Path(__file__).parent.parent / "example" / "transformer.pt"
-    if files:
-        return max(files, key=lambda path: path.stat().st_mtime).parent
-    if example.exists():
-        return example.parent
-    raise FileNotFoundError(f"no run in {root}/ holds a transformer: run train_vq.py and train_transformer.py, or "
-                            f"pretrained.py imagenet256, or name a run with --run")
-
-
 def load_run(folder, machine, tokenizer_class, transformer_class, vqgan=None, decoder=None):
-    """Both models of a run (None: the newest), on the machine -> (folder, tokenizer, transformer, its checkpoint).
+    """Both models of a run, on the machine -> (folder, tokenizer, transformer, its checkpoint).
 
+    folder: None: the one in runs/ whose transformer was written last, or the example, where none holds one.
     vqgan: another tokenizer file. decoder: one of STAGES; None: parallel, but in a run that holds only the other.
     Raises FileNotFoundError, or ValueError where the two do not belong together: another codebook, or a
     tokenizer that was trained again after the transformer."""
-    folder = Path(folder) if folder else newest_run()
+    if not folder:
+        files = [path for stage in STAGES.values() for path in Path("runs").glob(f"*/{stage}.pt")]
+        example = Path(__file__).parent.parent / "example" / "transformer.pt"
+        folder = max(files, key=lambda path: path.stat().st_mtime, default=example).parent
+    folder = Path(folder)
     path = Path(vqgan or folder / "vqgan.pt")
     only_sequential = not (folder / "transformer.pt").exists() and (folder / "autoregressive.pt").exists()
     stage = STAGES[decoder or ("autoregressive" if only_sequential else "parallel")]

@@ -47,8 +47,8 @@ class LPIPS(nn.Module):
 def load_lpips(offline=False):
     """LPIPS with its weights, from the cache folder or fetched there (528 MB). Raises OSError or ValueError."""
     try:
-        vgg16 = download(VGG16, "vgg16-397923af.pth", "397923af", offline=offline)      # its name has its checksum
-        linear = download(LINEAR, "lpips-vgg.pth", LINEAR_SHA256, 7289, offline)
+        vgg16 = download(VGG16, "vgg16-397923af.pth", "397923af", offline)              # its name has its checksum
+        linear = download(LINEAR, "lpips-vgg.pth", LINEAR_SHA256, offline)
     except OSError as error:
         raise OSError(f"{error}. The perceptual loss needs vgg16-397923af.pth (from {VGG16}) and lpips-vgg.pth "
                       f"(from {LINEAR}) in {cache_folder()}; --perceptual none trains without") from error

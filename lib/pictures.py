@@ -34,8 +34,7 @@ def show_line(text, last=False, stream=None):
 
 
 class Progress:
-    """A line that says how far a long task is and how much time is left: on a terminal at most five times a second,
-    elsewhere every ten seconds.
+    """A line that says how far a long task is and how much time is left.
 
     what: the task. total, unit: how much there is to do. done: how much was done before. stream: None is stdout."""
 
@@ -56,8 +55,7 @@ class Progress:
 
 
 def print_table(title, rows, columns=None):
-    """Prints {name of the row: {column: number or text}}. columns: those to show (None: all with a number or text).
-    Numbers have four digits."""
+    """Prints {name of the row: {column: number or text}}. columns: those to show (None: all with a number or text)."""
     if columns is None:
         columns = dict.fromkeys(column for row in rows.values() for column, value in row.items()
                                 if not isinstance(value, (dict, list)))
@@ -154,8 +152,7 @@ def new_figure(path, width=6, height=4, count=1):
 
 def draw_log(path, log):
     """Plots every column of a training log (CSV) against the step, those that hold anything."""
-    with open(log, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(Path(log).read_text().splitlines()))
     columns = [name for name in rows[0] if name != "step" and any(row[name] for row in rows)]
     with new_figure(path, 4, 2.4, len(columns)) as (figure, axes):
         for axis, column in zip(axes, columns):

@@ -447,7 +447,7 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 def test_fetching_once(server, capfd):
-    path = download(server.url, "file", SHA256, len(BODY))
+    path = download(server.url, "file", SHA256)
     assert path == server.cache / "file" and path.read_bytes() == BODY
     assert "3 of 3 MB" in capfd.readouterr().err
     assert download(server.url, "file") == path and server.asked == [None]
@@ -482,14 +482,10 @@ def test_a_part_that_is_whole_or_too_long(server):
     assert server.asked == ["bytes=3000000-", "bytes=3000004-", None]
 
 
-@pytest.mark.parametrize("wrong, words", [
-    ({"sha256": "0" * 64}, ["checksum", "0" * 64, SHA256]),
-    ({"size": 2_999_999}, ["3000000 bytes", "not 2999999"]),
-])
-def test_a_wrong_file(server, wrong, words):
+def test_a_wrong_file(server):
     with pytest.raises(ValueError) as error:
-        download(server.url, "file", **wrong)
-    says(error, server.url, *words)
+        download(server.url, "file", "0" * 64)
+    says(error, server.url, "checksum", "0" * 64, SHA256)
     assert [path.name for path in server.cache.iterdir()] == ["file.lock"]
 
 
@@ -497,10 +493,10 @@ def test_servers_that_fail_or_are_not_there(server):
     server.status = 503
     with pytest.raises(OSError) as error:
         download(server.url, "file")
-    says(error, server.url, 503, server.cache / "file")
+    says(error, server.url, 503, "try again later", server.cache / "file")
     with pytest.raises(OSError) as error:
         download("http://127.0.0.1:9/file", "file")
-    says(error, "cannot reach http://127.0.0.1:9/file", server.cache / "file")
+    says(error, "cannot fetch http://127.0.0.1:9/file", "refused", "network", server.cache / "file")
     with pytest.raises(OSError) as error:
         download(server.url, "file", offline=True)
     says(error, server.url, server.cache / "file")
