@@ -2,7 +2,7 @@
 
     python bench.py                                  # the paper's 256 x 256 configuration
     python bench.py --rows train-transformer decode --batch 4 --json bench.json
-    python bench.py --preset imagenet256 imagenet512 --rows train-transformer --batch 1 2 4 --plot rate.png
+    python bench.py --preset imagenet256 imagenet512 --rows train-transformer --batch 1 2 4
     python bench.py --preset imagenet256 imagenet512 --rows decode sequential          # both decoders (Figure 4)
 
 What is timed are the training scripts' own train_step()s, maskgit's decode() and decode_sequential(), which makes a
@@ -29,7 +29,6 @@ from lib import devices
 from lib.checkpoints import write_atomically
 from lib.costs import flops
 from lib.lpips import LPIPS
-from lib.pictures import new_figure
 from maskgit import MaskGIT, decode, decode_sequential
 from vqgan import VQGAN
 
@@ -172,19 +171,6 @@ def measure(machine, args):
                    "images_per_second": batch / took, "share": count / took / peak, "memory": memory}
 
 
-def plot(path, results):
-    """Images a second against the batch: a curve for each row of each preset."""
-    curves = {}
-    for result in results:
-        curves.setdefault(f"{result['preset']}: {result['row']}", []).append(
-            (result["batch"], result["images_per_second"]))
-    with new_figure(path, 9, 4.5) as (figure, (axis,)):
-        for name, points in curves.items():
-            axis.plot(*zip(*points), "o-", ms=5, lw=1, label=name)
-        axis.set(xscale="log", yscale="log", xlabel="batch", ylabel="images/s")
-        figure.legend(loc="outside right", fontsize=8)
-
-
 def bench(args, machine):
     cpu = f"{platform.machine()} {machine.device.type}, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if machine.device.type == "cuda" else cpu
@@ -195,8 +181,6 @@ def bench(args, machine):
         content["rows"].append(row)
         if args.json:
             write_atomically(args.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
-        if args.plot:
-            plot(args.plot, content["rows"])
 
 
 def main():
@@ -206,8 +190,7 @@ def main():
         "rows": ({"nargs": "+", "choices": ROWS}, list(ROWS), "what to measure"),
         "batch": ({"type": devices.count, "nargs": "+"}, None, "images at once (default: what suits the device)"),
         "repeats": (devices.count, 3, "timed calls of each row, whose median counts"),
-        "json": (str, None, "also write the numbers to this file"),
-        "plot": (str, None, "also plot the rate against the batch, to this PNG")})
+        "json": (str, None, "also write the numbers to this file")})
     devices.add_machine_flags(parser)
     devices.launch(bench, parser.parse_args())
 

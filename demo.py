@@ -35,7 +35,6 @@ from vqgan import VQGAN, as_grid, to_pixels
 
 QUESTIONS = ["/about", "/photo", "/validation", "/draw", "/look"]               # methods of Demo
 MOST_BYTES = 20_000_000     # of a photo
-MOST_PIXELS = 1 << 26       # of all images of an answer, which the page keeps: 10 of 512 x 512 pixels in 24 steps
 
 
 def read_settings(settings):
@@ -118,11 +117,9 @@ class Demo:
         args = read_settings(request["settings"])
         model = self.models[args.decoder]
         options = sampler_options(args, model.config) | {"generator": self.machine.generator(args.seed)}
-        passes = options.get("steps", model.config.num_tokens)
-        if args.num * options.get("steps", 1) * self.checkpoint["image_size"] ** 2 > MOST_PIXELS:
-            raise ValueError(f"{args.num} images in {passes} steps are too many for a page: take fewer")
         with self.machine.autocast():
             labels, class_name, known, picture, mask = self.subject(request, args, model)
+            passes = options.get("steps", model.config.num_tokens)
             labels, started, done = self.machine.put(labels), time.time(), itertools.count(1)
             # Either decoder goes through this layer once in a pass.
             with model.norm.register_forward_pre_hook(lambda *_: tell({"done": next(done), "of": passes})):
@@ -219,14 +216,11 @@ class Page(BaseHTTPRequestHandler):
         self.answer(getattr(self.server.demo, self.path[1:]), self.rfile.read(int(length)))
 
     def admitted(self, paths):
-        """Whether this is a question of this server's page for one of these; else it is refused."""
+        """Whether this is a question of this server's page for one of these; refuses it, which is false, if not."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         if urlsplit("//" + host).hostname not in ("127.0.0.1", "localhost") or origin not in (None, "http://" + host):
-            self.refuse(403, "only the page of this server is answered")
-        elif self.path not in paths:
-            self.refuse(404, "there is nothing here but the page itself")
-        else:
-            return True
+            return self.refuse(403, "only the page of this server is answered")
+        return self.path in paths or self.refuse(404, "there is nothing here but the page itself")
 
     def answer(self, question, body):
         """Sends what question(body, tell) tells, when its turn has come, and what it raises."""
@@ -273,8 +267,7 @@ def serve(args, machine):
     try:
         server = ThreadingHTTPServer(("127.0.0.1", args.port), Page)
     except OSError as error:
-        raise ValueError(f"port {args.port} cannot be had ({error.strerror}): name another one, such as "
-                         f"--port {args.port % 65535 + 1}") from error
+        raise ValueError(f"port {args.port} cannot be had ({error.strerror}): name another with --port") from error
     server.demo, server.stopping = Demo(args, machine), False
     print(f"{server.demo.folder}: open http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
     try:

@@ -40,8 +40,6 @@ SWEEPS = {"choice_temperature": [0, 1, 2, 4.5, 8, 12], "temperature": [0.6, 0.7,
 
 def evaluate(args, machine):
     """Measures what the flags ask for, prints it, writes eval.json. Raises ValueError or OSError for bad input."""
-    if not args.classifier_steps and args.features == "classifier":
-        raise ValueError("--classifier-steps 0 leaves nothing to measure with: add --features inception")
     task = Task(args, machine)
     few, dimensions, distance = len(task.real), len(task.features.shift), task.features.distance
     if machine.leads:

@@ -104,9 +104,6 @@ def import_msgpack():
 
 def flatten(tree, path=""):
     """The arrays in nested dicts, each with its name: its path below whatever the parameters are wrapped in."""
-    if isinstance(tree, dict) and "__msgpack_chunked_array__" in tree:
-        pieces, shape = ([tree[key][str(i)] for i in range(len(tree[key]))] for key in ("chunks", "shape"))
-        tree = torch.cat(pieces).reshape(shape)             # Flax cuts an array of over 1 GiB into flat pieces
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from flatten(value, "" if key == "params" else f"{path}/{key}".lstrip("/"))

@@ -188,7 +188,10 @@ class SampledImages:
 
 
 def open_features(args, machine, example, train, folder):
-    """The Features that are asked for. train, folder: the run's. example: see Features. Raises as load_inception."""
+    """The Features that are asked for. train, folder: the run's. example: see Features. Raises as load_inception, and
+    ValueError where no features are left."""
+    if not args.classifier_steps and args.features == "classifier":
+        raise ValueError("--classifier-steps 0 leaves nothing to measure with: add --features inception")
     inception = load_inception(args.inception, machine) if args.features == "inception" else None
     path, steps = folder / "classifier.pt", args.classifier_steps
     classifier = load_classifier(path, train, steps, machine) if steps else None

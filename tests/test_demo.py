@@ -186,7 +186,7 @@ def test_bad_settings(ask, settings, says):
     assert says in last["error"] and len(last) == 1
 
 
-def test_bad_requests(server, ask, monkeypatch):
+def test_bad_requests(ask):
     for body in (b"", b"[]", b"{}", {"settings": {}, "picture": "x", "region": CENTRE},
                  {"settings": {}, "picture": demo.data_url(torch.zeros(3, 32, 32)), "region": [1, 0]}):
         assert set(ask("/draw", body)[-1]) == {"error"}
@@ -194,8 +194,6 @@ def test_bad_requests(server, ask, monkeypatch):
     assert "nothing is painted over" in ask("/draw", request)[-1]["error"]
     look = {"settings": {}, "label": 0, "step": 1, "tokens": [None] * 64, "predicted": [0] * 64, "cell": 64}
     assert set(ask("/look", look)[0]) == {"error"}
-    monkeypatch.setattr(demo, "MOST_PIXELS", 10 * 8 * 32 * 32 - 1)
-    assert "too many" in ask("/draw", {"settings": {}})[0]["error"]
     assert ask("/about")[0]["tokens"] == 64                                                   # it answers all the same
 
 
@@ -253,7 +251,7 @@ def address():
 
 def test_a_port_in_use(address):
     port = address.rpartition(":")[2]
-    refused("demo.py", "--run", ROOT / "example", "--port", port, says=[f"port {port}", f"--port {int(port) + 1}"])
+    refused("demo.py", "--run", ROOT / "example", "--port", port, says=[f"port {port}", "--port"])
 
 
 # --------------------------------------------------------------------------------------------------- in a browser

@@ -290,7 +290,7 @@ def test_bench_goes_on_after_a_row_without_memory(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append("before each row"))
     monkeypatch.setattr(bench, "ROWS", {name: (function, [1], [1]) for name, function in
                                         {"first": enough, "full": full, "last": enough}.items()})
-    args = SimpleNamespace(preset=["shapes"], rows=["first", "full", "last"], batch=None, repeats=1, plot=None,
+    args = SimpleNamespace(preset=["shapes"], rows=["first", "full", "last"], batch=None, repeats=1,
                            json=str(path))
     bench.bench(args, devices.Machine("cpu"))
     assert "out of memory" in capsys.readouterr().out and len(resets) == 3
