@@ -31,7 +31,7 @@ TASKS = {
     "extrapolate": (devices.count, None, "lengthen the photo to both sides, to so many of the model's pixels"),
 }
 FLAGS = {
-    "class": ({"metavar": "NAME_OR_ID", "dest": "class_name"}, None, "what to paint (default: the likeliest, or none)"),
+    "class": ({"metavar": "NAME_OR_ID", "dest": "class_name"}, None, "what to paint (default: the likeliest)"),
     "num": (devices.count, 8, "variants of the photo"),
     "fit": (["crop", "pad"], "crop", "bring the photo to the model's square: crop it, or pad it with its borders"),
     "feather": (devices.positive, None, "blur of the border in pixels, 0 for none (default: a token's width less one)"),
@@ -111,8 +111,6 @@ def choose_class(args, transformer, names, known):
     if args.class_name is not None:
         label = find_class(args.class_name, names)
         return label, f"{names[label]} (as asked)"
-    if transformer.null_label is not None:
-        return transformer.null_label, "none (no --class was given)"
     label = likeliest_class(transformer, known.flatten(), args.seed)
     return label, f"{names[label]} (the likeliest for what is kept of the image)"
 

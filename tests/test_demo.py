@@ -25,7 +25,7 @@ import demo
 from edit import likeliest_class
 from lib.data import Shapes
 from lib.devices import Machine
-from maskgit import decode, decode_sequential, gamma, mask_counts
+from maskgit import decode, decode_sequential, gamma, guided_logits, mask_counts
 from vqgan import as_grid
 
 CENTRE = [int(2 <= i % 8 < 6 and 2 <= i // 8 < 6) for i in range(64)]
@@ -36,7 +36,7 @@ def server():
     """The server on the models in example/, in a thread of this process."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), demo.Page)
     args = SimpleNamespace(run=str(ROOT / "example"), vqgan=None, data_dir="data", max_pixels=178_956_970)
-    server.demo, server.stopping = demo.Demo(args, Machine("cpu", bf16=False)), False
+    server.demo = demo.Demo(args, Machine("cpu", bf16=False))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -90,7 +90,7 @@ def test_the_steps_are_those_of_decode(server, ask):
     passes, steps, images = drawn(lines)
     model, tokenizer = server.demo.models["parallel"], server.demo.tokenizer
     labels = torch.arange(12) % 10
-    _, history = decode(model, labels, 6, "square", choice_temperature=3, temperature=0.9, top_k=50,
+    _, history = decode(model, labels, 6, "square", choice_temperature=3, temperature=0.9, top_k=50, cfg=1.0,
                         generator=torch.Generator().manual_seed(5), return_steps=True)
     assert passes == 6 and steps["labels"] == labels.tolist() and sorted(images) == [1, 2, 3, 4, 5, 6]
     for t, (predicted, masked, confidence) in enumerate(history):
@@ -121,7 +121,7 @@ def test_look_shows_what_was_sampled_from(server, ask):
     tokens = [None if mask else code for code, mask in zip(before, masked)]
     model, tokenizer = server.demo.models["parallel"], server.demo.tokenizer
     given = torch.tensor([[model.mask_id if code is None else code for code in tokens]])
-    p = model(given, torch.tensor([2]))[0].softmax(-1)
+    p = guided_logits(model, given, torch.tensor([2]), 1 * 4 / 5)[0].softmax(-1)
     # A place where an unlikely token was sampled: it is shown besides the eight likeliest.
     cell = next(place for place in range(64) if masked[place] and predicted[place] not in p[place].topk(8).indices)
     request = {"settings": settings, "label": 2, "step": 4, "tokens": tokens, "predicted": predicted, "cell": cell}
@@ -152,7 +152,8 @@ def test_an_edit_changes_the_region_alone(server, ask):
         assert (frame[:, ~inside] == was[~inside]).all() and (frame[:, inside] != was[inside]).any()
     model, tokens = server.demo.models["parallel"], server.demo.tokenizer.encode(images / 255).flatten()
     known = torch.where(torch.tensor(CENTRE) > 0, model.mask_id, tokens)
-    painted = decode(model, torch.full((3,), 6), known=known.expand(3, -1), generator=torch.Generator().manual_seed(0))
+    painted = decode(model, torch.full((3,), 6), known=known.expand(3, -1), cfg=1.0,
+                     generator=torch.Generator().manual_seed(0))
     assert steps["predicted"][-1] == painted.tolist() and steps["counts"] == [16, *mask_counts("cosine", 8, 16)]
     assert steps["unknown"] == [bool(place) for place in CENTRE]
     soft = drawn(ask("/draw", request | {"settings": request["settings"] | {"feather": "3"}}))[2][8]
@@ -178,7 +179,7 @@ def test_photos(ask):
 
 @pytest.mark.parametrize("settings, says", [
     ({"steps": "0"}, "at least 1"), ({"steps": "65"}, "the number of tokens, 64"), ({"class": "dog"}, "unknown class"),
-    ({"num": "65"}, "from 1 to 64"), ({"schedule": "x"}, "--schedule"), ({"cfg": "1"}, "--class-dropout"),
+    ({"num": "65"}, "from 1 to 64"), ({"schedule": "x"}, "--schedule"), ({"cfg": "-1"}, "--cfg"),
     ({"top-k": "300"}, "codebook, 256"), ({"temperature": "nan"}, "--temperature"), ({"run": "/etc"}, "unrecognized"),
     ({"decoder": "x"}, "--decoder"), ({"seed": "-1"}, "--seed")])
 def test_bad_settings(ask, settings, says):

@@ -190,21 +190,14 @@ def test_the_likeliest_class():
 
 
 def test_without_a_class(trained, photo, call, asked):
-    """Without --class: the likeliest one, or none where the model knows that."""
+    """Without --class: the likeliest one."""
     printed = call("--inpaint", "centre")
     _, _, transformer, checkpoint = load_run(trained, Machine("cpu"), VQGAN, MaskGIT)
     (labels, known, _), = asked
     likeliest = likeliest_class(transformer, known[0], 0)
     assert f"class: {checkpoint['classes'][likeliest]} (the likeliest" in printed and labels.tolist() == [likeliest]
-
-    config = checkpoint["config"] | {"null_class": True}
-    model = MaskGIT(MaskGITConfig(**config))
-    (photo.parent / "run").mkdir()
-    torch.save(checkpoint | {"config": config, "model": model.state_dict()}, photo.parent / "run" / "transformer.pt")
-    flags = ["--run", photo.parent / "run", "--vqgan", trained / "vqgan.pt", "--inpaint", "centre"]
-    assert "class: none (no --class was given)" in call(*flags)
-    assert "class: moon (as asked)" in call(*flags, "--class", "moon")
-    assert [labels.tolist() for labels, _, _ in asked[1:]] == [[model.null_label], [7]]
+    assert "class: moon (as asked)" in call("--inpaint", "centre", "--class", "moon")
+    assert asked[1][0].tolist() == [7]
 
 
 def test_what_is_repainted_shows_its_class():
@@ -230,7 +223,7 @@ def test_what_is_repainted_shows_its_class():
         for name, (regions, asked) in cases.items():
             known = torch.where(regions, transformer.mask_id, tokens).flatten(1)
             generator = torch.Generator().manual_seed(0)
-            painted = torch.cat([decode(transformer, part, known=given, generator=generator)
+            painted = torch.cat([decode(transformer, part, known=given, cfg=1.0, generator=generator)
                                  for part, given in zip(asked.split(64), known.split(64))])
             painted = [composite(image, new[None], mask, 3) for image, new, mask
                        in zip(images, tokenizer.decode(as_grid(painted)), to_pixels(regions, 4))]

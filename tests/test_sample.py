@@ -225,7 +225,7 @@ def test_what_the_decoder_is_asked_for(call, monkeypatch):
     assert generators[0] is generators[1] and generators[0].initial_seed() == 5
     for _, options in asked:
         assert options == {"steps": 2, "schedule": "square", "choice_temperature": 3, "temperature": 0.9, "top_k": 7,
-                           "cfg": 0, "order": "random", "return_steps": True}
+                           "cfg": 1, "order": "random", "return_steps": True}
 
 
 def test_the_film_shows_one_image_of_each_class(call, monkeypatch):
