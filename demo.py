@@ -231,8 +231,6 @@ class Page(BaseHTTPRequestHandler):
             self.tell({"waits": True})
         try:
             question(body, self.tell)
-        except (ConnectionError, TimeoutError):
-            raise
         except (ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             self.tell({"error": str(error)})
         finally:
