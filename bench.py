@@ -112,19 +112,21 @@ def time_train_vq(machine, sizes, batch, repeats):
 @torch.no_grad()
 def time_inference(row, machine, sizes, batch, repeats):
     """decode, sequential: from labels to tokens. encode: from images to tokens. restore: from tokens to images."""
-    size, grid = sizes.image_size, (batch, sizes.side, sizes.side)
-    labels = torch.arange(batch) % sizes.maskgit.num_classes
-    causal = dataclasses.replace(sizes.maskgit, causal=True)
-    function, model, config, given = {
-        "decode": (functools.partial(decode, steps=sizes.maskgit.default_steps), MaskGIT, sizes.maskgit, labels),
-        "sequential": (decode_sequential, MaskGIT, causal, labels),
-        "encode": (VQGAN.encode, VQGAN, sizes.vqgan, torch.rand(batch, 3, size, size)),
-        "restore": (VQGAN.decode, VQGAN, sizes.vqgan, torch.randint(sizes.vqgan.codebook_size, grid))}[row]
+    function, model, config = {
+        "decode": (functools.partial(decode, steps=sizes.maskgit.default_steps), MaskGIT, sizes.maskgit),
+        "sequential": (decode_sequential, MaskGIT, dataclasses.replace(sizes.maskgit, causal=True)),
+        "encode": (VQGAN.encode, VQGAN, sizes.vqgan), "restore": (VQGAN.decode, VQGAN, sizes.vqgan)}[row]
+    if row == "encode":
+        shape = batch, 3, sizes.image_size, sizes.image_size
+        given = torch.rand(shape).contiguous(memory_format=machine.layout)
+    elif row == "restore":
+        given = torch.randint(config.codebook_size, (batch, sizes.side, sizes.side))
+    else:
+        given = torch.arange(batch) % config.num_classes
     with torch.device("meta"):
         imagined = model(config)
     count = flops(functools.partial(function, imagined, given.to("meta")))
     model = machine.freeze(model(config).to(machine.device, memory_format=machine.layout).eval())
-    given = given.contiguous(memory_format=machine.layout) if row == "encode" else given
     # Of the decoders only the model's passes are compiled.
     if row == "decode":
         model = machine.compile(model)

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 
-from edit import choose_class, composite, fit_square
+from edit import choose_class, composite, to_square
 from lib import devices
 from lib.checkpoints import STAGES, add_sampler_flags, load_run, sampler_options
 from lib.data import DATA_FLAGS, admit_pixels, find_class, open_data, read_image
@@ -76,10 +76,11 @@ class Demo:
 
     def __init__(self, args, machine):
         self.args, self.machine, self.lock = args, machine, threading.Lock()
-        load, self.models = functools.partial(load_run, args.run, machine, VQGAN, MaskGIT, args.vqgan), {}
-        self.folder, self.tokenizer, self.models["parallel"], self.checkpoint = load("parallel")
+        what = {"machine": machine, "tokenizer_class": VQGAN, "transformer_class": MaskGIT, "vqgan": args.vqgan}
+        self.folder, self.tokenizer, parallel, self.checkpoint = load_run(args.run, decoder="parallel", **what)
+        self.models = {"parallel": parallel}
         with contextlib.suppress(FileNotFoundError, ValueError):        # it was not trained, or on other tokens
-            self.models["autoregressive"] = load("autoregressive")[2]
+            self.models["autoregressive"] = load_run(self.folder, decoder="autoregressive", **what)[2]
         self.classes, self.stride = self.checkpoint["classes"], self.tokenizer.config.stride
 
     @functools.cached_property
@@ -97,8 +98,7 @@ class Demo:
 
     def square(self, file):
         """The bytes of an image file -> the image as the model takes it, (3, S, S) in [0, 1]."""
-        pixels = np.array(fit_square(read_image(Upload(file)), self.checkpoint["image_size"], "crop")[0])
-        return torch.from_numpy(pixels).movedim(-1, 0).float() / 255
+        return to_square(read_image(Upload(file)), self.checkpoint["image_size"], "crop")
 
     def photo(self, body, tell):
         """An image file -> its "picture" at the model's size."""

@@ -54,6 +54,11 @@ def fit_square(image, size, fit, padding="edge"):
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box), (left, top, side)
 
 
+def to_square(photo, size, fit):
+    """A PIL image as the model takes it: (3, size, size) in [0, 1]. fit: as for fit_square()."""
+    return torch.from_numpy(np.array(fit_square(photo, size, fit)[0])).movedim(-1, 0).float() / 255
+
+
 def box_region(args, photo, size, side):
     """The tokens that --box touches, and one more on either side. Raises ValueError for a bad box.
 
@@ -204,7 +209,7 @@ def edit(args, machine):
 
     started, size, batches = time.time(), checkpoint["image_size"], []
     photo = read_image(args.photo)
-    picture = torch.from_numpy(np.array(fit_square(photo, size, args.fit)[0])).movedim(-1, 0).float() / 255
+    picture = to_square(photo, size, args.fit)
     with machine.autocast():
         paint, known = panorama, tokenizer.encode(picture[None].to(machine.device))[0]                 # (side, side)
         if task in REGIONS:
