@@ -25,9 +25,9 @@ import torch
 
 import train_transformer
 import train_vq
-from lib import devices
-from lib.checkpoints import write_atomically
+from lib import flags, runtime
 from lib.costs import flops
+from lib.files import write_atomically
 from lib.lpips import LPIPS
 from maskgit import MaskGIT, decode, decode_sequential
 from vqgan import VQGAN
@@ -162,7 +162,7 @@ def measure(machine, args):
             try:
                 took, count = function(machine, configuration(preset), batch, args.repeats)
             except RuntimeError as error:
-                if not devices.out_of_memory(error):
+                if not flags.out_of_memory(error):
                     raise
                 print(f"{preset:12} {row:18} {batch:5}   out of memory", flush=True)
                 continue
@@ -187,15 +187,15 @@ def bench(args, machine):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    devices.add_flags(parser, {
+    flags.add_flags(parser, {
         "preset": ({"nargs": "+", "choices": PRESETS}, ["imagenet256"], "sizes to measure"),
         "rows": ({"nargs": "+", "choices": ROWS}, list(ROWS), "what to measure"),
-        "batch": ({"type": devices.count, "nargs": "+"}, None, "images at once (default: what suits the device)"),
-        "repeats": (devices.count, 3, "timed calls of each row, whose median counts"),
+        "batch": ({"type": flags.count, "nargs": "+"}, None, "images at once (default: what suits the device)"),
+        "repeats": (flags.count, 3, "timed calls of each row, whose median counts"),
         "json": (str, None, "also write the numbers to this file")})
-    devices.add_machine_flags(parser)
-    devices.launch(bench, parser.parse_args())
+    flags.add_machine_flags(parser)
+    runtime.launch(bench, parser.parse_args())
 
 
 if __name__ == "__main__":
-    devices.command_line(main)
+    flags.command_line(main)

@@ -27,11 +27,12 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 
-from edit import choose_class, composite, to_square
-from lib import devices
-from lib.checkpoints import STAGES, add_sampler_flags, load_run, sampler_options
+from lib import flags, runtime
 from lib.data import DATA_FLAGS, admit_pixels, find_class, open_data, read_image
+from lib.editing import choose_class, composite, to_square
+from lib.flags import UserError
 from lib.pictures import to_pil
+from lib.sampling import STAGES, add_sampler_flags, load_run, sampler_options
 from maskgit import ORDERS, SCHEDULES, MaskGIT, decode, decode_sequential, gamma, guided_logits, mask_counts
 from vqgan import VQGAN, as_grid, to_pixels
 
@@ -42,14 +43,14 @@ MOST_BYTES = 20_000_000     # of a photo
 def read_settings(settings):
     """{flag of sample.py or edit.py: text, "" for its default} -> their values. Raises ValueError."""
     def refuse(message):
-        raise ValueError(message)
+        raise UserError(message)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = refuse
-    devices.add_flags(parser, {
+    flags.add_flags(parser, {
         "class": ({"dest": "class_name"}, None, "what to draw (default: each class in turn)"),
-        "num": (devices.number(int, 1, 64), 10, "images"),
+        "num": (flags.number(int, 1, 64), 10, "images"),
         "decoder": (list(STAGES), "parallel", "which transformer of the run"),
-        "feather": (devices.positive, 0, "of what is painted, in pixels")})
+        "feather": (flags.positive, 0, "of what is painted, in pixels")})
     add_sampler_flags(parser, SCHEDULES, ORDERS)
     return parser.parse_args([f"--{name}={text}" for name, text in settings.items() if text != ""])
 
@@ -148,7 +149,7 @@ class Demo:
             tokens = self.tokenizer.encode(picture[None].to(self.machine.device))[0]
             region = torch.tensor(request["region"], device=tokens.device).view_as(tokens) > 0
             if not region.any():
-                raise ValueError("nothing is painted over yet: mark the region that is to be drawn anew")
+                raise UserError("nothing is painted over yet: mark the region that is to be drawn anew")
             known, mask = torch.where(region, model.mask_id, tokens).flatten(), to_pixels(region, self.stride).cpu()
             label, name = choose_class(args, model, self.classes, known)
         elif args.class_name is not None:
@@ -265,7 +266,7 @@ def serve(args, machine):
     try:
         server = ThreadingHTTPServer(("127.0.0.1", args.port), Page)
     except OSError as error:
-        raise ValueError(f"port {args.port} cannot be had ({error.strerror}): name another with --port") from error
+        raise UserError(f"port {args.port} cannot be had ({error.strerror}): name another with --port") from error
     server.demo = Demo(args, machine)
     print(f"{server.demo.folder}: open http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
     # At its end Python would break off what computes in the midst of torch, which aborts. There is nothing to save.
@@ -275,13 +276,13 @@ def serve(args, machine):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    devices.add_flags(parser, {
+    flags.add_flags(parser, {
         "run": (str, None, "the run's folder (default: the newest in runs/ that holds a transformer)"),
         "vqgan": (str, None, "tokenizer file (default: vqgan.pt in the run's folder)"),
-        "port": (devices.number(int, 0, 65535), 8000, "of 127.0.0.1; 0 for one that is free"), **DATA_FLAGS})
-    devices.add_machine_flags(parser, compiles=False)
-    devices.launch(serve, parser.parse_args())
+        "port": (flags.number(int, 0, 65535), 8000, "of 127.0.0.1; 0 for one that is free"), **DATA_FLAGS})
+    flags.add_machine_flags(parser, compiles=False)
+    runtime.launch(serve, parser.parse_args())
 
 
 if __name__ == "__main__":
-    devices.command_line(main)
+    flags.command_line(main)

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
 
-from lib import devices
-from lib.checkpoints import add_run_flags, add_sampler_flags, load_run, sampler_options
-from lib.data import find_class, read_image
+from lib import flags, runtime
+from lib.data import read_image
+from lib.editing import choose_class, composite, fit_square, to_square
+from lib.flags import UserError
 from lib.pictures import grid, picture_path, restore, save_film, save_image, to_pil
+from lib.sampling import add_run_flags, add_sampler_flags, load_run, sampler_options
 from maskgit import ORDERS, SCHEDULES, MaskGIT, decode
 from vqgan import VQGAN, as_grid, to_pixels
 
@@ -28,35 +29,16 @@ TASKS = {
     "mask": ({"metavar": "PNG"}, None, "repaint what is white in this image, which is as large as the photo"),
     "inpaint": (["centre"], None, "repaint the centre, half of the width and of the height"),
     "outpaint": ({"metavar": "SIDE=FRACTION"}, None, "repaint this share of the photo at its left, right, up or down"),
-    "extrapolate": (devices.count, None, "lengthen the photo to both sides, to so many of the model's pixels"),
+    "extrapolate": (flags.count, None, "lengthen the photo to both sides, to so many of the model's pixels"),
 }
 FLAGS = {
     "class": ({"metavar": "NAME_OR_ID", "dest": "class_name"}, None, "what to paint (default: the likeliest)"),
-    "num": (devices.count, 8, "variants of the photo"),
+    "num": (flags.count, 8, "variants of the photo"),
     "fit": (["crop", "pad"], "crop", "bring the photo to the model's square: crop it, or pad it with its borders"),
-    "feather": (devices.positive, None, "blur of the border in pixels, 0 for none (default: a token's width less one)"),
-    "start_step": (devices.whole, 0, "decoding steps to pass over, as much is known (the released demo: 2 of 12)"),
+    "feather": (flags.positive, None, "blur of the border in pixels, 0 for none (default: a token's width less one)"),
+    "start_step": (flags.whole, 0, "decoding steps to pass over, as much is known (the released demo: 2 of 12)"),
     "out": (str, None, "the grid to write (default: in the run's folder, the photo's name and what was done)"),
 }
-
-
-def fit_square(image, size, fit, padding="edge"):
-    """Brings a PIL image to size x size. fit: crop its centre, or pad its shorter side (padding: as for numpy.pad).
-
-    Returns the PIL image, and (left, top, side) of the square in pixels of the image, negative where it is padded."""
-    width, height = image.size
-    side = min(width, height) if fit == "crop" else max(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    box = (left, top, left + side, top + side)
-    if fit == "pad":
-        margins = ((-top, side - height + top), (-left, side - width + left), (0, 0))
-        image, box = Image.fromarray(np.pad(np.asarray(image), margins, padding)), (0, 0, side, side)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box), (left, top, side)
-
-
-def to_square(photo, size, fit):
-    """A PIL image as the model takes it: (3, size, size) in [0, 1]. fit: as for fit_square()."""
-    return torch.from_numpy(np.array(fit_square(photo, size, fit)[0])).movedim(-1, 0).float() / 255
 
 
 def box_region(args, photo, size, side):
@@ -66,9 +48,9 @@ def box_region(args, photo, size, side):
     try:
         y, x, height, width = [int(part) for part in args.box.split(",")]
     except ValueError:
-        raise ValueError(f"--box {args.box} should be TOP,LEFT,HEIGHT,WIDTH in pixels, such as 40,60,100,80") from None
+        raise UserError(f"--box {args.box} should be TOP,LEFT,HEIGHT,WIDTH in pixels, such as 40,60,100,80") from None
     if not (0 <= y < y + height <= photo.height and 0 <= x < x + width <= photo.width):
-        raise ValueError(f"--box {args.box} is empty or reaches outside {args.photo}, "
+        raise UserError(f"--box {args.box} is empty or reaches outside {args.photo}, "
                          f"which is {photo.width} x {photo.height} pixels")
     stride, (left, top, across) = size // side, fit_square(photo, size, args.fit)[1]
 
@@ -85,7 +67,7 @@ def mask_region(args, photo, size, side):
     """The tokens in which --mask has a white pixel. Raises ValueError for a mask of another size."""
     mask = read_image(args.mask)
     if mask.size != photo.size:
-        raise ValueError(f"the mask {args.mask} is {mask.width} x {mask.height} pixels, {args.photo} is "
+        raise UserError(f"the mask {args.mask} is {mask.width} x {mask.height} pixels, {args.photo} is "
                          f"{photo.width} x {photo.height}: they must have the same size")
     fitted, _ = fit_square(mask, size, args.fit, "constant")                    # what is padded is black
     white = torch.from_numpy(np.array(fitted.convert("L"))) > 127
@@ -102,42 +84,13 @@ def outpaint_region(args, photo, size, side):
     """--outpaint SIDE=FRACTION: that share of the photo, at that side. Raises ValueError for anything else."""
     match = re.fullmatch(r"(left|down|right|up)=(0?\.\d+)", args.outpaint)
     if not match or float(match[2]) == 0:
-        raise ValueError(f"--outpaint {args.outpaint} should be left, right, up or down, = and a fraction between "
+        raise UserError(f"--outpaint {args.outpaint} should be left, right, up or down, = and a fraction between "
                          f"0 and 1, such as right=0.5")
     at_the_left = (torch.arange(side) < math.ceil(float(match[2]) * side)).expand(side, side)
     return at_the_left.rot90(["left", "down", "right", "up"].index(match[1]))   # a quarter turn brings it down
 
 
 REGIONS = {"box": box_region, "mask": mask_region, "inpaint": inpaint_region, "outpaint": outpaint_region}
-
-
-def choose_class(args, transformer, names, known):
-    """The class that is painted -> (its index, its name and why it was chosen). Raises ValueError."""
-    if args.class_name is not None:
-        label = find_class(args.class_name, names)
-        return label, f"{names[label]} (as asked)"
-    label = likeliest_class(transformer, known.flatten(), args.seed)
-    return label, f"{names[label]} (the likeliest for what is kept of the image)"
-
-
-def likeliest_class(model, known, seed):
-    """The class under which the known ones of the tokens (N,) are likeliest; mask_id marks the others. Returns an int.
-
-    The known tokens come in a random order in four parts, and each part is predicted from those before it; after each,
-    the likelier quarter of the classes goes on. Raises ValueError where nothing is known."""
-    places = (known.cpu() != model.mask_id).nonzero()[:, 0]
-    if not len(places):
-        raise ValueError("nothing of the image is kept that could tell its class: name one with --class")
-    places = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))].to(known.device)
-    classes = torch.arange(model.config.num_classes, device=known.device)
-    score = torch.zeros(len(classes), device=known.device)                      # the log-likelihood of each class
-    shown = torch.full_like(known, model.mask_id)
-    for part in places.chunk(4):
-        logits = torch.cat([model(shown.expand(len(some), -1), some)[:, part].float() for some in classes.split(64)])
-        score[classes] += logits.log_softmax(-1)[:, torch.arange(len(part)), known[part]].sum(1)
-        classes = classes[score[classes].topk(min(len(classes), max(16, len(classes) // 4))).indices]
-        shown[part] = known[part]
-    return classes[score[classes].argmax()].item()
 
 
 def repaint(args, tokenizer, transformer, picture, known, labels, options):
@@ -155,7 +108,7 @@ def panorama(args, tokenizer, transformer, picture, tokens, labels, options):
     """Extrapolation: paints to both sides of the photo until all is --extrapolate pixels wide. Returns as repaint()."""
     size, width, config = picture.shape[-1], args.extrapolate, tokenizer.config
     if width <= size:
-        raise ValueError(f"--extrapolate {width} must be wider than the image, which is {size} pixels here")
+        raise UserError(f"--extrapolate {width} must be wider than the image, which is {size} pixels here")
     margins = (width - size) // 2, (width - size + 1) // 2                      # in pixels, left and right of the photo
     left, right = [math.ceil(margin / config.stride) for margin in margins]     # in tokens, so the first may overhang
     overhang = left * config.stride - margins[0]
@@ -184,23 +137,12 @@ def extrapolate(transformer, tokens, labels, left, right, **options):
     return canvases
 
 
-def composite(photo, painted, mask, feather):
-    """The photo (3, H, W) where mask (H, W) is false, exactly; painted (n, 3, H, W) where it is true.
-
-    feather: standard deviation, in pixels, of the Gaussian with which the one fades into the other, 0 for none: on the
-    photo's side of the border (released: on both), so that nothing of what was to go shines through."""
-    blurred = Image.fromarray(mask.numpy().astype(np.uint8) * 255).filter(ImageFilter.GaussianBlur(feather))
-    halved = torch.from_numpy(np.array(blurred)) / 255                          # 1/2 at the border
-    share = torch.where(mask, 1, (2 * halved).clamp(max=1))
-    return painted * share + photo * (1 - share)
-
-
 @torch.no_grad()
 def edit(args, machine):
     """Paints --num variants of the photo. Every rank paints the same, and the first one writes them."""
     folder, tokenizer, transformer, checkpoint = load_run(args.run, machine, VQGAN, MaskGIT, args.vqgan, args.decoder)
     if transformer.config.causal:
-        raise ValueError(f"{folder} holds an autoregressive transformer, which can only go on in raster order: to edit "
+        raise UserError(f"{folder} holds an autoregressive transformer, which can only go on in raster order: to edit "
                          f"images, use a run trained with --decoder parallel")
     task, = [name for name in TASKS if getattr(args, name) is not None]
     out = picture_path(args.out or folder / f"{Path(args.photo).stem}.{task}.png")
@@ -215,7 +157,7 @@ def edit(args, machine):
         if task in REGIONS:
             region = REGIONS[task](args, photo, size, len(known))
             if not region.any():
-                raise ValueError(f"nothing of {args.photo} is left to repaint after --fit {args.fit}: is the box cut "
+                raise UserError(f"nothing of {args.photo} is left to repaint after --fit {args.fit}: is the box cut "
                                  f"off, or the mask black?")
             paint, known = repaint, torch.where(region.to(machine.device), transformer.mask_id, known)
         label, reason = choose_class(args, transformer, checkpoint["classes"], known)
@@ -246,14 +188,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photo", metavar="PHOTO", help="the image to edit, of any size")
     what = parser.add_argument_group("what is done", "one of these; pixels are those of the photo")
-    devices.add_flags(what.add_mutually_exclusive_group(required=True), TASKS)
-    devices.add_flags(parser, FLAGS)
+    flags.add_flags(what.add_mutually_exclusive_group(required=True), TASKS)
+    flags.add_flags(parser, FLAGS)
     parser.add_argument("--film", action="store_true", help="also write the decoding steps as a film strip and a GIF")
     add_run_flags(parser)
     add_sampler_flags(parser.add_argument_group("the sampler"), SCHEDULES, ORDERS)
-    devices.add_machine_flags(parser, compiles=False)
-    devices.launch(edit, parser.parse_args())
+    flags.add_machine_flags(parser, compiles=False)
+    runtime.launch(edit, parser.parse_args())
 
 
 if __name__ == "__main__":
-    devices.command_line(main)
+    flags.command_line(main)

@@ -19,11 +19,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lib import classifier, devices, metrics, pictures
-from lib.checkpoints import add_run_flags, add_sampler_flags, fingerprint, load_run, rebuild, sampler_options
-from lib.classifier import BESIDE_REAL, BY_CLASS, SampledImages, Subset, sampled_batches
+from lib import features as features_
+from lib import flags, metrics, pictures, runtime, terminal
 from lib.data import DATA_FLAGS, admit_pixels, open_data
+from lib.features import BESIDE_REAL, BY_CLASS, SampledImages, Subset, sampled_batches
+from lib.files import fingerprint, rebuild
+from lib.flags import UserError
 from lib.ledger import Ledger, name_of
+from lib.sampling import add_run_flags, add_sampler_flags, load_run, sampler_options
 from maskgit import ORDERS, SCHEDULES, MaskGIT, decode, decode_sequential, mvtm_loss
 from train_transformer import mask_for_training
 from vqgan import VQGAN, as_grid, to_pixels
@@ -63,19 +66,19 @@ def table1(task, real):
     args, stages, rows = task.args, figures_of_stages(task, real), {}
     keep = FEATURES | {"tokens": args.num}
     rows["samples"] = row_of_samples(task, real, "samples, row", task.options, args.seed, keep)
-    chosen = Subset(task.train, classifier.fair_choice(task.train, args.num), args.batch)
+    chosen = Subset(task.train, features_.fair_choice(task.train, args.num), args.batch)
     name = name_of("training images, row", {}, args.seed)
     rows["real training images"] = row_of(task, real, name, len(chosen), chosen.read, FEATURES, chosen)
     restored = {name.removeprefix(RESTORED): value for name, value in real.items() if name.startswith(RESTORED)}
     rows["reconstructions"] = task.features.figures(restored, real)
     if task.machine.leads:
         samples, title = rows["samples"], f"{task.title}; {name_of('sampler', task.options, args.seed)}"
-        pictures.print_table(title, rows, [name for name in samples if name not in (*BESIDE_REAL, BY_CLASS)])
-        pictures.print_table("beside the real images", rows, [name for name in BESIDE_REAL if name in samples])
-        pictures.print_table("both stages", {"": stages})
-        pictures.print_table(LIKELIHOODS, {"": stages["NLL"]})
+        terminal.print_table(title, rows, [name for name in samples if name not in (*BESIDE_REAL, BY_CLASS)])
+        terminal.print_table("beside the real images", rows, [name for name in BESIDE_REAL if name in samples])
+        terminal.print_table("both stages", {"": stages})
+        terminal.print_table(LIKELIHOODS, {"": stages["NLL"]})
         if BY_CLASS in samples:
-            pictures.print_table(BY_CLASS, {"": dict(list(samples[BY_CLASS].items())[:20])})
+            terminal.print_table(BY_CLASS, {"": dict(list(samples[BY_CLASS].items())[:20])})
         if not task.transformer.config.causal:
             pictures.draw_accuracy(task.folder / "eval.accuracy.png", stages["accuracy by mask ratio"])
     return {"rows": rows, "stages": stages}
@@ -91,7 +94,7 @@ def table2(task, real):
         read = functools.partial(repainted_images, task, region=region)
         rows[what] = row_of(task, real, name_of(what, task.options, task.args.seed), len(task.real), read)
     if task.machine.leads:
-        pictures.print_table(task.title, rows)
+        terminal.print_table(task.title, rows)
     return rows
 
 
@@ -107,9 +110,9 @@ def table3(task, real):
     if task.machine.leads:
         by_steps = {schedule: {f"T={T}": f"{row[distance]:.4g} ± {row[DEVIATION]:.2g}" for T, row in curve.items()}
                     for schedule, curve in curves.items()}
-        pictures.print_table(f"{distance} ± deviation over {task.args.seeds} seeds, by T", by_steps)
+        terminal.print_table(f"{distance} ± deviation over {task.args.seeds} seeds, by T", by_steps)
         pictures.draw_curves(task.folder / "eval.ablation.png", curves, "T, decoding steps", distance, DEVIATION)
-        pictures.print_table(f"{task.title}; each schedule at its best T", rows)
+        terminal.print_table(f"{task.title}; each schedule at its best T", rows)
     return rows
 
 
@@ -120,7 +123,7 @@ def sweep(task, real):
     rows = {str(value): row for value, row in curve.items()}
     if task.machine.leads:
         pictures.draw_curves(task.folder / f"eval.{name}.png", {name: curve}, name, distance, DEVIATION)
-        pictures.print_table(f"{task.title}; {name}", rows)
+        terminal.print_table(f"{task.title}; {name}", rows)
     return rows
 
 
@@ -151,8 +154,8 @@ def row_of(task, real, name, count, read, keep=None, images=None):
         # does it, as the others would find the same.
         if keep and args.classifier_steps and task.machine.leads:
             images = images or SampledImages(sums["tokens"], task.train.classes, functools.partial(restore, task))
-            model = classifier.train_classifier(images, args.classifier_steps, args.seed, task.machine, "CAS")
-            figures["CAS top-1"], figures["CAS top-5"] = classifier.accuracy(model, task.real, task.machine)
+            model = features_.train_classifier(images, args.classifier_steps, args.seed, task.machine, "CAS")
+            figures["CAS top-1"], figures["CAS top-5"] = features_.accuracy(model, task.real, task.machine)
         task.ledger.keep(name, figures)
     return task.ledger.results[name]
 
@@ -181,7 +184,7 @@ def repainted_images(task, numbers, region):
     pixels = to_pixels(region, task.tokenizer.config.stride)                                            # (S, S)
     for batch in task.real.read(numbers):
         images, labels = task.machine.put(batch.images), task.machine.put(batch.labels)
-        generator = task.machine.generator(devices.step_seed(task.args.seed, batch.number))
+        generator = task.machine.generator(runtime.step_seed(task.args.seed, batch.number))
         with task.machine.autocast():
             known = task.tokenizer.encode(task.machine.to_floats(images)).flatten(1)
             known = torch.where(region.flatten(), task.transformer.mask_id, known)
@@ -199,7 +202,7 @@ def sums_of_stages(task, batch):
     sums, rows = task.features.sums(batch)
     others, _ = task.features.sums(batch._replace(images=pictures.to_uint8(restored)))
     sums |= {RESTORED + name: value for name, value in others.items()}
-    sums |= token_sums(task, tokens, task.machine.put(batch.labels), devices.step_seed(task.args.seed, batch.number))
+    sums |= token_sums(task, tokens, task.machine.put(batch.labels), runtime.step_seed(task.args.seed, batch.number))
     sums["psnr"] = metrics.psnr(floats, restored).sum()
     ones = torch.ones_like(tokens, dtype=torch.float64).flatten()                # bincount, which TPUs do not have
     sums["codes"] = ones.new_zeros(task.tokenizer.config.codebook_size).index_add_(0, tokens.flatten(), ones)
@@ -257,21 +260,21 @@ class Task:
         admit_pixels(args.max_pixels)
         self.train, val = open_data(self.data, checkpoint["image_size"], args.data_dir)
         if list(self.train.classes) != list(checkpoint["classes"]):
-            raise ValueError(f"the {len(self.train.classes)} classes of {self.data} are not those that the run "
+            raise UserError(f"the {len(self.train.classes)} classes of {self.data} are not those that the run "
                              f"{self.folder} was trained on")
-        self.real = Subset(val, classifier.fair_choice(val, args.num), args.batch)
+        self.real = Subset(val, features_.fair_choice(val, args.num), args.batch)
         if len(self.real) <= metrics.NEIGHBOURS:
-            raise ValueError(f"--num {args.num}: of the {len(val)} validation images of {self.data} this takes "
+            raise UserError(f"--num {args.num}: of the {len(val)} validation images of {self.data} this takes "
                              f"{len(self.real)}; precision and recall need at least {metrics.NEIGHBOURS + 1} images")
         if config.causal and (args.ablate or args.sweep or args.manipulate):
-            raise ValueError("--ablate, --sweep and --manipulate need a parallel decoder: add --decoder parallel")
+            raise UserError("--ablate, --sweep and --manipulate need a parallel decoder: add --decoder parallel")
         if args.ablate and min(args.ablate_steps) > config.num_tokens:
-            raise ValueError(f"--ablate-steps must be from 1 to the number of tokens, {config.num_tokens}")
+            raise UserError(f"--ablate-steps must be from 1 to the number of tokens, {config.num_tokens}")
         if not config.causal:                                     # a bad option shows here, before anything takes long
             changed = {args.sweep: SWEEPS[args.sweep][-1]} if args.sweep else {}
             with machine.autocast():
                 decode(self.transformer, machine.put(torch.tensor([0])), **self.options | changed)
-        self.features = classifier.open_features(args, machine, self.real[0].images, self.train, self.folder)
+        self.features = features_.open_features(args, machine, self.real[0].images, self.train, self.folder)
         setup = {"tokenizer": fingerprint(self.tokenizer), "transformer": fingerprint(self.transformer),
                  "beside it": [fingerprint(model) for model in set(self.likelihoods.values()) - {self.transformer}],
                  "features": self.features.name, "generated images": args.num, "real images": len(self.real),
@@ -286,23 +289,23 @@ def parse_flags(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser)
     add_sampler_flags(parser, SCHEDULES, ORDERS)
-    devices.add_flags(parser, {
-        **classifier.FLAGS,
-        "num": (devices.whole, 2000, "images to sample; the paper: 50000"),
-        "batch": (devices.count, 100, "images at a time"),
-        "ablate_steps": ({"type": devices.count, "nargs": "+"}, [4, 8, 12, 16, 32, 64], "decoding steps of --ablate"),
+    flags.add_flags(parser, {
+        **features_.FLAGS,
+        "num": (flags.whole, 2000, "images to sample; the paper: 50000"),
+        "batch": (flags.count, 100, "images at a time"),
+        "ablate_steps": ({"type": flags.count, "nargs": "+"}, [4, 8, 12, 16, 32, 64], "decoding steps of --ablate"),
         "sweep": (list(SWEEPS), None, "one setting of the sampler at several values"),
-        "seeds": (devices.count, 3, "of --ablate and --sweep, from --seed upwards"), **DATA_FLAGS})
+        "seeds": (flags.count, 3, "of --ablate and --sweep, from --seed upwards"), **DATA_FLAGS})
     parser.add_argument("--manipulate", action="store_true", help="outpainting and inpainting of validation images")
     parser.add_argument("--ablate", action="store_true", help="every mask schedule at several T")
     parser.add_argument("--again", action="store_true", help="do anew what eval.json holds already")
-    devices.add_machine_flags(parser, compiles=False)
+    flags.add_machine_flags(parser, compiles=False)
     return parser.parse_args(arguments)
 
 
 def main():
-    devices.launch(evaluate, parse_flags())
+    runtime.launch(evaluate, parse_flags())
 
 
 if __name__ == "__main__":
-    devices.command_line(main)
+    flags.command_line(main)

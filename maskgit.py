@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.devices import from_host
+from lib.runtime import from_host
 
 
 @dataclass

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lib import checkpoints
+from lib import files
 from lib.data import IMAGENET_CLASSES
-from lib.devices import command_line
-from lib.downloads import download
+from lib.files import download
+from lib.flags import UserError, command_line
 from maskgit import MaskGIT
 from vqgan import VQGAN
 
@@ -98,7 +98,7 @@ def import_msgpack():
     try:
         import msgpack
     except ImportError:
-        raise ValueError("the released files are in the msgpack format: pip install msgpack") from None
+        raise UserError("the released files are in the msgpack format: pip install msgpack") from None
     return msgpack
 
 
@@ -125,16 +125,16 @@ def read_released(path):
     try:
         found = list(flatten(msgpack.unpackb(data, ext_hook=unpack)))
     except Exception as error:                              # msgpack raises a dozen kinds on what it does not expect
-        raise ValueError(f"{path} is no Flax msgpack file, or truncated ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path} is no Flax msgpack file, or truncated ({type(error).__name__}: {error})") from error
     for name, times in Counter(name for name, _ in found).items():
         if times > 1:
-            raise ValueError(f"{path} holds parameter {name} twice; leave one set of parameters in it")
+            raise UserError(f"{path} holds parameter {name} twice; leave one set of parameters in it")
     return dict(found)
 
 
 def shape_of(path, arrays, name):
     if name not in arrays:
-        raise ValueError(f"{path}: parameter {name} is missing: this is no released model or port, or not a whole one")
+        raise UserError(f"{path}: parameter {name} is missing: this is no released model or port, or not a whole one")
     return tuple(arrays[name].shape)
 
 
@@ -150,10 +150,10 @@ def build(model_class, config, arrays, layout, path):
     for name, own in layout(model.to_empty(device="cpu")):
         found, expected = shape_of(path, arrays, name), tuple(own.shape)
         if found != expected:
-            raise ValueError(f"{path}: parameter {name} has shape {found} where {expected} is expected")
+            raise UserError(f"{path}: parameter {name} has shape {found} where {expected} is expected")
         own.copy_(arrays.pop(name))
     for name in arrays:
-        raise ValueError(f"{path}: parameter {name} is unexpected")
+        raise UserError(f"{path}: parameter {name} is unexpected")
     return model.eval()
 
 
@@ -164,7 +164,7 @@ def vqgan_from_jax(path):
     Raises OSError, or ValueError for a damaged file, and for a parameter too many or too few, which it names."""
     with open(path, "rb") as file:
         is_port = file.read(2) in (b"PK", b"\x80\x02")      # the port is a zip archive, or a bare pickle
-    arrays = checkpoints.load_tensors(path) if is_port else read_released(path)
+    arrays = files.load_tensors(path) if is_port else read_released(path)
     shape = partial(shape_of, path, arrays)
     if is_port:
         codebook, filters = shape("quantize.embedding.weight"), shape("encoder.conv_in.weight")[0]
@@ -177,7 +177,7 @@ def vqgan_from_jax(path):
         res_blocks = count(arrays, "encoder/ResBlock_") // (levels + 1)
         widths = [shape(f"encoder/ResBlock_{level * res_blocks}/Conv_0/kernel")[-1] for level in range(levels)]
     if not widths or not res_blocks or filters % 32:        # shapes do not tell the groups of GroupNorm: 32 as released
-        raise ValueError(f"{path} is no tokenizer as released: it has {len(widths)} resolutions, {res_blocks} residual "
+        raise UserError(f"{path} is no tokenizer as released: it has {len(widths)} resolutions, {res_blocks} residual "
                          f"blocks and {filters} filters")
     config = VQGAN.Config(*codebook, filters, tuple(width // filters for width in widths), res_blocks)
     return build(VQGAN, config, arrays, port_arrays if is_port else released_arrays, path)
@@ -192,7 +192,7 @@ def maskgit_from_jax(path, codebook_size=1024):
     shape = partial(shape_of, path, arrays)
     rows, dim = shape("Embed_0/word_embeddings/embedding")
     if rows < codebook_size + 2:
-        raise ValueError(f"{path} has a vocabulary of {rows}, too small for {codebook_size} codes, the classes and "
+        raise UserError(f"{path} has a vocabulary of {rows}, too small for {codebook_size} codes, the classes and "
                          f"[MASK]: it was trained with another tokenizer")
     positions, _ = shape("Embed_0/position_embeddings/embedding")
     _, heads, _ = shape("TransformerLayer_0/Attention_0/self_attention/query/kernel")
@@ -206,9 +206,9 @@ def write_released(model, path):
     """Writes a VQGAN or MaskGIT as the authors released theirs. Raises OSError, or ValueError where that cannot be."""
     msgpack = import_msgpack()
     if getattr(model.config, "groups", 32) != 32:
-        raise ValueError(f"the released format means 32 groups in each GroupNorm, not {model.config.groups}")
+        raise UserError(f"the released format means 32 groups in each GroupNorm, not {model.config.groups}")
     if getattr(model.config, "null_class", False):
-        raise ValueError("the released format has no null class, and this transformer was trained with --class-dropout")
+        raise UserError("the released format has no null class, and this transformer was trained with --class-dropout")
     tree = {}
     for name, array in released_arrays(model):
         *folders, last = f"params/{name}".split("/")
@@ -221,7 +221,7 @@ def write_released(model, path):
         array = array.contiguous().numpy()
         return msgpack.ExtType(1, msgpack.packb((array.shape, array.dtype.name, array.tobytes())))
 
-    checkpoints.write_atomically(path, lambda file: msgpack.pack(tree, file, default=pack))
+    files.write_atomically(path, lambda file: msgpack.pack(tree, file, default=pack))
 
 
 def convert(args, folder):
@@ -239,7 +239,7 @@ def convert(args, folder):
         config = models["transformer"].config
         side = math.isqrt(config.num_tokens)
         if side * side != config.num_tokens:
-            raise ValueError(f"{files[1]} draws {config.num_tokens} tokens, which are no square image")
+            raise UserError(f"{files[1]} draws {config.num_tokens} tokens, which are no square image")
         if config.num_classes != len(classes):
             classes = [str(i) for i in range(config.num_classes)]
     for (kind, model), source in zip(models.items(), files):
@@ -247,8 +247,8 @@ def convert(args, folder):
                       "model": model.state_dict(), "data": "imagenet", "image_size": side * tokenizer.config.stride,
                       "classes": classes}
         if kind == "transformer":
-            checkpoint["tokenizer"] = checkpoints.fingerprint(tokenizer)
-        checkpoints.save_checkpoint(folder / f"{kind}.pt", checkpoint)
+            checkpoint["tokenizer"] = files.fingerprint(tokenizer)
+        files.save_checkpoint(folder / f"{kind}.pt", checkpoint)
         (folder / f"{kind}.resume.pt").unlink(missing_ok=True)             # of the run that --overwrite replaces
         size = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"wrote {folder}/{kind}.pt: {size:.2f} M parameters, {model.config}")
@@ -258,7 +258,7 @@ def convert(args, folder):
 def export(run, targets):
     """Writes both models of a run as released. targets: the files of the tokenizer and of the transformer."""
     for kind, model_class, target in zip(("vqgan", "transformer"), (VQGAN, MaskGIT), targets, strict=True):
-        model, _ = checkpoints.rebuild(run / f"{kind}.pt", kind, model_class)
+        model, _ = files.rebuild(run / f"{kind}.pt", kind, model_class)
         write_released(model, target)
         print(f"wrote {target}")
 
@@ -269,13 +269,13 @@ def halve(run, folder):
         source, target = run / f"{kind}.pt", folder / f"{kind}.pt"
         if kind != "vqgan" and not source.exists():
             continue
-        checkpoint = checkpoints.load_checkpoint(source, kind)
+        checkpoint = files.load_checkpoint(source, kind)
         checkpoint["model"] = {name: value.half() if value.is_floating_point() else value
                                for name, value in checkpoint["model"].items()}
         if "tokenizer" in checkpoint:                       # rounded, it is another one, with other tokens
-            tokenizer, _ = checkpoints.rebuild(folder / "vqgan.pt", "vqgan", VQGAN)
-            checkpoint["tokenizer"] = checkpoints.fingerprint(tokenizer)
-        checkpoints.save_checkpoint(target, checkpoint)
+            tokenizer, _ = files.rebuild(folder / "vqgan.pt", "vqgan", VQGAN)
+            checkpoint["tokenizer"] = files.fingerprint(tokenizer)
+        files.save_checkpoint(target, checkpoint)
         print(f"wrote {target}: {target.stat().st_size / 1e6:.2f} MB")
 
 
@@ -305,10 +305,10 @@ def main():
         command = partial(convert, args, folder)
     else:
         problem = f"unknown model '{args.model}'" if args.model else "no model was named"
-        raise ValueError(f"{problem}: name one of {', '.join(MODELS)}, or give --tokenizer, --transformer and --run")
+        raise UserError(f"{problem}: name one of {', '.join(MODELS)}, or give --tokenizer, --transformer and --run")
     for path in targets:
         if path.exists() and not args.overwrite:
-            raise ValueError(f"{path} is already there: use --overwrite to replace it, or name another folder")
+            raise UserError(f"{path} is already there: use --overwrite to replace it, or name another folder")
     command()
 
 

@@ -11,10 +11,11 @@ import time
 
 import torch
 
-from lib import devices
-from lib.checkpoints import add_run_flags, add_sampler_flags, load_run, sampler_options
+from lib import flags, runtime
 from lib.data import find_class
-from lib.pictures import Progress, grid, picture_path, restore, save_film, save_image
+from lib.pictures import grid, picture_path, restore, save_film, save_image
+from lib.sampling import add_run_flags, add_sampler_flags, load_run, sampler_options
+from lib.terminal import Progress
 from maskgit import ORDERS, SCHEDULES, MaskGIT, decode, decode_sequential
 from vqgan import VQGAN, as_grid
 
@@ -54,7 +55,7 @@ def sample(args, machine):
         print(f"{folder}: samples, {how}, seed {args.seed}, on {machine.device}", flush=True)
     # Floats, while they are drawn, copied and made one picture; with --film at each step.
     size = 40 * len(classes) * args.num * checkpoint["image_size"] ** 2 * (9 if args.film else 1)
-    devices.check_memory(size, f"--num {args.num}")
+    flags.check_memory(size, f"--num {args.num}")
     labels, started = torch.tensor(classes).repeat_interleave(args.num), time.time()
     with machine.autocast():
         _, frames = draw(tokenizer, transformer, machine.put(labels), film=args.film,
@@ -72,16 +73,16 @@ def sample(args, machine):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser)
-    devices.add_flags(parser, {
+    flags.add_flags(parser, {
         "class": ({"nargs": "+", "metavar": "NAME_OR_ID", "dest": "classes"}, None,
                   "classes to draw, a row each (default: the first ten)"),
-        "num": (devices.count, 8, "images of each class"),
+        "num": (flags.count, 8, "images of each class"),
         "film": ({"action": "store_true"}, None, "also write the decoding steps as a film strip and a GIF"),
         "out": (str, None, "the picture to write (default: samples.png in the run's folder)")})
     add_sampler_flags(parser.add_argument_group("the sampler"), SCHEDULES, ORDERS)
-    devices.add_machine_flags(parser, compiles=False)
-    devices.launch(sample, parser.parse_args())
+    flags.add_machine_flags(parser, compiles=False)
+    runtime.launch(sample, parser.parse_args())
 
 
 if __name__ == "__main__":
-    devices.command_line(main)
+    flags.command_line(main)

@@ -14,11 +14,14 @@ from types import SimpleNamespace
 
 import torch
 
-from lib import costs, devices, optimizers, pictures, training
-from lib.checkpoints import STAGES, rebuild, write_atomically
-from lib.classifier import JUDGE_FLAGS, open_judge
-from lib.data import batches, open_data, spread
-from lib.devices import count, from_host, positive, share, whole, yes_or_no
+from lib import costs, flags, optim, pictures, runtime
+from lib.data import DATA_FLAGS, admit_pixels, batches, open_data, spread
+from lib.features import JUDGE_FLAGS, open_judge
+from lib.files import rebuild, write_atomically
+from lib.flags import UserError, count, positive, share, whole, yes_or_no
+from lib.run import Run, micro_batches
+from lib.runtime import from_host
+from lib.sampling import STAGES
 from lib.tokens import CachedTokens, FrozenTokenizer
 from maskgit import SCHEDULES, MaskGIT, MaskGITConfig, decode, decode_sequential, mask_tokens, mvtm_loss
 from vqgan import VQGAN, as_grid
@@ -44,7 +47,7 @@ FLAGS = {
     "ema": (share, 0.995, 0.9995, 0.999, "decay of the averaged weights"),
     "cache_tokens": (whole, 1, 4, 0, "encode every training image once, in so many views; 0: encode on the fly"),
 }
-PRESETS = training.presets(FLAGS, {"folder": ("shapes", {"cache_tokens": 10}),
+PRESETS = flags.presets(FLAGS, {"folder": ("shapes", {"cache_tokens": 10}),
                                    "places2": ("imagenet", {"steps": 1_409_000})})
 # Codes, tokens of an image, and classes, for --dry-run, which reads no tokenizer and no data.
 PLANNED = {"shapes": (256, 64, 10), "cifar10": (1024, 256, 10), "imagenet": (1024, 256, 1000),
@@ -72,7 +75,7 @@ def train_step(nets, tokens, labels, step, args, machine, generator):
 
     generator: of the CPU, for masks and dropped labels. Returns the metrics by name, on the device."""
     for optimizer in nets.optimizers.values():
-        optimizers.set_learning_rate(optimizer, step, args.lr, args.warmup, args.steps, args.decay)
+        optim.set_learning_rate(optimizer, step, args.lr, args.warmup, args.steps, args.decay)
     if nets.model.config.null_class:        # some are of no class, so that the model learns to draw without one as well
         dropped = from_host(torch.rand(labels.shape, generator=generator), labels) < args.class_dropout
         labels = torch.where(dropped, nets.model.null_label, labels)
@@ -82,11 +85,11 @@ def train_step(nets, tokens, labels, step, args, machine, generator):
         return nets.loss(nets.wrapped(seen, labels), tokens, mask, args.label_smoothing)
 
     batch = [seen, mask, tokens, labels]
-    metrics = optimizers.accumulate(machine, nets.wrapped, masked_token_loss, batch, args.parts)
+    metrics = optim.accumulate(machine, nets.wrapped, masked_token_loss, batch, args.parts)
     metrics["gradient"] = torch.nn.utils.clip_grad_norm_(nets.model.parameters(), 1.0)
     for optimizer in nets.optimizers.values():
         optimizer.step()
-    optimizers.average(nets.ema, nets.model, args.ema, step)
+    optim.average(nets.ema, nets.model, args.ema, step)
     return metrics
 
 
@@ -118,15 +121,15 @@ def build(args, config, machine, start=None, same_classes=False):
     if start is not None:
         adopt(model, start, same_classes)
     model.to(machine.device)
-    models = {"model": model, "ema": optimizers.averaged(model)}
-    both = optimizers.transformer_optimizers(model, args, machine)
+    models = {"model": model, "ema": optim.averaged(model)}
+    both = optim.transformer_optimizers(model, args, machine)
     return SimpleNamespace(**models, optimizers=both, saved=models | both, wrapped=machine.wrap(model),
                            loss=machine.compile(loss_and_accuracy))
 
 
 def imagined_step(args, config, batch):
     """For lib.costs: a step of `batch` images."""
-    args, machine = SimpleNamespace(**vars(args) | {"parts": 1}), devices.Machine("meta")
+    args, machine = SimpleNamespace(**vars(args) | {"parts": 1}), runtime.Machine("meta")
     with machine.device:
         nets = build(args, config, machine)
         tokens = torch.zeros(batch, config.num_tokens, dtype=torch.long)
@@ -158,9 +161,9 @@ def start_from(args, config, tokenizer_id, classes):
     stage = STAGES[args.decoder]
     start, checkpoint = rebuild(Path(args.init, f"{stage}.pt"), stage, MaskGIT)
     if checkpoint["tokenizer"] != tokenizer_id:
-        raise ValueError(f"{args.init} has another tokenizer: add --vqgan {args.init}/vqgan.pt")
+        raise UserError(f"{args.init} has another tokenizer: add --vqgan {args.init}/vqgan.pt")
     if start.config.num_tokens != config.num_tokens:
-        raise ValueError(f"{args.init} draws {start.config.num_tokens} tokens, not {config.num_tokens}: add "
+        raise UserError(f"{args.init} draws {start.config.num_tokens} tokens, not {config.num_tokens}: add "
                          f"--image-size {checkpoint['image_size']}")
     config = replace(start.config, num_classes=config.num_classes, dropout=config.dropout, null_class=config.null_class)
     return config, start, list(classes) == checkpoint["classes"]
@@ -179,7 +182,8 @@ def draw(model, tokenizer, labels, generator, machine):
 
 
 def train(args, machine):
-    args.parts = training.micro_batches(args, machine)
+    admit_pixels(args.max_pixels)
+    args.parts = micro_batches(args, machine)
     if args.dry_run:                                                       # before there is a tokenizer
         config = configuration(args, *PLANNED[args.preset])
         what = f"{config.num_tokens} tokens of {config.codebook_size}"
@@ -187,7 +191,7 @@ def train(args, machine):
     own_tokenizer = args.run / "vqgan.pt"                                  # a run holds all that sampling needs
     tokenizer = FrozenTokenizer(args.vqgan or own_tokenizer, VQGAN, args.image_size, args.micro_batch or 64, machine)
     found = {"image_size": tokenizer.image_size, "tokenizer": tokenizer.fingerprint}
-    run = training.Run(STAGES[args.decoder], FLAGS, found, LOGGED, args, machine)
+    run = Run(STAGES[args.decoder], FLAGS, found, LOGGED, args, machine)
     data, val = open_data(args.data, tokenizer.image_size, args.data_dir)
     classes = list(data.classes)
     config, start = configuration(args, tokenizer.codebook_size, tokenizer.num_tokens, len(classes)), ()
@@ -228,13 +232,13 @@ def train(args, machine):
 
 
 def main():
-    devices.launch(train, training.parse_training_flags(__doc__, FLAGS, PRESETS, {
+    runtime.launch(train, flags.parse_training_flags(__doc__, FLAGS, PRESETS, {
         "decoder": (list(STAGES), "parallel", "autoregressive: next-token prediction in raster order, causal"),
         "vqgan": (str, None, "tokenizer file (default: vqgan.pt in the run's folder)"),
         "image_size": (count, None, "pixels along each side (default: what the tokenizer was trained at)"),
-        **JUDGE_FLAGS,
+        **JUDGE_FLAGS, **DATA_FLAGS,
     }))
 
 
 if __name__ == "__main__":
-    devices.command_line(main)
+    flags.command_line(main)

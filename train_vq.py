@@ -17,11 +17,12 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from lib import costs, devices, metrics, optimizers, pictures, training
-from lib.checkpoints import rebuild
-from lib.data import batches, open_data, spread
-from lib.devices import count, positive, share, whole, yes_or_no
+from lib import costs, flags, metrics, optim, pictures, runtime
+from lib.data import DATA_FLAGS, admit_pixels, batches, open_data, spread
+from lib.files import rebuild
+from lib.flags import UserError, count, positive, share, whole, yes_or_no
 from lib.lpips import LPIPS, load_lpips
+from lib.run import Run, micro_batches
 from vqgan import VQGAN, Discriminator, VQGANConfig, discriminator_loss, generator_loss, r1_penalty
 
 # Each hyperparameter: its type; its value for `shapes` (a CPU), `cifar10` (a GPU), `imagenet` (the paper's); its help.
@@ -59,7 +60,7 @@ FLAGS = {
     "r1_every": (count, 16, 16, 16, "steps between applications of the penalty, which is scaled up by as much"),
     "recompute": (yes_or_no, False, False, False, "activations in the backward pass, for memory; always from 512 px"),
 }
-PRESETS = training.presets(FLAGS, {"folder": ("shapes", {"codebook_size": 1024}), "places2": ("imagenet", {})})
+PRESETS = flags.presets(FLAGS, {"folder": ("shapes", {"codebook_size": 1024}), "places2": ("imagenet", {})})
 LOGGED = ["reconstruction", "perceptual", "commitment", "codebook", "entropy", "generator", "discriminator", "gradient",
           "psnr", "usage", "sharpness"]
 
@@ -92,7 +93,7 @@ def discriminator_losses(args, discriminator, uncompiled, penalty, images, resto
     real, fake = discriminator(torch.cat([images, restored])).float().chunk(2)
     total = loss = discriminator_loss(real, fake, args.gan_loss)
     if penalty:
-        with devices.full_precision(images):      # the square of a gradient needs float32
+        with runtime.full_precision(images):      # the square of a gradient needs float32
             total = loss + args.r1_every * args.r1 * r1_penalty(uncompiled, images)
     return total, {"discriminator": loss}
 
@@ -123,7 +124,7 @@ def build(args, config, machine, lpips=None, start=None):
     adam = {"betas": (args.beta1, 0.99), "fused": machine.fused}
     saved = {"model": model, "disc": disc, "optimizer": torch.optim.Adam(groups, lr=args.lr, **adam),
              "disc_optimizer": torch.optim.Adam(disc.parameters(), lr=args.disc_lr, **adam),
-             "ema": optimizers.averaged(model)}
+             "ema": optim.averaged(model)}
     return SimpleNamespace(
         **saved, saved=saved, wrapped=machine.wrap(model), wrapped_disc=machine.wrap(disc),
         judging_disc=machine.compile(disc), lpips=lpips and machine.compile(lpips))
@@ -131,7 +132,7 @@ def build(args, config, machine, lpips=None, start=None):
 
 def imagined_step(args, config, batch):
     """For lib.costs: a step of `batch` images, the discriminator's included, without R1."""
-    args, machine = SimpleNamespace(**vars(args) | {"parts": 1, "r1": 0}), devices.Machine("meta")
+    args, machine = SimpleNamespace(**vars(args) | {"parts": 1, "r1": 0}), runtime.Machine("meta")
     with machine.device:
         nets = build(args, config, machine, LPIPS() if args.perceptual == "lpips" else None)
         images = torch.empty(batch, 3, args.image_size, args.image_size)
@@ -144,25 +145,25 @@ def train_step(nets, images, step, args, machine):
     Returns the losses by name, on the device."""
     steps_of_gan = step - int(args.gan_start * args.steps)           # since the discriminator set in; below 0: not yet
     adversarial = args.adversarial * min(1, (steps_of_gan + 1) / args.gan_ramp) if steps_of_gan >= 0 else 0
-    optimizers.set_learning_rate(nets.optimizer, step, args.lr, args.warmup, args.steps, args.decay)
+    optim.set_learning_rate(nets.optimizer, step, args.lr, args.warmup, args.steps, args.decay)
     reconstructions = []
     tokenizer_loss = functools.partial(
         tokenizer_losses, args, nets.wrapped, nets.judging_disc, nets.lpips, adversarial, reconstructions)
     nets.disc.requires_grad_(False)
-    losses = optimizers.accumulate(machine, nets.wrapped, tokenizer_loss, [images], args.parts)
+    losses = optim.accumulate(machine, nets.wrapped, tokenizer_loss, [images], args.parts)
     losses["gradient"] = torch.nn.utils.clip_grad_norm_(nets.model.parameters(), 1.0)
     nets.optimizer.step()
-    optimizers.average(nets.ema, nets.model, args.ema, step)
+    optim.average(nets.ema, nets.model, args.ema, step)
     if adversarial == 0:
         return losses | {"discriminator": torch.zeros_like(losses["generator"])}
 
     # The discriminator warms up as well, or its first steps overshoot.
-    optimizers.set_learning_rate(nets.disc_optimizer, steps_of_gan, args.disc_lr, args.gan_ramp, 0, decay=False)
+    optim.set_learning_rate(nets.disc_optimizer, steps_of_gan, args.disc_lr, args.gan_ramp, 0, decay=False)
     penalty = args.r1 > 0 and step % args.r1_every == 0
     disc_loss = functools.partial(discriminator_losses, args, nets.wrapped_disc, nets.disc, penalty)
     nets.disc.requires_grad_(True)
     both = [images, torch.cat(reconstructions)]
-    losses |= optimizers.accumulate(machine, nets.wrapped_disc, disc_loss, both, args.parts)
+    losses |= optim.accumulate(machine, nets.wrapped_disc, disc_loss, both, args.parts)
     nets.disc_optimizer.step()
     return losses
 
@@ -191,21 +192,22 @@ def configuration(args):
         start, _ = rebuild(Path(args.init, "vqgan.pt"), "vqgan", VQGAN)
         config = replace(start.config, entropy=args.entropy)
     if args.image_size % config.stride:
-        raise ValueError(f"--image-size {args.image_size} is not divisible by the tokenizer's stride {config.stride}")
+        raise UserError(f"--image-size {args.image_size} is not divisible by the tokenizer's stride {config.stride}")
     return config, start
 
 
 def train(args, machine):
+    admit_pixels(args.max_pixels)
     if args.perceptual == "auto":
         args.perceptual = "lpips" if args.image_size >= 128 else "none"
     args.multipliers = tuple(args.multipliers)                             # a list, where the flag was given
     config, start = configuration(args)
-    args.parts = training.micro_batches(args, machine)
+    args.parts = micro_batches(args, machine)
     what = f"{(args.image_size // config.stride) ** 2} tokens of {config.codebook_size}"
     step_of = functools.partial(imagined_step, args, config)
     if args.dry_run:
         return costs.print_plan(args, machine, step_of, what)
-    run = training.Run("vqgan", FLAGS, {}, LOGGED, args, machine)
+    run = Run("vqgan", FLAGS, {}, LOGGED, args, machine)
     data, val = open_data(args.data, args.image_size, args.data_dir)
     sample, _ = spread(val, 512 if args.image_size <= 64 else 64)
     nets = build(args, config, machine, load_lpips() if args.perceptual == "lpips" else None, start)
@@ -225,8 +227,8 @@ def train(args, machine):
 
 
 def main():
-    devices.launch(train, training.parse_training_flags(__doc__, FLAGS, PRESETS, {}))
+    runtime.launch(train, flags.parse_training_flags(__doc__, FLAGS, PRESETS, DATA_FLAGS))
 
 
 if __name__ == "__main__":
-    devices.command_line(main)
+    flags.command_line(main)

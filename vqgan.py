@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lib.devices import Upsample, from_first_rank, full_precision, mean_over_ranks
+from lib.runtime import Upsample, from_first_rank, full_precision, mean_over_ranks
 
 
 @dataclass

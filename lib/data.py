@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps
 
-from lib.checkpoints import write_atomically
-from lib.devices import cores, count
-from lib.downloads import cache_folder, download
-from lib.pictures import Progress
-from lib.shapes import Shapes, hashed_uniform
+from lib.files import cache_folder, download, write_atomically
+from lib.flags import UserError, count
+from lib.runtime import cores, hashed_uniform
+from lib.shapes import Shapes
+from lib.terminal import Progress
 
 DATA_FLAGS = {
     "data_dir": (str, "data", "where cifar10, imagenet and places2 are"),
@@ -49,7 +49,7 @@ class Cifar10:
     def __init__(self, split, folder):
         path = download(CIFAR_URL, "cifar-10-binary.tar.gz", folder=Path(folder))
         if hashlib.md5(path.read_bytes()).hexdigest() != CIFAR_MD5:
-            raise ValueError(f"{path} has a wrong checksum, not MD5 {CIFAR_MD5}: delete it and run again to fetch it")
+            raise UserError(f"{path} has a wrong checksum, not MD5 {CIFAR_MD5}: delete it and run again to fetch it")
         names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
         with tarfile.open(path) as archive:
             files = [archive.extractfile(f"cifar-10-batches-bin/{name}") for name in ["batches.meta.txt", *names]]
@@ -112,9 +112,9 @@ def read_image(path, size=None):
                     image = reduce(image, factor)     # first, as what follows takes several copies
                 return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is too large ({error}): reduce it; of a data set, --max-pixels admits it") from error
+        raise UserError(f"{path} is too large ({error}): reduce it; of a data set, --max-pixels admits it") from error
     except Exception as error:                        # Pillow's readers raise nearly everything on broken files
-        raise ValueError(f"{path} is not a readable image ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path} is not a readable image ({type(error).__name__}: {error})") from error
 
 
 def admit_pixels(most):
@@ -197,7 +197,7 @@ def check_files(root, files, size):
     if bad:
         print(f"left out {len(bad)} of {len(files)} files in {root}", file=sys.stderr)
     if len(bad) > 0.01 * len(files):
-        raise ValueError(f"{len(bad)} of {len(files)} files in {root} are not readable images, over 1%; "
+        raise UserError(f"{len(bad)} of {len(files)} files in {root} are not readable images, over 1%; "
                          f"remove them, the first is {next(iter(bad))}")
     return {path: pixels for path, pixels in images.items() if str(path) not in bad}
 
@@ -237,7 +237,7 @@ def list_files(root):
     if nested and len(nested) < len(files):
         print(f"passed over {len(files) - len(nested)} files in {root} that lie in no class folder", file=sys.stderr)
     if not files:
-        raise ValueError(f"{root} holds no images; it should hold a subfolder of images for each class")
+        raise UserError(f"{root} holds no images; it should hold a subfolder of images for each class")
     return nested or dict.fromkeys(files, root.name)
 
 
@@ -247,7 +247,7 @@ def open_folder(root, size, check=True):
 
     Raises ValueError where there are no images or too many bad ones, or val/ has other classes than train/."""
     if not os.path.isdir(root):
-        raise ValueError(f"'{root}' is no data set and no folder; --data takes shapes, cifar10, imagenet, places2 or "
+        raise UserError(f"'{root}' is no data set and no folder; --data takes shapes, cifar10, imagenet, places2 or "
                          f"a folder of images")
     root = Path(root).absolute()                      # the scans that are kept are found from any working folder
     bases = [root / "train", root / "val"]
@@ -257,7 +257,7 @@ def open_folder(root, size, check=True):
     classes = sorted(set(listed[0].values()))
     for name in sorted(set(classes) ^ set(listed[-1].values())):
         here, missing = bases if name in classes else reversed(bases)
-        raise ValueError(f"class '{name}' is in {here} but not in {missing}: both need the same class folders")
+        raise UserError(f"class '{name}' is in {here} but not in {missing}: both need the same class folders")
     parts = [check_files(base, files, size) if check else dict.fromkeys(files) for base, files in zip(bases, listed)]
     if len(parts) == 1:
         images = parts[0]
@@ -275,7 +275,7 @@ def open_data(name, size=None, folder="data"):
 
     Raises ValueError for an unknown name or bad data, OSError where it cannot be read."""
     if name in ("shapes", "cifar10") and size not in (None, 32):
-        raise ValueError(f"{name} has images of 32 pixels, not {size}: leave --image-size out")
+        raise UserError(f"{name} has images of 32 pixels, not {size}: leave --image-size out")
     if name == "shapes":
         return Shapes("train"), Shapes("val")
     if name == "cifar10":
@@ -285,7 +285,7 @@ def open_data(name, size=None, folder="data"):
     root = Path(folder, name)
     if not (root / "train").is_dir() or not (root / "val").is_dir():
         classes = "1,000 WNIDs, such as n01440764" if name == "imagenet" else "365 classes"
-        raise ValueError(f"{root} should hold train/CLASS/*.JPEG and val/CLASS/*.JPEG, with a folder for each of the "
+        raise UserError(f"{root} should hold train/CLASS/*.JPEG and val/CLASS/*.JPEG, with a folder for each of the "
                          f"{classes}; put it there or name its place with --data-dir")
     train, val = open_folder(root, size or 256, check=False)          # its million files are known to be whole
     if name == "imagenet" and len(train.classes) == 1000:             # the folders are WNIDs: show what they stand for
@@ -303,13 +303,13 @@ def find_class(text, classes):
     if text.isdigit():
         if int(text) < len(classes):
             return int(text)
-        raise ValueError(f"class {text} does not exist: this run has classes 0 to {len(classes) - 1}")
+        raise UserError(f"class {text} does not exist: this run has classes 0 to {len(classes) - 1}")
     exact = [i for i, name in enumerate(classes) if name.lower() == text.lower()]
     found = exact or [i for i, name in enumerate(classes) if text.lower() in name.lower()]
     if len(found) == 1:
         return found[0]
     shown = ", ".join(classes[i] for i in (found or range(len(classes)))[:12])
-    raise ValueError(f"class '{text}' fits several: {shown}" if found else
+    raise UserError(f"class '{text}' fits several: {shown}" if found else
                      f"unknown class '{text}'; this run has {shown}{', ...' if len(classes) > 12 else ''}")
 
 
@@ -338,7 +338,7 @@ def batches(data, size, seed, first, last, workers=None, machine=None):
     """Iterates over steps first .. last - 1 of the stream: (images (B, 3, S, S) uint8, labels (B,) int64).
 
     workers: processes that read ahead; by default none where images are drawn or in memory, else one per core.
-    machine: whose rank and device the batches are for (devices.Machine; None: one process on the CPU)."""
+    machine: whose rank and device the batches are for (runtime.Machine; None: one process on the CPU)."""
     rank, world, cuda = (machine.rank, machine.world, machine.device.type == "cuda") if machine else (0, 1, False)
     return iter(loader(Steps(data, size, seed, rank, world), range(first, last), data, workers, cuda))
 

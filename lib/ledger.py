@@ -13,9 +13,9 @@ import time
 
 import torch
 
-from lib.checkpoints import load_checkpoint, save_checkpoint, write_atomically
-from lib.devices import mean_over_ranks
-from lib.pictures import Progress
+from lib.files import load_checkpoint, save_checkpoint, write_atomically
+from lib.runtime import mean_over_ranks
+from lib.terminal import Progress
 
 
 def name_of(what, options, seed):

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.checkpoints import load_tensors, load_weights
-from lib.downloads import cache_folder, download
+from lib.files import cache_folder, download, load_tensors, load_weights
+from lib.flags import UserError
 
 VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"
 LINEAR = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
@@ -50,7 +50,7 @@ def load_lpips(offline=False):
         vgg16 = download(VGG16, "vgg16-397923af.pth", "397923af", offline)              # its name has its checksum
         linear = download(LINEAR, "lpips-vgg.pth", LINEAR_SHA256, offline)
     except OSError as error:
-        raise OSError(f"{error}. The perceptual loss needs vgg16-397923af.pth (from {VGG16}) and lpips-vgg.pth "
+        raise UserError(f"{error}. The perceptual loss needs vgg16-397923af.pth (from {VGG16}) and lpips-vgg.pth "
                       f"(from {LINEAR}) in {cache_folder()}; --perceptual none trains without") from error
     weights = {name: value for name, value in load_tensors(vgg16).items() if name.startswith("features.")}
     for name, value in load_tensors(linear).items():        # they are called lin0.model.1.weight (1, 64, 1, 1), ...

@@ -2,17 +2,9 @@
 import numpy as np
 import torch
 
+from lib.runtime import hashed_uniform
+
 SHAPES = ["ball", "box", "cone", "fish", "ring", "cross", "heart", "moon", "house", "tree"]
-
-
-def hashed_uniform(key, indices, count):
-    """Uniform numbers in [0, 1), float32 (len(indices), count): a pure function of (key, index, column).
-    A counter hashed by splitmix64 (Steele et al. 2014): no generator to seed, and vectorised over the images."""
-    x = np.asarray(indices, np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
-    x = (x + key * 0xD1342543DE82EF95 % (1 << 64)) * 0x9E3779B97F4A7C15
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return ((x ^ (x >> 31)) >> 40).astype(np.float32) / (1 << 24)
 
 
 def outline(name, x, y):

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.checkpoints import fingerprint, rebuild, write_atomically
 from lib.data import loader
-from lib.pictures import Progress
-from lib.shapes import hashed_uniform
+from lib.files import fingerprint, rebuild, write_atomically
+from lib.flags import UserError
+from lib.runtime import hashed_uniform
+from lib.terminal import Progress
 
 
 class FrozenTokenizer:
@@ -24,7 +25,7 @@ class FrozenTokenizer:
         self.fingerprint, self.image_size = fingerprint(model), image_size or checkpoint["image_size"]
         stride, self.codebook_size = model.config.stride, model.config.codebook_size
         if self.image_size % stride:
-            raise ValueError(f"--image-size {self.image_size} is not divisible by the tokenizer's stride {stride}")
+            raise UserError(f"--image-size {self.image_size} is not divisible by the tokenizer's stride {stride}")
         self.num_tokens, self.at_once, self.machine = (self.image_size // stride) ** 2, at_once, machine
         self.model = machine.freeze(model.to(machine.device, memory_format=machine.layout))
         self.compiled = machine.compile(self.model.encode)
@@ -57,7 +58,7 @@ class CachedTokens:
         found = json.loads(path.read_text())
         for key, value in index.items():
             if found.get(key) != value:
-                raise ValueError(f"the tokens in {folder} are stale, with another value of {key}: rm -r '{folder}', "
+                raise UserError(f"the tokens in {folder} are stale, with another value of {key}: rm -r '{folder}', "
                                  f"then run this again to encode anew")
 
     def __len__(self):

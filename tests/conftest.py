@@ -6,6 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from lib import flags, runtime
+
 # The scripts that tests start compute on the CPU, where resuming is bit-exact, whatever the machine has.
 GPUS = {name: value for name, value in os.environ.items() if name == "CUDA_VISIBLE_DEVICES"}
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -15,7 +17,6 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from lib import devices
 
 torch.set_num_threads(1)      # the models are tiny: a second thread would only wait
 os.environ["MASKGIT_CACHE"] = tempfile.mkdtemp(prefix="maskgit-tests-")
@@ -31,7 +32,7 @@ TINY_TRANSFORMER = ["--cache-tokens", 0, "--dropout", 0.1, "--dim", 16, "--depth
 @pytest.fixture(autouse=True)
 def float32(monkeypatch):
     """What is compared is compared in float32, also on a CPU that would compute in bfloat16."""
-    monkeypatch.setattr(devices, "computes_bfloat16", lambda: False)
+    monkeypatch.setattr(runtime, "computes_bfloat16", lambda: False)
 
 
 def run(script, *arguments, code=0, env=None, **options):
@@ -67,7 +68,7 @@ def call_main(monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, arguments)])
         status = 0
         try:
-            devices.command_line(script.main)
+            flags.command_line(script.main)
         except SystemExit as end:
             status = end.code
         printed = capsys.readouterr()

@@ -12,7 +12,6 @@ import pretrained
 import sample
 import train_transformer
 import train_vq
-from lib import devices
 
 # Script, its arguments, a word of the line that they must end in. RUN: a finished toy run; NEW: a folder that is not
 # there; PHOTO, TEXT, TRUNCATED, EMPTY, ODD: see the fixture.
@@ -103,7 +102,7 @@ def test_a_hundred_bad_inputs(places, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *flags])
         status, problem = 0, ""
         try:
-            devices.command_line(script.main)
+            flags.command_line(script.main)
         except SystemExit as end:
             status = end.code
         except Exception as error:                                            # noqa: BLE001 would be a traceback

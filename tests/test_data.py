@@ -15,8 +15,8 @@ from conftest import ROOT, TINY_VQ, refused, run
 from PIL import Image
 
 from lib import data, shapes
-from lib.checkpoints import write_atomically
 from lib.data import Cifar10, Steps, batches, find_class, open_data, random_crop, read_image
+from lib.files import write_atomically
 from lib.shapes import Shapes, draw_scenes, hsv_to_rgb
 from lib.tokens import CachedTokens
 

@@ -22,9 +22,9 @@ from conftest import ROOT, refused
 from PIL import Image
 
 import demo
-from edit import likeliest_class
 from lib.data import Shapes
-from lib.devices import Machine
+from lib.editing import likeliest_class
+from lib.runtime import Machine
 from maskgit import decode, decode_sequential, gamma, guided_logits, mask_counts
 from vqgan import as_grid
 

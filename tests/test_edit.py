@@ -8,11 +8,13 @@ from conftest import ROOT, refused, run
 from PIL import Image
 
 import edit
-from edit import box_region, composite, extrapolate, likeliest_class, panorama, repaint
-from lib.checkpoints import load_checkpoint, load_run, load_weights
-from lib.classifier import Classifier
-from lib.devices import Machine
-from lib.shapes import Shapes, hashed_uniform
+from edit import box_region, extrapolate, panorama, repaint
+from lib.editing import composite, likeliest_class
+from lib.features import Classifier
+from lib.files import load_checkpoint, load_weights
+from lib.runtime import Machine, hashed_uniform
+from lib.sampling import load_run
+from lib.shapes import Shapes
 from maskgit import MaskGIT, MaskGITConfig, decode, mask_counts
 from vqgan import VQGAN, as_grid, to_pixels
 

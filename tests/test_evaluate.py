@@ -14,10 +14,11 @@ from conftest import TINY_TRANSFORMER, run
 from PIL import Image
 
 import evaluate
-from lib import classifier, devices, ledger, metrics, pictures
-from lib.checkpoints import load_run
-from lib.classifier import Batch, Features, Subset, fair_choice, load_classifier
+from lib import features as features_
+from lib import ledger, metrics, pictures, runtime
+from lib.features import Batch, Features, Subset, fair_choice, load_classifier
 from lib.ledger import Ledger
+from lib.sampling import load_run
 from maskgit import SCHEDULES, MaskGIT, decode
 from vqgan import VQGAN, as_grid
 
@@ -48,14 +49,14 @@ def plain_inception_score(logits):
 
 def load(folder, decoder=None):
     """-> tokenizer, transformer, validation images of a run."""
-    _, tokenizer, transformer, _ = load_run(folder, devices.Machine("cpu"), VQGAN, MaskGIT, decoder=decoder)
+    _, tokenizer, transformer, _ = load_run(folder, runtime.Machine("cpu"), VQGAN, MaskGIT, decoder=decoder)
     return tokenizer, transformer, evaluate.open_data("shapes", 32)[1]
 
 
 def evaluated(folder, *flags):
     """Runs evaluate.py on a run in this process -> what it wrote to eval.json."""
     args = evaluate.parse_flags(["--run", str(folder), *QUICK, *map(str, flags)])
-    evaluate.evaluate(args, devices.Machine("cpu"))
+    evaluate.evaluate(args, runtime.Machine("cpu"))
     return json.loads((folder / "eval.json").read_text())
 
 
@@ -101,7 +102,7 @@ def test_frechet_distance(n, m, D):
 def test_streaming_sums_are_those_of_all_at_once():
     g = torch.Generator().manual_seed(1)
     x, logits = 1e6 + torch.randn(101, 7, generator=g).double(), 3 * torch.randn(101, 5, generator=g).double()
-    split, shift, book = metrics.split_of(101), x[:10].mean(0), Ledger(None, None, devices.Machine("cpu"), 10)
+    split, shift, book = metrics.split_of(101), x[:10].mean(0), Ledger(None, None, runtime.Machine("cpu"), 10)
     sums = book.add_up(
         "x", 101, lambda numbers: (slice(10 * b, 10 * b + 10) for b in numbers),
         lambda part: (metrics.moments(x[part], shift) | metrics.score_sums(logits[part], split[part]), {}))
@@ -234,7 +235,7 @@ def test_whole_numbers_stay_whole(monkeypatch):
 
 
 def test_results_are_kept_with_their_setup(tmp_path):
-    machine = devices.Machine("cpu")
+    machine = runtime.Machine("cpu")
 
     def opened(setup, again=False):
         return Ledger(tmp_path, {"setup": setup}, machine, 3, again)
@@ -294,7 +295,7 @@ def seen(features, images, labels, size):
 
 def test_what_is_seen_in_images():
     """By hand, and the same in batches of any size."""
-    machine, labels = devices.Machine("cpu"), torch.arange(50) % 10
+    machine, labels = runtime.Machine("cpu"), torch.arange(50) % 10
     images, real = shades(labels), shades(labels.flip(0))
     named = labels.clone()
     named[:10] = 3                                                   # what is drawn in place of classes 0 to 9, once
@@ -347,13 +348,13 @@ class Drawn:
 
 
 def test_training_and_testing_a_classifier(capsys):
-    machine = devices.Machine("cpu")
-    model = classifier.train_classifier(Drawn(), 40, 0, machine, "classifier of shades")
+    machine = runtime.Machine("cpu")
+    model = features_.train_classifier(Drawn(), 40, 0, machine, "classifier of shades")
     assert not model.training and "classifier of shades: 40 of 40 steps" in capsys.readouterr().out
     subset = Subset(Drawn(), fair_choice(Drawn(), 90), 40)
     assert sorted(set(subset.indices // 20)) == list(range(10)) and len(set(subset.indices)) == 90      # no two alike
     assert [batch.number for batch in subset.read([0, 2])] == [0, 2] and len(next(subset.read([2])).images) == 10
-    first, fifth = classifier.accuracy(model, subset, machine)
+    first, fifth = features_.accuracy(model, subset, machine)
     assert first > 0.3 and fifth > 0.75                              # by chance: 0.1 and 0.5
 
     def by_rank(images):          # the right class comes first in the upper third of the classes, else fifth or sixth
@@ -361,7 +362,7 @@ def test_training_and_testing_a_classifier(capsys):
         distance = (torch.arange(10) - label) % 10
         return -torch.where(distance == 0, torch.where(label < 3, 0, torch.where(label < 6, 4.5, 5.5)), distance)
     shares = [sum(label < limit for label in subset.indices // 20) / 90 for limit in (3, 6)]
-    assert classifier.accuracy(by_rank, subset, machine) == pytest.approx(shares)
+    assert features_.accuracy(by_rank, subset, machine) == pytest.approx(shares)
 
 
 # ---- evaluate.py, with a transformer and a tokenizer that draw what they are asked for
@@ -387,7 +388,7 @@ def obedient(model, labels, known=None, generator=None, **options):
 def task(monkeypatch):
     """25 images of ten classes, in batches of 8."""
     monkeypatch.setattr(evaluate, "decode", obedient)
-    machine = devices.Machine("cpu")
+    machine = runtime.Machine("cpu")
     transformer = SimpleNamespace(config=SimpleNamespace(causal=False, num_classes=10, num_tokens=4), mask_id=20)
     args = SimpleNamespace(num=25, batch=8, seed=0, seeds=2, classifier_steps=5)
     real = Subset(Drawn(), fair_choice(Drawn(), 25), 8)
@@ -404,8 +405,8 @@ def sums_of_real(task):
 
 def test_samples_are_counted_as_the_class_that_was_asked_for(task, monkeypatch):
     trained_on, tested_on = [], []
-    monkeypatch.setattr(classifier, "train_classifier", lambda data, *_: trained_on.append(data))
-    monkeypatch.setattr(classifier, "accuracy", lambda model, data, machine: tested_on.append(data) or (0.5, 0.75))
+    monkeypatch.setattr(features_, "train_classifier", lambda data, *_: trained_on.append(data))
+    monkeypatch.setattr(features_, "accuracy", lambda model, data, machine: tested_on.append(data) or (0.5, 0.75))
     keep = {"tokens": 25}
     row = evaluate.row_of_samples(task, sums_of_real(task), "samples", {}, 0, keep)
     assert row["classifier names the class"] == 1
@@ -424,13 +425,13 @@ def test_samples_are_counted_as_the_class_that_was_asked_for(task, monkeypatch):
     monkeypatch.setattr(task.machine, "generator", seeds.append)
     batches = list(evaluate.sampled_images(task, [0, 1, 3], {}, 7))
     assert torch.cat([batch.labels for batch in batches]).tolist() == [*(i % 10 for i in range(16)), 4]
-    assert seeds == [devices.step_seed(7, b) for b in (0, 1, 3)]
+    assert seeds == [runtime.step_seed(7, b) for b in (0, 1, 3)]
 
 
 def test_table_1(task, monkeypatch, tmp_path):
     """By hand. The training images show the last class where their label says the first, and so on."""
-    monkeypatch.setattr(classifier, "train_classifier", lambda data, *_: data)
-    monkeypatch.setattr(classifier, "accuracy", lambda data, *_: (len(data), 0))
+    monkeypatch.setattr(features_, "train_classifier", lambda data, *_: data)
+    monkeypatch.setattr(features_, "accuracy", lambda data, *_: (len(data), 0))
     monkeypatch.setattr(evaluate, "token_sums", lambda task, tokens, labels, seed: {
         "nll": torch.arange(7.) * len(tokens), "seeds": torch.tensor([seed]).double(), "by_ratio": torch.ones(2, 3)})
     task.train, task.folder = Drawn(), tmp_path
@@ -438,7 +439,7 @@ def test_table_1(task, monkeypatch, tmp_path):
                                                     torch.as_tensor(indices // 20))
     real = task.ledger.add_up("real", 25, task.real.read, functools.partial(evaluate.sums_of_stages, task),
                               evaluate.FEATURES)
-    assert real["seeds"].item() == sum(float(devices.step_seed(0, b)) for b in range(4))
+    assert real["seeds"].item() == sum(float(runtime.step_seed(0, b)) for b in range(4))
     found = evaluate.table1(task, real)
     rows, stages = found["rows"], found["stages"]
     assert {name: row["classifier names the class"] for name, row in rows.items()} == {
@@ -476,7 +477,7 @@ def test_table_2_repaints_the_right_half_and_the_centre(task, monkeypatch):
     right, centre = torch.zeros(2, 4, 4, dtype=torch.bool)
     right[:, 2:], centre[1:3, 1:3] = True, True
     assert list(rows) == ["outpainting, right 50%", "inpainting, centre 50% x 50%"]
-    assert seeds == [devices.step_seed(0, b) for b in range(3)] * 2
+    assert seeds == [runtime.step_seed(0, b) for b in range(3)] * 2
     for batches, region in zip(rows.values(), (right, centre)):
         assert torch.cat([batch.labels for batch in batches]).tolist() == (task.real.indices // 20).tolist()
         assert (torch.cat(unknown[:3]) == region.flatten()).all()
@@ -520,11 +521,11 @@ def test_the_row_of_a_run(folder, capsys):
     assert found["setup"]["torch"] == torch.__version__ and found["setup"]["generated images"] == 30
 
     # The same figures by hand, from the images themselves.
-    machine, (tokenizer, transformer, val) = devices.Machine("cpu"), load(folder)
+    machine, (tokenizer, transformer, val) = runtime.Machine("cpu"), load(folder)
     own = load_classifier(folder / "classifier.pt", evaluate.open_data("shapes", 32)[0], 3, machine)
     labels, images = torch.arange(30) % 10, []
     for b in range(3):
-        g = machine.generator(devices.step_seed(0, b) % (1 << 32))
+        g = machine.generator(runtime.step_seed(0, b) % (1 << 32))
         tokens = decode(transformer, labels[:10], steps=8, top_k=5, generator=g)
         images.append(pictures.to_uint8(tokenizer.decode(as_grid(tokens))))
     real, _ = val.batch(fair_choice(val, 30))
@@ -562,7 +563,7 @@ def test_likelihood_and_accuracy_of_tokens():
             return bias.expand(*tokens.shape, 8)
     model, causal = Constant(), Constant()
     causal.config = SimpleNamespace(causal=True, num_tokens=16)
-    task = SimpleNamespace(machine=devices.Machine("cpu"), transformer=model,
+    task = SimpleNamespace(machine=runtime.Machine("cpu"), transformer=model,
                            likelihoods=dict.fromkeys(SCHEDULES, model) | {"next token": causal})
     tokens, zeros = torch.randint(0, 3, (400, 16), generator=torch.Generator().manual_seed(1)), torch.zeros(400).long()
     sums = evaluate.token_sums(task, tokens, zeros, 0)
@@ -581,14 +582,14 @@ def test_likelihood_and_accuracy_of_tokens():
 def test_an_interrupted_evaluation_goes_on(folder, monkeypatch):
     whole = evaluated(shutil.copytree(folder, folder.with_name("whole")))
     monkeypatch.setattr(Ledger, "SAVE_SECONDS", 0)
-    real, calls = devices.step_seed, []
+    real, calls = runtime.step_seed, []
 
     def interrupted(*numbers):                       # every batch is given a seed of its own, once
         calls.append(numbers)
         if len(calls) in (2, 7):                     # in the second batch of real images, then in the last of samples
             raise KeyboardInterrupt
         return real(*numbers)
-    monkeypatch.setattr(devices, "step_seed", interrupted)
+    monkeypatch.setattr(runtime, "step_seed", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             evaluated(folder)
@@ -604,7 +605,7 @@ def evaluated_by_a_rank(rank, folder, port):
     torch.set_num_threads(1)
     Ledger.SAVE_SECONDS = 0                          # the ranks' sums are added up after every round
     args = evaluate.parse_flags(["--run", str(folder), *QUICK, "--device", "cpu", "--bf16", "no"])
-    devices.launch(evaluate.evaluate, args)
+    runtime.launch(evaluate.evaluate, args)
 
 
 def test_two_ranks_give_the_figures_of_one(folder):
@@ -641,7 +642,7 @@ def test_what_is_not_repainted_stays(trained, monkeypatch):
         return decode(model, given, **options)
     monkeypatch.setattr(evaluate, "decode", watched)
     tokenizer, transformer, val = load(trained)
-    task = SimpleNamespace(args=SimpleNamespace(seed=0), machine=devices.Machine("cpu"), tokenizer=tokenizer,
+    task = SimpleNamespace(args=SimpleNamespace(seed=0), machine=runtime.Machine("cpu"), tokenizer=tokenizer,
                            transformer=transformer, options={"steps": 2}, real=Subset(val, np.arange(6), 4))
     region = torch.zeros(8, 8, dtype=torch.bool)
     region[2:6, 3:] = True
@@ -691,7 +692,7 @@ def inception_weights(path):
 def test_features_as_torch_fidelity_measures_them(tmp_path):
     fidelity, sets = pytest.importorskip("torch_fidelity"), []
     inception_weights(tmp_path / "inception.pth")
-    g, machine = np.random.default_rng(0), devices.Machine("cpu")
+    g, machine = np.random.default_rng(0), runtime.Machine("cpu")
     for name, shade in (("a", 100), ("b", 110)):
         (tmp_path / name).mkdir()
         blocks = g.integers(0, 2 * shade, (12, 4, 4, 3)).repeat(10, 1).repeat(10, 2).astype(np.uint8)
@@ -704,8 +705,8 @@ def test_features_as_torch_fidelity_measures_them(tmp_path):
         input1=str(tmp_path / "a"), input2=str(tmp_path / "b"), fid=True, isc=True, prc=True, cuda=False,
         feature_extractor="inception-v3-compat", cache=False, verbose=False, save_cpu_ram=True,
         feature_extractor_weights_path=str(tmp_path / "inception.pth"))
-    inception = classifier.load_inception(str(tmp_path / "inception.pth"), machine)
-    features = classifier.Features(machine, ("any",), None, inception, sets[1][0].images)
+    inception = features_.load_inception(str(tmp_path / "inception.pth"), machine)
+    features = features_.Features(machine, ("any",), None, inception, sets[1][0].images)
     book, sums = Ledger(None, None, machine, 5), []
     for name, batches in zip("ab", sets):
         sums.append(book.add_up(name, 12, lambda numbers, batches=batches: batches, features.sums, {"features": 12}))
@@ -717,7 +718,7 @@ def test_features_as_torch_fidelity_measures_them(tmp_path):
     assert theirs["inception_score_mean"] > 1.01 and 0 < min(theirs["precision"], theirs["recall"]) < 1
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth does not hold the weights"):
-        classifier.load_inception(str(tmp_path / "other.pth"), machine)
+        features_.load_inception(str(tmp_path / "other.pth"), machine)
 
 
 @pytest.mark.parametrize("flags, says", [

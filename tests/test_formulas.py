@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_transformer
 import train_vq
-from lib import optimizers
-from lib.devices import Machine
+from lib import optim
+from lib.runtime import Machine
 from maskgit import MaskGIT, MaskGITConfig, decode, halton_order
 from vqgan import VQGAN, Discriminator, VectorQuantizer, VQGANConfig, r1_penalty
 
@@ -162,7 +162,7 @@ def test_the_learning_rate_warms_up_and_decays():
     optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "base": 6.0}, {"params": [torch.zeros(1)]}], lr=1.0)
 
     def rate(step, decay):
-        optimizers.set_learning_rate(optimizer, step, 2.0, 10, 110, decay)
+        optim.set_learning_rate(optimizer, step, 2.0, 10, 110, decay)
         own, common = (group["lr"] for group in optimizer.param_groups)
         assert own == pytest.approx(3 * common)
         return common
@@ -176,11 +176,11 @@ def test_averaged_weights_lag_behind():
     """At step t by (1 + t) / (10 + t), at most by the decay asked for."""
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(0)
-    ema = optimizers.averaged(model)
+    ema = optim.averaged(model)
     model.weight.data.fill_(1)
-    optimizers.average(ema, model, 0.9, 0)
+    optim.average(ema, model, 0.9, 0)
     assert ema.weight.item() == pytest.approx(0.9)                   # 1 - 1/10 of the way
-    optimizers.average(ema, model, 0.9, 10_000)
+    optim.average(ema, model, 0.9, 10_000)
     assert ema.weight.item() == pytest.approx(0.9 + 0.1 * 0.1)
     assert not ema.weight.requires_grad
 
@@ -193,7 +193,7 @@ def test_micro_batches_are_means_of_the_batch():
         def loss_of(part):
             loss = model(part).square().mean()
             return loss, {"loss": loss}
-        metrics = optimizers.accumulate(Machine("cpu"), model, loss_of, [x], parts)
+        metrics = optim.accumulate(Machine("cpu"), model, loss_of, [x], parts)
         found[parts] = [metrics["loss"], *(parameter.grad.clone() for parameter in model.parameters())]
     for parts in (2, 4):
         for ours, theirs in zip(found[parts], found[1], strict=True):
@@ -249,7 +249,7 @@ def test_muon_is_the_formula_in_float64():
     copies = [torch.nn.Parameter(p.detach().clone()) for p in matrices]
     expected, momenta = [p.detach().double() for p in matrices], [0, 0, 0]
     groups = [{"params": [p], "parts": parts} for p, parts in zip(matrices, shapes.values(), strict=True)]
-    muon = optimizers.Muon(groups, 0.02, 0.1, torch.float32)
+    muon = optim.Muon(groups, 0.02, 0.1, torch.float32)
     theirs = torch.optim.Muon(copies[:2], lr=0.02, weight_decay=0.1, momentum=0.95)
     for _ in range(2):
         for i, (p, parts) in enumerate(zip(matrices, shapes.values(), strict=True)):

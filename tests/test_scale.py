@@ -18,7 +18,8 @@ from test_training import read_log, wait_for_step
 import bench
 import train_transformer
 import train_vq
-from lib import data, devices, training
+from lib import data, runtime
+from lib import run as run_
 from lib.tokens import CachedTokens
 from maskgit import MaskGITConfig
 from vqgan import VQGANConfig
@@ -57,7 +58,7 @@ def on_a_rank(rank, stage, port, path):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    models = gradients(stage, devices.Machine("cpu", bf16=False))
+    models = gradients(stage, runtime.Machine("cpu", bf16=False))
     if rank == 0:
         torch.save([p.grad for model in models for p in model.parameters()], path)
 
@@ -65,7 +66,7 @@ def on_a_rank(rank, stage, port, path):
 @pytest.mark.parametrize("stage", ["transformer", "vqgan"])
 def test_two_processes_give_the_gradients_of_one(stage, tmp_path):
     torch.multiprocessing.spawn(on_a_rank, (stage, 28000 + os.getpid() % 1000, tmp_path / "gradients.pt"), nprocs=2)
-    ours = [p.grad for model in gradients(stage, devices.Machine("cpu", bf16=False)) for p in model.parameters()]
+    ours = [p.grad for model in gradients(stage, runtime.Machine("cpu", bf16=False)) for p in model.parameters()]
     theirs = torch.load(tmp_path / "gradients.pt")
     assert len(ours) == len(theirs) and max(g.abs().max() for g in ours) > 0.01
     for a, b in zip(ours, theirs):
@@ -171,11 +172,11 @@ def test_training_from_cached_tokens(trained, tmp_path):
 
 def test_readers_are_shared_among_the_ranks(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(192)), raising=False)
-    assert devices.cores() == 16
+    assert runtime.cores() == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "24")
-    assert devices.cores() == 8
+    assert runtime.cores() == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "400")
-    assert devices.cores() == 1
+    assert runtime.cores() == 1
 
 
 def test_more_processes_than_gpus(monkeypatch):
@@ -183,7 +184,7 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="process 2 .* no GPU of its own.*--nproc_per_node"):
-        devices.Machine("cuda")
+        runtime.Machine("cuda")
 
 
 @pytest.mark.parametrize("ending", [ValueError("bad"), SystemExit(143), None])
@@ -198,18 +199,18 @@ def test_the_group_is_left_however_a_rank_ends(ending, monkeypatch):
         if ending:
             raise ending
     with pytest.raises(type(ending)) if ending else contextlib.nullcontext():
-        devices.launch(function, SimpleNamespace(device="cpu", bf16=False))
+        runtime.launch(function, SimpleNamespace(device="cpu", bf16=False))
     assert not torch.distributed.is_initialized()
 
 
 def test_the_command_to_go_on_starts_as_many_processes(monkeypatch):
-    assert training.launcher() == "python"
+    assert run_.launcher() == "python"
     for name, value in {"LOCAL_WORLD_SIZE": 8, "WORLD_SIZE": 8, "GROUP_WORLD_SIZE": 1}.items():
         monkeypatch.setenv(name, str(value))
-    assert training.launcher() == "torchrun --nproc_per_node 8 --"
+    assert run_.launcher() == "torchrun --nproc_per_node 8 --"
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    assert training.launcher().startswith("torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint HOST:PORT --nproc")
+    assert run_.launcher().startswith("torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint HOST:PORT --nproc")
 
 
 def test_two_machines(tmp_path):
@@ -292,7 +293,7 @@ def test_bench_goes_on_after_a_row_without_memory(tmp_path, monkeypatch, capsys)
                                         {"first": enough, "full": full, "last": enough}.items()})
     args = SimpleNamespace(preset=["shapes"], rows=["first", "full", "last"], batch=None, repeats=1,
                            json=str(path))
-    bench.bench(args, devices.Machine("cpu"))
+    bench.bench(args, runtime.Machine("cpu"))
     assert "out of memory" in capsys.readouterr().out and len(resets) == 3
     assert [row["row"] for row in json.loads(path.read_text())["rows"]] == ["first", "last"]
 

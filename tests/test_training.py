@@ -17,9 +17,10 @@ from PIL import Image
 
 import train_transformer
 import train_vq
-from lib import optimizers, training
-from lib.checkpoints import fingerprint, load_checkpoint, rebuild
-from lib.devices import Machine, step_seed
+from lib import optim
+from lib import run as run_
+from lib.files import fingerprint, load_checkpoint, rebuild
+from lib.runtime import Machine, step_seed
 from vqgan import VQGAN
 
 STAGES = {"train_vq.py": ("vqgan", TINY_VQ), "train_transformer.py": ("transformer", TINY_TRANSFORMER)}
@@ -155,7 +156,7 @@ def test_a_save_is_written_while_training_goes_on(trained, tmp_path, monkeypatch
     optimizer = torch.optim.Adam(model.requires_grad_(True).parameters())
     args = SimpleNamespace(run=tmp_path / "run", overwrite=False, resume=False, steps=9, batch=4, log_every=9,
                            picture_every=9, save_every=2, data="shapes", seed=0, init=None)
-    run = training.Run("vqgan", {}, {}, ["loss"], args, machine)
+    run = run_.Run("vqgan", {}, {}, ["loss"], args, machine)
     run.start({"model": model, "ema": model, "optimizer": optimizer}, {}, "a tokenizer", 1.0)
     may_write, written = threading.Event(), []
 
@@ -164,7 +165,7 @@ def test_a_save_is_written_while_training_goes_on(trained, tmp_path, monkeypatch
         written.append((path.name, checkpoint["step"]))
         if checkpoint["step"] == 4:
             raise OSError(f"cannot write {path}")
-    monkeypatch.setattr(training, "save_checkpoint", slowly)
+    monkeypatch.setattr(run_, "save_checkpoint", slowly)
     loss = {"loss": torch.tensor(1.0)}
     for step in (1, 2, 3):
         run.finish_step(step, loss, None)
@@ -196,7 +197,7 @@ def test_moments_take_the_layout_of_their_weights():
                     if moments[name].ndim == 4:
                         moments[name] = moments[name].contiguous(memory_format=layout_of_state)
             adam.load_state_dict(state)
-            optimizers.match_layouts(adam)
+            optim.match_layouts(adam)
         return conv.weight
     assert torch.equal(steps(torch.channels_last), steps(torch.contiguous_format))
 

@@ -5,7 +5,6 @@ A run is a folder, `runs/NAME`. For each stage (`vqgan`, `transformer`) it holds
     STAGE.resume.pt      everything needed to go on, bit for bit
     STAGE.log.csv, STAGE.curve.png, STAGE.png    log, loss curves, latest reconstructions or samples
 """
-import argparse
 import contextlib
 import csv
 import functools
@@ -17,74 +16,15 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
-from lib import data, devices
-from lib.checkpoints import load_checkpoint, on_cpu, save_checkpoint, write_atomically
-from lib.devices import add_flags, add_machine_flags, count, mean_over_ranks, whole
-from lib.optimizers import match_layouts
-from lib.pictures import draw_log, save_image, show_line, time_left
-
-# How often a run says, shows and keeps something: a row as in the scripts' tables, decisive for no result.
-PACE = {
-    "log_every": (count, 50, 50, 50, "steps between log lines"),
-    "picture_every": (count, 500, 1000, 5000, "steps between validations, with a picture"),
-    "save_every": (count, 500, 1000, 2000, "steps between checkpoints"),
-}
-
-
-def presets(flags, others):
-    """{name: {flag: value}} of every preset, PACE included.
-
-    flags: {flag: (type, its value for `shapes`, `cifar10` and `imagenet`, help)}. others: {name: (the preset that it
-    follows, {flag: value} where it does not)}."""
-    table = {name: {flag: row[column] for flag, row in (flags | PACE).items()}
-             for column, name in enumerate(("shapes", "cifar10", "imagenet"), 1)}
-    return table | {name: table[base] | changes for name, (base, changes) in others.items()}
-
-
-def parse_training_flags(description, flags, presets, own_flags):
-    """The flags of a training script: those of both, its own, its hyperparameters. Exits with status 2 on bad ones.
-
-    flags, presets: as above. own_flags: as for add_flags. A preset's value stands unless its flag is given. The preset
-    is that of the data set, `folder` for any folder of images, or the one named by --preset."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, {
-        "data": (str, "shapes", "shapes, cifar10, imagenet, places2, or a folder with a subfolder for each class"),
-        "preset": (list(presets), None, "the data set whose settings to take (default: the data's own, or folder)"),
-        "run": (str, None, "the run's folder (default: runs/NAME, after the data)"),
-        "init": (str, None, "a run whose model to start from, sizes included, such as runs/imagenet256"),
-        "resume": ({"action": "store_true"}, None, "go on where the run stopped; start, if there is none"),
-        "overwrite": ({"action": "store_true"}, None, "start again, replacing what the run folder holds"),
-        "dry_run": (devices.number(float, 0.001), None, "say what the run would take at so many TFLOP/s, and end"),
-        **own_flags,
-        **{name: (kind, None, f"{text} (default: {shown_default(name, presets)})")
-           for name, (kind, *_, text) in (flags | PACE).items()},
-        "seed": (whole, 0, "of every random draw"),
-        **data.DATA_FLAGS,
-        "workers": (whole, None, "processes that read ahead (default: none for data in memory, else up to 16)")})
-    add_machine_flags(parser)
-    args = parser.parse_args()
-    args.preset = args.preset or (args.data if args.data in presets else "folder")
-    args.run = Path(args.run or Path("runs", Path(args.data).name))
-    for name, value in presets[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    data.admit_pixels(args.max_pixels)
-    return args
-
-
-def shown_default(flag, presets):
-    """What --help says of a flag's default: its value, or, where the presets differ, that of each."""
-    words, values = {"None": "all", "True": "yes", "False": "no"}, {}
-    for name, preset in presets.items():
-        text = " ".join(map(str, preset[flag])) if isinstance(preset[flag], tuple) else str(preset[flag])
-        values[name] = words.get(text, text)
-    if len(set(values.values())) == 1:
-        return values["shapes"]
-    return ", ".join(f"{name}: {value}" for name, value in values.items())
+from lib.files import load_checkpoint, on_cpu, save_checkpoint, write_atomically
+from lib.flags import UserError
+from lib.optim import match_layouts
+from lib.pictures import draw_log, save_image
+from lib.runtime import mean_over_ranks
+from lib.terminal import show_line, time_left
 
 
 def micro_batches(args, machine):
@@ -92,7 +32,7 @@ def micro_batches(args, machine):
     own_share, rest = divmod(args.batch, machine.devices)
     size = min(args.micro_batch or own_share, own_share)
     if rest or own_share % size:
-        raise ValueError(f"--batch {args.batch} on {machine.devices} devices does not split into micro-batches of "
+        raise UserError(f"--batch {args.batch} on {machine.devices} devices does not split into micro-batches of "
                          f"{size}: choose --micro-batch so that it does")
     return own_share // size
 
@@ -140,14 +80,14 @@ class Run:
             progress = "finished"
             if state and state["step"] < self.args.steps:
                 progress = f"unfinished (step {state['step']} of {self.args.steps})"
-            raise ValueError(f"{self.folder} already holds a {progress} {self.stage}: use --resume to go on, "
+            raise UserError(f"{self.folder} already holds a {progress} {self.stage}: use --resume to go on, "
                              f"--overwrite to start again, or --run DIR for another place")
         if not state:
-            raise ValueError(f"{self.model_file} is there but nothing to resume it from; "
+            raise UserError(f"{self.model_file} is there but nothing to resume it from; "
                              f"use --overwrite to start again")
         for name, value in self.settings.items():
             if state["settings"].get(name) != value:
-                raise ValueError(f"{self.folder} was started with {name} = {state['settings'].get(name)}, not {value}: "
+                raise UserError(f"{self.folder} was started with {name} = {state['settings'].get(name)}, not {value}: "
                                  f"resume with the same settings, or use --overwrite or another --run")
         self.step, self.state, self.best = state["step"], state, state.get("best", math.inf)
 
@@ -261,7 +201,7 @@ class Log:
         means, self.pending = dict(zip(self.names, values, strict=True)), []
         for name, value in means.items():
             if not math.isfinite(value):
-                raise ValueError(f"{name} became {value} at or before step {step}: training was stopped; the last good "
+                raise UserError(f"{name} became {value} at or before step {step}: training was stopped; the last good "
                                  f"checkpoint, if any, is {resume_file}: go on from it with a lower --lr")
         if not self.machine.leads:
             return

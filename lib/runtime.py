@@ -4,105 +4,24 @@ in one for all TPU chips of a host (torch-xla); precision, ranks, seeds, flags.
 A script's main() parses the flags and calls launch(function, args), which calls function(args, machine) on every rank.
 Bad input raises ValueError or OSError with one line for the user; `command_line` turns it into exit status 2.
 """
-import argparse
 import contextlib
 import datetime
 import gc
 import hashlib
-import math
 import os
 import sys
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lib.flags import UserError
+
 # Linux: memory for CPU tensors in pages of 2 MB. A training step takes and returns gigabytes, and each small page that
 # the kernel hands out costs time (4% of a step of the paper's transformer). Read by torch at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
-def command_line(main):
-    """Runs a script's main(): a ValueError or OSError becomes one line on stderr and exit status 2.
-
-    TRACEBACK=1 in the environment shows where it came from."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped: started again, an evaluation goes on from here", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        text = " ".join(str(error).split())
-        if out_of_memory(error):
-            text = ("out of memory: in training lower --micro-batch (the result stays that of --batch) or the model's "
-                    "sizes, else the number of images at once (--num, --batch)")
-        elif not isinstance(error, (ValueError, OSError)) or os.environ.get("TRACEBACK"):
-            raise
-        print(f"error: {text}", file=sys.stderr)
-        sys.exit(2)
-
-
-def out_of_memory(error):
-    """Whether an error of torch says so, of a GPU or of the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
-def check_memory(size, flag):
-    """Raises ValueError where so many bytes, which `flag` asks for, are more than this machine's memory."""
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    if size > there:
-        raise ValueError(f"{flag} would take {size / 1e9:.4g} GB of memory, and this machine has {there / 1e9:.4g}: "
-                         f"ask for fewer images")
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: an int or float (kind) from `low` to `high`; says so where it is not."""
-    def parse(text):
-        bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or not math.isfinite(value):
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"it must be {what} {bounds}, not {text}")
-        return value
-    return parse
-
-
-count, whole = number(int, 1), number(int, 0)              # how many there are; how many, or none
-positive, share = number(float, 0), number(float, 0, 1)    # 0 or more; from none to all
-
-
-def yes_or_no(text):
-    """argparse type: yes or no."""
-    if text not in ("yes", "no"):
-        raise argparse.ArgumentTypeError(f"it must be yes or no, not {text}")
-    return text == "yes"
-
-
-def add_flags(parser, table):
-    """Adds flags in the order of a table {name: (kind, default, help)}.
-
-    kind: a type, a list of choices, or a dict of argparse's own options."""
-    for name, (kind, default, text) in table.items():
-        options = kind
-        if isinstance(kind, list):
-            options = {"choices": kind}
-        elif not isinstance(kind, dict):
-            options = {"type": kind, "metavar": name.split("_")[-1].upper()}
-        shown = "" if default is None else " (default: %(default)s)"
-        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text + shown, **options)
-
-
-def add_machine_flags(parser, compiles=True):
-    """The flags that say where to run, for every script. compiles: whether torch.compile serves it."""
-    add_flags(parser, {
-        "device": (["auto", "cpu", "cuda", "xla"], "auto", "auto: cuda where there is one, else cpu; xla: TPU"),
-        "bf16": (yes_or_no, None, "yes or no: products and convolutions in bfloat16 (default: unless a CPU has none)")})
-    if compiles:
-        add_flags(parser, {"compile": (yes_or_no, None, "yes or no: torch.compile (default: yes on cuda)")})
 
 
 def cores():
@@ -141,11 +60,11 @@ class Machine:
 
     def _open_torch(self, name):
         if name == "cuda" and not torch.cuda.is_available():
-            raise ValueError("no CUDA device is available: use --device cpu, or install a CUDA build of torch")
+            raise UserError("no CUDA device is available: use --device cpu, or install a CUDA build of torch")
         if name == "cuda" or name == "auto" and torch.cuda.is_available():
             number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
             if number >= there:
-                raise ValueError(f"process {number} of this machine has no GPU of its own, as it has {there}: start no "
+                raise UserError(f"process {number} of this machine has no GPU of its own, as it has {there}: start no "
                                  f"more processes than that with --nproc_per_node")
             self.device = torch.device("cuda", number)
             torch.cuda.set_device(self.device)
@@ -274,7 +193,7 @@ def launch(function, args):
     try:
         machine = Machine(args.device, args.bf16, getattr(args, "compile", None))
     except ImportError:
-        raise ValueError("--device xla needs torch-xla: pip install torch==2.9.0 'torch_xla[tpu]==2.9.0'") from None
+        raise UserError("--device xla needs torch-xla: pip install torch==2.9.0 'torch_xla[tpu]==2.9.0'") from None
     try:
         function(args, machine)
     finally:
@@ -328,3 +247,13 @@ class Upsample(torch.nn.Module):
         if x.device.type == "xla":     # whose interpolate has no backward pass: its gradients would go through the host
             return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
         return F.interpolate(x, scale_factor=2)
+
+
+def hashed_uniform(key, indices, count):
+    """Uniform numbers in [0, 1), float32 (len(indices), count): a pure function of (key, index, column).
+    A counter hashed by splitmix64 (Steele et al. 2014): no generator to seed, and vectorised over the images."""
+    x = np.asarray(indices, np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
+    x = (x + key * 0xD1342543DE82EF95 % (1 << 64)) * 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return ((x ^ (x >> 31)) >> 40).astype(np.float32) / (1 << 24)

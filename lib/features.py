@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib import devices, metrics
-from lib.checkpoints import fingerprint, load_checkpoint, load_tensors, load_weights, on_cpu, save_checkpoint
+from lib import flags, metrics, runtime
 from lib.data import batches, loader
-from lib.devices import mean_over_ranks, whole
+from lib.files import fingerprint, load_checkpoint, load_tensors, load_weights, on_cpu, save_checkpoint
+from lib.flags import UserError, whole
 from lib.ledger import Ledger
-from lib.optimizers import set_learning_rate
-from lib.pictures import Progress
+from lib.optim import set_learning_rate
+from lib.runtime import mean_over_ranks
+from lib.terminal import Progress
 
 BESIDE_REAL = ["sharpness / real", "classifier names the class"]
 BY_CLASS = "classifier names the class, by class"
@@ -30,7 +31,7 @@ FLAGS = {
     "classifier_steps": (whole, 600, "training steps of each classifier; 0, with Inception: none, no CAS")}
 JUDGE_FLAGS = {
     "evaluate_every": (whole, 0, "steps between measurements of samples, FCD or FID; keeps the best weights; 0: none"),
-    "evaluate_num": (devices.number(int, 2), 2000, "samples that are measured"), **FLAGS}
+    "evaluate_num": (flags.number(int, 2), 2000, "samples that are measured"), **FLAGS}
 
 
 class Classifier(nn.Module):
@@ -111,9 +112,9 @@ def load_inception(path, machine):
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Inception
     except ImportError:
-        raise ValueError("--features inception needs torch-fidelity: pip install torch-fidelity") from None
+        raise UserError("--features inception needs torch-fidelity: pip install torch-fidelity") from None
     if path and not Path(path).is_file():
-        raise FileNotFoundError(f"--inception {path} does not exist: name the file "
+        raise UserError(f"--inception {path} does not exist: name the file "
                                 f"weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases")
     if path:
         load_tensors(path)                   # refuses all but a plain state dict: the package would run code in it
@@ -122,10 +123,10 @@ def load_inception(path, machine):
     try:
         model = Inception("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=path)
     except RuntimeError:
-        raise ValueError(f"{path or 'what was fetched'} does not hold the weights of "
+        raise UserError(f"{path or 'what was fetched'} does not hold the weights of "
                          f"torch-fidelity's Inception") from None
     except OSError as error:
-        raise OSError(f"torch-fidelity could not fetch Inception's weights ({error}): name their file with "
+        raise UserError(f"torch-fidelity could not fetch Inception's weights ({error}): name their file with "
                       f"--inception") from error
     if machine.leads:
         machine.any(False)
@@ -191,7 +192,7 @@ def open_features(args, machine, example, train, folder):
     """The Features that are asked for. train, folder: the run's. example: see Features. Raises as load_inception, and
     ValueError where no features are left."""
     if not args.classifier_steps and args.features == "classifier":
-        raise ValueError("--classifier-steps 0 leaves nothing to measure with: add --features inception")
+        raise UserError("--classifier-steps 0 leaves nothing to measure with: add --features inception")
     inception = load_inception(args.inception, machine) if args.features == "inception" else None
     path, steps = folder / "classifier.pt", args.classifier_steps
     classifier = load_classifier(path, train, steps, machine) if steps else None
@@ -260,7 +261,7 @@ def sampled_batches(draw, numbers, size, count, classes, seed, machine):
     places, splits = torch.arange(count).split(size), metrics.split_of(count).split(size)
     for number in numbers:
         labels = machine.put(places[number] % classes)
-        images, tokens = draw(labels, machine.generator(devices.step_seed(seed, number)), machine)
+        images, tokens = draw(labels, machine.generator(runtime.step_seed(seed, number)), machine)
         yield Batch(number, splits[number], images, labels, tokens)
 
 

@@ -1,13 +1,15 @@
-"""Safe files: what is written is whole or not there, and nothing that is loaded can run code."""
+"""Safe files: what is written is whole or not there, nothing that is loaded can run code, and what is fetched is fetched once."""
 import hashlib
 import os
 import socket
+import urllib.error
+import urllib.request
 import zipfile
 from pathlib import Path
 
 import torch
 
-from lib.devices import add_flags, count, positive, whole
+from lib.flags import UserError
 
 
 def write_atomically(path, write):
@@ -23,7 +25,7 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:               # torch.save reports a full disk as the latter
         reason = getattr(error, "strerror", None) or "the file could not be written (disk full?)"
-        raise OSError(f"cannot write {path}: {reason}; free some space or choose another folder "
+        raise UserError(f"cannot write {path}: {reason}; free some space or choose another folder "
                       f"with --run or --out") from error
     finally:
         if temporary.exists():                             # it was not renamed
@@ -58,14 +60,14 @@ def load_checkpoint(path, kind):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["kind"]
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: train it first, or name another run") from None
+        raise UserError(f"{path} does not exist: train it first, or name another run") from None
     except OSError:
         raise
     except Exception as error:                           # a damaged archive can raise nearly anything
-        raise ValueError(f"{path} is not a checkpoint of this project, or is damaged; restore it or train it "
+        raise UserError(f"{path} is not a checkpoint of this project, or is damaged; restore it or train it "
                          f"again") from error
     if found != kind:
-        raise ValueError(f"{path} holds a {found}, where a {kind} is needed")
+        raise UserError(f"{path} holds a {found}, where a {kind} is needed")
     return checkpoint
 
 
@@ -77,7 +79,7 @@ def load_tensors(path):
     except OSError:
         raise
     except Exception as error:                           # a damaged archive can raise nearly anything
-        raise ValueError(f"{path} is no PyTorch state dict, or is damaged; fetch it again") from error
+        raise UserError(f"{path} is no PyTorch state dict, or is damaged; fetch it again") from error
 
 
 def load_weights(model, weights, path):
@@ -89,7 +91,7 @@ def load_weights(model, weights, path):
         found, expected = (f"of shape {tuple(state[name].shape)}" if name in state else "missing"
                            for state in (weights, own))
         if found != expected:
-            raise ValueError(f"{path} does not fit its own configuration: parameter {name} is {found}, and should be "
+            raise UserError(f"{path} does not fit its own configuration: parameter {name} is {found}, and should be "
                              f"{expected}")
     model.load_state_dict({name: value.to(own[name].dtype) for name, value in weights.items()}, assign=True)
     return model
@@ -104,7 +106,7 @@ def rebuild(path, kind, model_class):
         with torch.device("meta"):                       # no time for a random start, which is replaced at once
             model = model_class(model_class.Config(**checkpoint["config"]))
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} has a configuration that this version does not know ({error}); "
+        raise UserError(f"{path} has a configuration that this version does not know ({error}); "
                          f"train it again") from error
     return load_weights(model, checkpoint["model"], path).eval().requires_grad_(False), checkpoint
 
@@ -118,62 +120,40 @@ def fingerprint(model):
     return digest.hexdigest()[:16]
 
 
-STAGES = {"parallel": "transformer", "autoregressive": "autoregressive"}       # by decoder: the name of its file
+def cache_folder() -> Path:
+    """Returns the folder of fetched files: MASKGIT_CACHE, by default ~/.cache/maskgit."""
+    if os.environ.get("MASKGIT_CACHE"):
+        return Path(os.environ["MASKGIT_CACHE"])
+    return Path("~/.cache/maskgit").expanduser()
 
 
-def add_run_flags(parser):
-    """The flags that say which run to use, for every script that draws with one."""
-    add_flags(parser, {
-        "run": (str, None, "the run's folder (default: the newest in runs/ that holds a transformer)"),
-        "vqgan": (str, None, "tokenizer file (default: vqgan.pt in the run's folder)"),
-        "decoder": (list(STAGES), None, "which transformer of the run (default: parallel, where it is there)")})
+def download(url: str, name: str, sha256: str | None = None, offline: bool = False, folder: Path | None = None) -> Path:
+    """Returns the path of a file in `folder` (None: the cache folder), and fetches it first if it is not there.
 
-
-def add_sampler_flags(parser, schedules, orders):
-    """The arguments of maskgit.decode() as flags, for every script that draws; sampler_options() reads them."""
-    add_flags(parser, {
-        "steps": (count, None, "T, decoding steps (default: 8, and 12 for 32 x 32 tokens, as in the paper)"),
-        "schedule": (schedules, "cosine", "mask schedule"),
-        "choice_temperature": (positive, 4.5, "noise in the choice of what to keep"),
-        "temperature": (positive, 1.0, "of the token samples; 0 takes the likeliest"),
-        "top_k": (count, None, "sample among so many likeliest tokens (default: all)"),
-        "cfg": (positive, None, "weight of classifier-free guidance (default: 1 where a run can, see --class-dropout)"),
-        "order": (orders, "confidence", "what is revealed first"),
-        "seed": (whole, 0, "of every random draw")})
-
-
-def sampler_options(args, config):
-    """What those flags give to decode(), or, for a causal transformer, to decode_sequential()."""
-    options = {"temperature": args.temperature, "top_k": args.top_k}
-    if config.causal:
-        return options
-    cfg = float(config.null_class) if args.cfg is None else args.cfg
-    return options | {"steps": args.steps or config.default_steps, "schedule": args.schedule,
-                      "choice_temperature": args.choice_temperature, "cfg": cfg, "order": args.order}
-
-
-def load_run(folder, machine, tokenizer_class, transformer_class, vqgan=None, decoder=None):
-    """Both models of a run, on the machine -> (folder, tokenizer, transformer, its checkpoint).
-
-    folder: None: the one in runs/ whose transformer was written last, or the example, where none holds one.
-    vqgan: another tokenizer file. decoder: one of STAGES; None: parallel, but in a run that holds only the other.
-    Raises FileNotFoundError, or ValueError where the two do not belong together: another codebook, or a
-    tokenizer that was trained again after the transformer."""
-    if not folder:
-        files = [path for stage in STAGES.values() for path in Path("runs").glob(f"*/{stage}.pt")]
-        example = Path(__file__).parent.parent / "example" / "transformer.pt"
-        folder = max(files, key=lambda path: path.stat().st_mtime, default=example).parent
-    folder = Path(folder)
-    path = Path(vqgan or folder / "vqgan.pt")
-    only_sequential = not (folder / "transformer.pt").exists() and (folder / "autoregressive.pt").exists()
-    stage = STAGES[decoder or ("autoregressive" if only_sequential else "parallel")]
-    transformer, checkpoint = rebuild(folder / f"{stage}.pt", stage, transformer_class)
-    tokenizer, _ = rebuild(path, "vqgan", tokenizer_class)
-    ours, theirs = tokenizer.config.codebook_size, transformer.config.codebook_size
-    if ours != theirs:
-        raise ValueError(f"{folder}/{stage}.pt was made for a codebook of {theirs}, but {path} has {ours} entries")
-    if fingerprint(tokenizer) != checkpoint["tokenizer"]:
-        raise ValueError(f"{path} is not the tokenizer that {folder}/{stage}.pt was trained with (it was trained again "
-                         f"later?): run train_transformer.py again, or name the right file with --vqgan")
-    models = [machine.freeze(model.to(machine.device)) for model in (tokenizer, transformer)]
-    return folder, *models, checkpoint
+    sha256: its checksum or the first digits of it. offline: never use the network. Only a whole file gets its final
+    name. Raises UserError if the file cannot be had, cannot be written, or has a wrong checksum."""
+    path = (folder or cache_folder()) / name
+    if path.exists():
+        return path
+    if offline:
+        raise UserError(f"{path} is missing, and --offline forbids the network: fetch {url} elsewhere and put it there")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        torch.hub.download_url_to_file(url, str(part), hash_prefix=sha256)
+        # torch.hub does not notice a connection that breaks off.
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as response:
+            expected = int(response.headers.get("Content-Length", part.stat().st_size))
+        received = part.stat().st_size
+        if received != expected:
+            part.unlink()
+            raise UserError(f"{url} broke off after {received} of {expected} bytes: run this again")
+        part.replace(path)
+    except urllib.error.URLError as error:               # before OSError, of which it is one
+        raise UserError(f"cannot fetch {url} ({error}): check the network, or put the file at {path} yourself") from error
+    except RuntimeError as error:                        # torch.hub's word for a wrong checksum
+        raise UserError(f"{url} has a wrong checksum ({error}): run this again, or put the right file at {path}") from error
+    except OSError as error:
+        raise UserError(f"cannot fetch {url} to {path} ({error}): check the network and the disk, or put the file there "
+                        f"yourself") from error
+    return path
