@@ -29,7 +29,7 @@ import torch
 
 from lib import flags, runtime
 from lib.data import DATA_FLAGS, admit_pixels, find_class, open_data, read_image
-from lib.editing import choose_class, composite, to_square
+from lib.editing import composite, likeliest_class, to_square
 from lib.flags import UserError
 from lib.pictures import to_pil
 from lib.sampling import STAGES, add_sampler_flags, load_run, sampler_options
@@ -151,10 +151,12 @@ class Demo:
             if not region.any():
                 raise UserError("nothing is painted over yet: mark the region that is to be drawn anew")
             known, mask = torch.where(region, model.mask_id, tokens).flatten(), to_pixels(region, self.stride).cpu()
-            label, name = choose_class(args, model, self.classes, known)
-        elif args.class_name is not None:
+        if args.class_name is not None:
             label = find_class(args.class_name, self.classes)
             name = self.classes[label]
+        elif picture is not None:
+            label = likeliest_class(model, known, args.seed)
+            name = f"{self.classes[label]} (the likeliest for what is kept of the image)"
         labels = torch.arange(args.num) % len(self.classes) if label is None else torch.full((args.num,), label)
         return labels, name, known.to(self.machine.device).expand(args.num, -1), picture, mask
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from lib import flags, runtime
-from lib.data import read_image
-from lib.editing import choose_class, composite, fit_square, to_square
+from lib.data import find_class, read_image
+from lib.editing import composite, default_feather, fit_square, likeliest_class, to_square
 from lib.flags import UserError
 from lib.pictures import grid, picture_path, restore, save_film, save_image, to_pil
 from lib.sampling import add_run_flags, add_sampler_flags, load_run, sampler_options
@@ -160,7 +160,13 @@ def edit(args, machine):
                 raise UserError(f"nothing of {args.photo} is left to repaint after --fit {args.fit}: is the box cut "
                                  f"off, or the mask black?")
             paint, known = repaint, torch.where(region.to(machine.device), transformer.mask_id, known)
-        label, reason = choose_class(args, transformer, checkpoint["classes"], known)
+        names = checkpoint["classes"]
+        if args.class_name is not None:
+            label = find_class(args.class_name, names)
+            reason = f"{names[label]} (as asked)"
+        else:
+            label = likeliest_class(transformer, known.flatten(), args.seed)
+            reason = f"{names[label]} (the likeliest for what is kept of the image)"
         if machine.leads:
             print(f"{folder}: {args.photo}, {options['steps']} steps, {args.schedule} schedule, seed {args.seed}, "
                   f"on {machine.device}\nclass: {reason}", flush=True)
@@ -168,7 +174,7 @@ def edit(args, machine):
             around, mask, frames = paint(args, tokenizer, transformer, picture, known, machine.put(labels), options)
             batches.append(frames)
             machine.sync()
-    feather = tokenizer.config.stride - 1 if args.feather is None else args.feather
+    feather = default_feather(tokenizer.config.stride) if args.feather is None else args.feather
     frames = [composite(around, torch.cat(parts).cpu(), mask, feather) for parts in zip(*batches)]
     seconds = time.time() - started
     if not machine.leads:
