@@ -33,7 +33,7 @@ from lib.editing import composite, likeliest_class, to_square
 from lib.flags import UserError
 from lib.pictures import to_pil
 from lib.sampling import STAGES, add_sampler_flags, load_run, sampler_options
-from maskgit import ORDERS, SCHEDULES, MaskGIT, decode, decode_sequential, gamma, guided_logits, mask_counts
+from maskgit import SCHEDULES, MaskGIT, decode, decode_sequential, gamma, guided_logits, mask_counts
 from vqgan import VQGAN, as_grid, to_pixels
 
 QUESTIONS = ["/about", "/photo", "/validation", "/draw", "/look"]               # methods of Demo

@@ -21,7 +21,7 @@ from lib.editing import composite, default_feather, fit_square, likeliest_class,
 from lib.flags import UserError
 from lib.pictures import grid, picture_path, restore, save_film, save_image, to_pil
 from lib.sampling import add_run_flags, add_sampler_flags, load_run, sampler_options
-from maskgit import ORDERS, SCHEDULES, MaskGIT, decode
+from maskgit import SCHEDULES, MaskGIT, decode
 from vqgan import VQGAN, as_grid, to_pixels
 
 TASKS = {

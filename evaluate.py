@@ -27,7 +27,7 @@ from lib.files import fingerprint, rebuild
 from lib.flags import UserError
 from lib.ledger import Ledger, name_of
 from lib.sampling import add_run_flags, add_sampler_flags, load_run, sampler_options
-from maskgit import ORDERS, SCHEDULES, MaskGIT, decode, decode_sequential, mvtm_loss
+from maskgit import SCHEDULES, MaskGIT, decode, decode_sequential, mvtm_loss
 from train_transformer import mask_for_training
 from vqgan import VQGAN, as_grid, to_pixels
 

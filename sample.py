@@ -16,7 +16,7 @@ from lib.data import find_class
 from lib.pictures import grid, picture_path, restore, save_film, save_image
 from lib.sampling import add_run_flags, add_sampler_flags, load_run, sampler_options
 from lib.terminal import Progress
-from maskgit import ORDERS, SCHEDULES, MaskGIT, decode, decode_sequential
+from maskgit import SCHEDULES, MaskGIT, decode, decode_sequential
 from vqgan import VQGAN, as_grid
 
 

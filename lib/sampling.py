@@ -1,65 +1,121 @@
-"""What every script that draws needs: the flags that name a run and set the sampler, and the models of that run."""
+"""What the scripts that draw have in common: flags of the run and of the sampler, and a run's
+models.
+
+This is the one file of lib/ that knows the models of both stages.
+"""
+import argparse
+from collections.abc import Callable
 from pathlib import Path
+
+from torch import Tensor
 
 from lib.files import fingerprint, rebuild
 from lib.flags import UserError, add_flags, count, positive, whole
+from lib.orders import ORDERS, make_order
+from lib.runtime import Machine
+from maskgit import SCHEDULES, MaskGIT, check_decoding, decode
+from sequential import CausalTransformer, decode_sequential
+from vqgan import VQGAN
 
-STAGES = {"parallel": "transformer", "autoregressive": "autoregressive"}       # by decoder: the name of its file
+STAGES = {"parallel": "transformer", "autoregressive": "autoregressive"}   # decoder: its checkpoint
+MODELS = {"transformer": MaskGIT, "autoregressive": CausalTransformer}     # checkpoint: its class
 
 
-def add_run_flags(parser):
-    """The flags that say which run to use, for every script that draws with one."""
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say which run to use, for every script that draws with one."""
     add_flags(parser, {
-        "run": (str, None, "the run's folder (default: the newest in runs/ that holds a transformer)"),
+        "run": (str, None, "the run's folder (default: the newest in runs/ with a transformer)"),
         "vqgan": (str, None, "tokenizer file (default: vqgan.pt in the run's folder)"),
-        "decoder": (list(STAGES), None, "which transformer of the run (default: parallel, where it is there)")})
+        "decoder": (list(STAGES), None, "which transformer of the run (default: parallel, if any)"),
+    })
 
 
-def add_sampler_flags(parser, schedules, orders):
-    """The arguments of maskgit.decode() as flags, for every script that draws; sampler_options() reads them."""
+def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of decode() as flags; sampler_options() reads them."""
     add_flags(parser, {
-        "steps": (count, None, "T, decoding steps (default: 8, and 12 for 32 x 32 tokens, as in the paper)"),
-        "schedule": (schedules, "cosine", "mask schedule"),
-        "choice_temperature": (positive, 4.5, "noise in the choice of what to keep"),
-        "temperature": (positive, 1.0, "of the token samples; 0 takes the likeliest"),
-        "top_k": (count, None, "sample among so many likeliest tokens (default: all)"),
-        "cfg": (positive, None, "weight of classifier-free guidance (default: 1 where a run can, see --class-dropout)"),
-        "order": (orders, "confidence", "what is revealed first"),
-        "seed": (whole, 0, "of every random draw")})
+        "steps": (count, None, "T, decoding steps (default: 8; 12 for 32 x 32 tokens)"),
+        "schedule": (SCHEDULES, "cosine", "mask schedule"),
+        "choice_temperature": (positive, 4.5, "noise in the choice of the tokens to keep"),
+        "temperature": (positive, 1.0, "temperature of the token samples; 0 takes the likeliest"),
+        "top_k": (count, None, "sample among the K likeliest tokens (default: all)"),
+        "cfg": (positive, None, "weight of classifier-free guidance "
+                                "(default: 1 if the run was trained with --class-dropout, else 0)"),
+        "order": (ORDERS, "confidence", "which tokens are revealed first"),
+        "seed": (whole, 0, "seed of every random draw"),
+    })
 
 
-def sampler_options(args, config):
-    """What those flags give to decode(), or, for a causal transformer, to decode_sequential()."""
+def sampler_options(args: argparse.Namespace, model: MaskGIT) -> dict:
+    """Returns the keyword arguments that these flags mean for the model's sampler.
+
+    Raises UserError for a flag that does not suit the model."""
+    config = model.config
+    if args.top_k and args.top_k > config.codebook_size:
+        raise UserError(f"--top-k {args.top_k} is more than the codebook's {config.codebook_size} "
+                        f"entries: choose fewer")
     options = {"temperature": args.temperature, "top_k": args.top_k}
-    if config.causal:
+    if isinstance(model, CausalTransformer):
         return options
-    cfg = float(config.null_class) if args.cfg is None else args.cfg
-    return options | {"steps": args.steps or config.default_steps, "schedule": args.schedule,
-                      "choice_temperature": args.choice_temperature, "cfg": cfg, "order": args.order}
+    options["steps"] = args.steps or min(config.default_steps, config.num_tokens)
+    options["schedule"] = args.schedule
+    options["cfg"] = default_guidance(model) if args.cfg is None else args.cfg
+    try:
+        check_decoding(model, options["steps"], cfg=options["cfg"])
+        options["order"] = make_order(
+            args.order, config.num_tokens, args.choice_temperature, model.head_bias.device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return options
 
 
-def load_run(folder, machine, tokenizer_class, transformer_class, vqgan=None, decoder=None):
-    """Both models of a run, on the machine -> (folder, tokenizer, transformer, its checkpoint).
+def default_guidance(model: MaskGIT) -> float:
+    """Returns the weight of guidance without --cfg: 1 for a model with a null class, else 0."""
+    return 0.0 if model.null_label is None else 1.0
 
-    folder: None: the one in runs/ whose transformer was written last, or the example, where none holds one.
-    vqgan: another tokenizer file. decoder: one of STAGES; None: parallel, but in a run that holds only the other.
-    Raises FileNotFoundError, or ValueError where the two do not belong together: another codebook, or a
-    tokenizer that was trained again after the transformer."""
-    if not folder:
-        files = [path for stage in STAGES.values() for path in Path("runs").glob(f"*/{stage}.pt")]
-        example = Path(__file__).parent.parent / "example" / "transformer.pt"
-        folder = max(files, key=lambda path: path.stat().st_mtime, default=example).parent
-    folder = Path(folder)
-    path = Path(vqgan or folder / "vqgan.pt")
-    only_sequential = not (folder / "transformer.pt").exists() and (folder / "autoregressive.pt").exists()
-    stage = STAGES[decoder or ("autoregressive" if only_sequential else "parallel")]
-    transformer, checkpoint = rebuild(folder / f"{stage}.pt", stage, transformer_class)
-    tokenizer, _ = rebuild(path, "vqgan", tokenizer_class)
-    ours, theirs = tokenizer.config.codebook_size, transformer.config.codebook_size
-    if ours != theirs:
-        raise UserError(f"{folder}/{stage}.pt was made for a codebook of {theirs}, but {path} has {ours} entries")
+
+def sampler_of(model: MaskGIT) -> Callable[..., Tensor]:
+    """Returns the model's decoding function: sampler(model, labels, **options) -> tokens (B, N)."""
+    return decode_sequential if isinstance(model, CausalTransformer) else decode
+
+
+def load_run(
+    folder: str | Path | None, machine: Machine,
+    vqgan: str | None = None, decoder: str | None = None,
+) -> tuple[Path, VQGAN, MaskGIT, dict]:
+    """Returns a run's folder, its tokenizer and transformer on the machine, and the transformer's
+    checkpoint.
+
+    folder: None for the one in runs/ whose transformer was written last, or example/ if there is
+    none. vqgan: another tokenizer file. decoder: one of STAGES; None for parallel, unless the run
+    holds only the other. Raises UserError if a file is missing or the two do not belong together.
+    """
+    folder = Path(folder or newest_run())
+    if decoder is None:
+        decoder = "parallel"
+        if not (folder / "transformer.pt").exists() and (folder / "autoregressive.pt").exists():
+            decoder = "autoregressive"
+    stage = STAGES[decoder]
+    path = folder / f"{stage}.pt"
+    tokenizer_path = Path(vqgan or folder / "vqgan.pt")
+    transformer, checkpoint = rebuild(path, stage, MODELS[stage])
+    tokenizer, _ = rebuild(tokenizer_path, "vqgan", VQGAN)
+    if tokenizer.config.codebook_size != transformer.config.codebook_size:
+        raise UserError(f"{path} was trained with a codebook of "
+                        f"{transformer.config.codebook_size} entries, but {tokenizer_path} has "
+                        f"{tokenizer.config.codebook_size}: name the right file with --vqgan")
     if fingerprint(tokenizer) != checkpoint["tokenizer"]:
-        raise UserError(f"{path} is not the tokenizer that {folder}/{stage}.pt was trained with (it was trained again "
-                         f"later?): run train_transformer.py again, or name the right file with --vqgan")
-    models = [machine.freeze(model.to(machine.device)) for model in (tokenizer, transformer)]
-    return folder, *models, checkpoint
+        raise UserError(f"{tokenizer_path} is not the tokenizer that {path} was trained with (was "
+                        f"it trained again later?): run train_transformer.py again, or name the "
+                        f"right file with --vqgan")
+    tokenizer = machine.freeze(tokenizer.to(machine.device))
+    transformer = machine.freeze(transformer.to(machine.device))
+    return folder, tokenizer, transformer, checkpoint
+
+
+def newest_run() -> Path:
+    """Returns the folder in runs/ whose transformer was written last, or example/ if there is none.
+    """
+    transformers = [path for stage in MODELS for path in Path("runs").glob(f"*/{stage}.pt")]
+    if not transformers:
+        return Path(__file__).parent.parent / "example"
+    return max(transformers, key=lambda path: path.stat().st_mtime).parent

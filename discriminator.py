@@ -1,0 +1,104 @@
+"""The tokenizer's adversary in stage 1 (§3.1, after Esser et al. 2021): StyleGAN2's residual
+discriminator, with [1 3 3 1] blur resampling, as in the released code; the adversarial losses, and
+the R1 penalty."""
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqgan import conv3x3, init_weights
+
+
+def blur_downsample(x: Tensor) -> Tensor:
+    """Blurs by [1 3 3 1] in both directions and halves: (B, C, H, W) -> (B, C, H / 2, W / 2).
+
+    It is written with slices: a depthwise convolution has a slow backward pass, of which R1 takes
+    two, and Inductor cannot compile the second derivative of average pooling."""
+    x = F.pad(x, (1, 1, 1, 1))
+    even = x[..., 0::2, :]
+    odd = x[..., 1::2, :]
+    x = (even[..., :-1, :] + 3 * (odd[..., :-1, :] + even[..., 1:, :]) + odd[..., 1:, :]) / 8
+    even = x[..., 0::2]
+    odd = x[..., 1::2]
+    return (even[..., :-1] + 3 * (odd[..., :-1] + even[..., 1:]) + odd[..., 1:]) / 8
+
+
+class DiscriminatorBlock(nn.Module):
+    """Residual block of StyleGAN2's discriminator; halves the resolution."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv1 = conv3x3(inputs, inputs)
+        self.conv2 = conv3x3(inputs, outputs)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.leaky_relu(self.conv1(x), 0.2)
+        h = F.leaky_relu(self.conv2(blur_downsample(h)), 0.2)
+        return (h + self.shortcut(blur_downsample(x))) / math.sqrt(2)           # keeps the variance
+
+
+class Discriminator(nn.Module):
+    """StyleGAN2's residual discriminator as released: images (B, 3, S, S) in [0, 1] -> real/fake
+    logits (B,).
+
+    image_size: S, a power of two, at least 8. width: channels at 256 pixels (64 as released); they
+    double at each halving up to max_width. centred: map images to [-1, 1] first, from which it
+    learns far faster; the released code does not. Raises ValueError for another S."""
+
+    def __init__(
+        self, image_size: int = 256, width: int = 64, max_width: int = 512, centred: bool = False,
+    ):
+        super().__init__()
+        if image_size < 8 or image_size & (image_size - 1):
+            raise ValueError(f"the discriminator needs an image size that is a power of two, "
+                             f"at least 8, not {image_size}")
+        self.centred = centred
+        widths = []
+        size = image_size
+        while size >= 4:
+            widths.append(max(1, min(max_width, width * 256 // size)))
+            size //= 2
+        self.conv_in = conv3x3(3, widths[0])
+        self.blocks = nn.Sequential(*[DiscriminatorBlock(a, b) for a, b in pairwise(widths)])
+        self.conv_out = conv3x3(widths[-1], widths[-1])
+        self.dense1 = nn.Linear(widths[-1] * 4 * 4, widths[-1])
+        self.dense2 = nn.Linear(widths[-1], 1)
+        self.apply(init_weights)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.centred:
+            images = images * 2 - 1
+        x = F.leaky_relu(self.conv_in(images), 0.2)
+        x = self.blocks(x)
+        x = F.leaky_relu(self.conv_out(x), 0.2)                                     # (B, C, 4, 4)
+        x = x.permute(0, 2, 3, 1).flatten(1)  # channels last, the order of the released dense layer
+        return self.dense2(F.leaky_relu(self.dense1(x), 0.2)).squeeze(-1)
+
+
+def generator_loss(fake_logits: Tensor, kind: str = "non-saturating") -> Tensor:
+    """Returns what the tokenizer minimises so that its reconstructions pass for real. kind:
+    non-saturating or hinge."""
+    if kind == "hinge":
+        return -fake_logits.mean()
+    return F.softplus(-fake_logits).mean()
+
+
+def discriminator_loss(
+    real_logits: Tensor, fake_logits: Tensor, kind: str = "non-saturating",
+) -> Tensor:
+    """Returns what the discriminator minimises. kind: non-saturating (Goodfellow et al. 2014) or
+    hinge."""
+    if kind == "hinge":
+        return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def r1_penalty(discriminator: nn.Module, images: Tensor) -> Tensor:
+    """Returns the squared gradient norm of the logits at real images, averaged (Mescheder et al.
+    2018), unweighted."""
+    images = images.detach().requires_grad_(True)
+    gradient, = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)
+    return gradient.square().sum((1, 2, 3)).mean()

@@ -1,0 +1,73 @@
+"""What is revealed first: the paper's order by name, and two that the paper does not have.
+
+To add an order, write a function that returns one (see maskgit.Order) and name it in ORDERS.
+"""
+import math
+
+import torch
+from torch import Tensor
+
+from maskgit import Order, by_confidence
+
+
+def by_chance() -> Order:
+    """Returns an order that reveals tokens at random."""
+    def order(log_p: Tensor, progress: float, generator: torch.Generator | None) -> Tensor:
+        return torch.rand(log_p.shape, device=log_p.device, generator=generator)
+    return order
+
+
+def by_halton(num_tokens: int, device: torch.device | str = "cpu") -> Order:
+    """Returns an order that covers the image evenly, whatever the tokens are (Besnier et al. 2025).
+
+    Raises ValueError if num_tokens is not a square."""
+    earlier_is_higher = -halton_order(num_tokens).argsort().float().to(device)
+
+    def order(log_p: Tensor, progress: float, generator: torch.Generator | None) -> Tensor:
+        return earlier_is_higher.expand(log_p.shape)
+    return order
+
+
+def halton_order(num_tokens: int) -> Tensor:
+    """Returns a permutation of the token grid that covers it evenly at every length.
+
+    It follows the Halton points of bases 2 and 3 (Halton 1964). num_tokens: a square number. The
+    permutation is (num_tokens,) int64: raster positions in the order in which they are revealed.
+    Raises ValueError if num_tokens is not a square."""
+    side = math.isqrt(num_tokens)
+    if side * side != num_tokens:
+        raise ValueError(f"the halton order needs a square token grid, not {num_tokens} tokens")
+    positions = {}                              # a dict keeps its keys in order, and each only once
+    i = 1
+    while len(positions) < num_tokens:          # every cell is hit in the end
+        row = int(radical_inverse(i, 2) * side)
+        column = int(radical_inverse(i, 3) * side)
+        positions[row * side + column] = None
+        i += 1
+    return torch.tensor(list(positions))
+
+
+def radical_inverse(i: int, base: int) -> float:
+    """Mirrors the digits of i at the point: 6 = 110 in base 2 -> 0.011 = 0.375."""
+    value = 0.0
+    scale = 1.0
+    while i:
+        i, digit = divmod(i, base)
+        scale /= base
+        value += digit * scale
+    return value
+
+
+def make_order(
+    name: str, num_tokens: int, choice_temperature: float, device: torch.device | str,
+) -> Order:
+    """Returns the order of this name, made once for all steps. Raises ValueError if it does not
+    suit the tokens."""
+    if name == "random":
+        return by_chance()
+    if name == "halton":
+        return by_halton(num_tokens, device)
+    return by_confidence(choice_temperature)
+
+
+ORDERS = ["confidence", "random", "halton"]

@@ -1,0 +1,148 @@
+"""The baseline that the paper compares with (§3.1; Table 1: VQGAN): raster-scan, token-by-token
+decoding.
+
+The transformer is MaskGIT's with one change: a position sees only itself and the positions before
+it. It is trained to predict the next token, and decodes N tokens in N passes."""
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskgit import Attention, Block, MaskGIT, MaskGITConfig, sample_tokens
+
+
+class KeyValueCache:
+    """The keys and values of the positions decoded so far, so that each pass computes only one new
+    position.
+
+    Its shapes never change (positions still to come are hidden by a mask), so one compiled graph
+    serves every pass."""
+
+    def __init__(self, config: MaskGITConfig, batch: int, device: torch.device, dtype: torch.dtype):
+        shape = config.depth, batch, config.heads, config.num_tokens, config.dim // config.heads
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.places = torch.arange(config.num_tokens, device=device)
+        # The position of the next pass, in all layers.
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Stores one position's (B, H, 1, dim / H) keys and values of a layer.
+
+        Returns the keys and values of all N positions, (B, H, N, dim / H), and a mask (1, N) of
+        those to attend to."""
+        self.keys[layer].index_copy_(2, self.position, key)
+        self.values[layer].index_copy_(2, self.position, value)
+        return self.keys[layer], self.values[layer], (self.places <= self.position)[None]
+
+    def advance(self) -> None:
+        """Moves on to the next position, after all layers have stored theirs."""
+        self.position += 1
+
+
+class CausalAttention(Attention):
+    """Self-attention in which each position sees itself and those before it: (B, L, dim) -> (B, L,
+    dim)."""
+
+    def forward(self, x: Tensor, layer: int = 0, cache: KeyValueCache | None = None) -> Tensor:
+        query = self.split_heads(self.query(x))                             # (B, H, L, dim / H)
+        key = self.split_heads(self.key(x))
+        value = self.split_heads(self.value(x))
+        if cache is None:
+            dropout = self.dropout if self.training else 0.0
+            x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        else:
+            keys, values, visible = cache.update(layer, key, value)
+            x = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+class CausalBlock(Block):
+    """A block of the transformer with causal attention."""
+
+    def __init__(self, config: MaskGITConfig):
+        super().__init__(config)
+        self.attention = CausalAttention(config)
+
+    def forward(self, x: Tensor, layer: int = 0, cache: KeyValueCache | None = None) -> Tensor:
+        x = self.norm1(x + self.dropout(self.attention(x, layer, cache)))
+        return self.norm2(x + self.dropout(self.mlp(x)))
+
+
+class CausalTransformer(MaskGIT):
+    """The autoregressive transformer: p(each token | the tokens before it, the class)."""
+    Block = CausalBlock
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Returns logits of every token given those before it, (B, n, codebook_size).
+
+        tokens: (B, n) codes, n <= N, the last of which is only predicted. labels: (B,) int64 in [0,
+        num_classes)."""
+        # Position i sees the class and the first i tokens, and predicts token i.
+        x = self.embed(tokens[:, :-1], labels)
+        for block in self.blocks:
+            x = block(x)
+        return self.logits(x)
+
+    def next_logits(self, rows: Tensor, cache: KeyValueCache) -> Tensor:
+        """Returns the logits of the token after one position, (B, codebook_size), and stores the
+        position in the cache.
+
+        rows: (B, 1) int64, a row of the embedding: the class, or the token that was decoded last.
+        """
+        x = self.token_embedding(rows) + self.position_embedding(cache.position)
+        x = self.dropout(self.norm(x))
+        for layer, block in enumerate(self.blocks):
+            x = block(x, layer, cache)
+        return self.logits(x)[:, -1]
+
+
+def product_dtype(model: CausalTransformer, device: torch.device) -> torch.dtype:
+    """Returns the type of the model's keys and values: that of autocast where it is on."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return model.head[0].weight.dtype
+
+
+@torch.no_grad()
+def decode_sequential(
+    model: CausalTransformer,
+    labels: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+    cached: bool = True,
+    on_step: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Decodes N tokens in raster order in N forward passes. Returns tokens (B, N) int64.
+
+    labels: (B,) int64. temperature, top_k: as for maskgit.decode. cached: keep the keys and values
+    of earlier positions; otherwise each pass computes all of them again. on_step(t, tokens, masked,
+    confidence) is called after each token, as by maskgit.decode: `masked` (B, N) marks the tokens
+    that are not decoded yet, and what `tokens` holds there says nothing; the confidence is the
+    log-probability of each token, infinite where it was decoded before and minus infinity where it
+    is not decoded yet."""
+    B = len(labels)
+    N = model.config.num_tokens
+    tokens = torch.zeros(B, N, dtype=torch.long, device=labels.device)
+    masked = torch.ones(B, N, dtype=torch.bool, device=labels.device)
+    rows = labels[:, None] + model.config.codebook_size                     # the class comes first
+    cache = KeyValueCache(model.config, B, labels.device, product_dtype(model, labels.device))
+
+    for i in range(N):
+        if cached:
+            logits = model.next_logits(rows, cache).float()                 # (B, codebook_size)
+            cache.advance()
+        else:
+            logits = model(tokens[:, :i + 1], labels)[:, -1].float()
+        tokens[:, i] = sample_tokens(logits, temperature, top_k, generator)
+        rows = tokens[:, i:i + 1]
+        masked[:, i] = False
+        if on_step is not None:
+            log_p = logits.log_softmax(-1).gather(1, rows)                  # (B, 1)
+            confidence = torch.full((B, N), torch.inf, device=labels.device)
+            confidence[masked] = -torch.inf
+            confidence[:, i:i + 1] = log_p
+            on_step(i + 1, tokens.clone(), masked.clone(), confidence)
+    return tokens
