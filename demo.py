@@ -50,7 +50,7 @@ def read_settings(settings):
         "class": ({"dest": "class_name"}, None, "what to draw (default: each class in turn)"),
         "num": (flags.number(int, 1, 64), 10, "images"),
         "decoder": (list(STAGES), "parallel", "which transformer of the run"),
-        "feather": (flags.positive, 0, "of what is painted, in pixels")})
+        "feather": (flags.non_negative, 0, "of what is painted, in pixels")})
     add_sampler_flags(parser, SCHEDULES, ORDERS)
     return parser.parse_args([f"--{name}={text}" for name, text in settings.items() if text != ""])
 

@@ -35,7 +35,7 @@ FLAGS = {
     "class": ({"metavar": "NAME_OR_ID", "dest": "class_name"}, None, "what to paint (default: the likeliest)"),
     "num": (flags.count, 8, "variants of the photo"),
     "fit": (["crop", "pad"], "crop", "bring the photo to the model's square: crop it, or pad it with its borders"),
-    "feather": (flags.positive, None, "blur of the border in pixels, 0 for none (default: a token's width less one)"),
+    "feather": (flags.non_negative, None, "blur of the border in pixels, 0 for none (default: a token's width less one)"),
     "start_step": (flags.whole, 0, "decoding steps to pass over, as much is known (the released demo: 2 of 12)"),
     "out": (str, None, "the grid to write (default: in the run's folder, the photo's name and what was done)"),
 }

@@ -18,7 +18,7 @@ from lib import costs, flags, optim, pictures, runtime
 from lib.data import DATA_FLAGS, admit_pixels, batches, open_data, spread
 from lib.features import JUDGE_FLAGS, open_judge
 from lib.files import rebuild, write_atomically
-from lib.flags import UserError, count, positive, share, whole, yes_or_no
+from lib.flags import UserError, count, fraction, non_negative, whole, yes_or_no
 from lib.run import Run, micro_batches
 from lib.runtime import from_host
 from lib.sampling import STAGES
@@ -31,20 +31,20 @@ FLAGS = {
     "dim": (count, 128, 384, 768, "width of the transformer; that of its perceptrons is four times this"),
     "depth": (count, 4, 12, 24, "layers"),
     "heads": (count, 4, 6, 8, "attention heads"),
-    "dropout": (share, 0.0, 0.1, 0.1, "dropout probability"),
+    "dropout": (fraction, 0.0, 0.1, 0.1, "dropout probability"),
     "schedule": (SCHEDULES, "cosine", "cosine", "cosine", "mask schedule in training"),
-    "label_smoothing": (share, 0.0, 0.0, 0.1, "label smoothing of the loss"),
-    "class_dropout": (share, 0.1, 0.1, 0.0, "share of the labels replaced by the null class, for guided decoding"),
+    "label_smoothing": (fraction, 0.0, 0.0, 0.1, "label smoothing of the loss"),
+    "class_dropout": (fraction, 0.1, 0.1, 0.0, "share of the labels replaced by the null class, for guided decoding"),
     "steps": (count, 4000, 60_000, 1_501_000, "training steps"),                                # imagenet: 300 epochs
     "batch": (count, 64, 256, 256, "images in a step, over all devices"),
     "micro_batch": (count, None, None, 64, "images in memory at once on each device; gradients add up to --batch"),
     "optimizer": (["muon", "adamw"], "muon", "muon", "adamw", "muon: for the blocks' matrices; the rest has AdamW"),
-    "muon_lr": (positive, 0.02, 0.02, 0.02, "learning rate of Muon"),
-    "lr": (positive, 4e-3, 2e-3, 1e-4, "learning rate of AdamW (betas 0.9, 0.96)"),
-    "weight_decay": (positive, 0.045, 0.045, 0.045, "weight decay of the optimizers"),
+    "muon_lr": (non_negative, 0.02, 0.02, 0.02, "learning rate of Muon"),
+    "lr": (non_negative, 4e-3, 2e-3, 1e-4, "learning rate of AdamW (betas 0.9, 0.96)"),
+    "weight_decay": (non_negative, 0.045, 0.045, 0.045, "weight decay of the optimizers"),
     "warmup": (whole, 100, 1000, 5000, "steps of linear warm-up"),
     "decay": (yes_or_no, True, True, False, "yes: cosine decay to 1%%; no: constant learning rate"),
-    "ema": (share, 0.995, 0.9995, 0.999, "decay of the averaged weights"),
+    "ema": (fraction, 0.995, 0.9995, 0.999, "decay of the averaged weights"),
     "cache_tokens": (whole, 1, 4, 0, "encode every training image once, in so many views; 0: encode on the fly"),
 }
 PRESETS = flags.presets(FLAGS, {"folder": ("shapes", {"cache_tokens": 10}),

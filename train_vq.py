@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from lib import costs, flags, metrics, optim, pictures, runtime
 from lib.data import DATA_FLAGS, admit_pixels, batches, open_data, spread
 from lib.files import rebuild
-from lib.flags import UserError, count, positive, share, whole, yes_or_no
+from lib.flags import UserError, count, fraction, non_negative, whole, yes_or_no
 from lib.lpips import LPIPS, load_lpips
 from lib.run import Run, micro_batches
 from vqgan import VQGAN, Discriminator, VQGANConfig, discriminator_loss, generator_loss, r1_penalty
@@ -35,28 +35,28 @@ FLAGS = {
     "groups": (count, 1, 1, 32, "groups of each GroupNorm"),
     "codebook_size": (count, 256, 1024, 1024, "entries in the codebook"),
     "codebook_dim": (count, 8, 8, 256, "numbers in each entry"),
-    "codebook_lr": (positive, 3.0, 3.0, 1.0, "of the codebook, in units of --lr; over 1: starts from encoded images"),
+    "codebook_lr": (non_negative, 3.0, 3.0, 1.0, "of the codebook, in units of --lr; over 1: starts from encoded images"),
     "disc_width": (count, 2, 8, 64, "width of the discriminator at 256 pixels, doubling at each halving"),
     "disc_max_width": (count, 64, 256, 512, "and its largest width"),
     "steps": (count, 5000, 50_000, 1_000_000, "training steps"),
     "batch": (count, 16, 128, 256, "images in a step, over all devices"),
     "micro_batch": (count, None, None, 32, "images in memory at once on each device; gradients add up to --batch"),
-    "lr": (positive, 3e-3, 1e-3, 1e-4, "learning rate of Adam, for the tokenizer"),
-    "disc_lr": (positive, 1e-3, 5e-4, 1e-4, "and for the discriminator"),
-    "beta1": (share, 0.9, 0.9, 0.0, "Adam's first beta; the second is 0.99"),
+    "lr": (non_negative, 3e-3, 1e-3, 1e-4, "learning rate of Adam, for the tokenizer"),
+    "disc_lr": (non_negative, 1e-3, 5e-4, 1e-4, "and for the discriminator"),
+    "beta1": (fraction, 0.9, 0.9, 0.0, "Adam's first beta; the second is 0.99"),
     "warmup": (whole, 100, 500, 0, "steps of linear warm-up"),
     "decay": (yes_or_no, True, True, False, "yes: cosine decay to 1%%; no: constant learning rate"),
-    "ema": (share, 0.995, 0.999, 0.999, "decay of the averaged weights"),
-    "reconstruction": (positive, 20.0, 20.0, 1.0, "weight of the squared error"),
+    "ema": (fraction, 0.995, 0.999, 0.999, "decay of the averaged weights"),
+    "reconstruction": (non_negative, 20.0, 20.0, 1.0, "weight of the squared error"),
     "perceptual": (["auto", "lpips", "none"], "auto", "auto", "auto",
                    "loss on VGG16's features (528 MB, fetched once); auto: lpips from 128 pixels on"),
-    "perceptual_weight": (positive, 0.1, 0.1, 0.1, "weight of the perceptual loss"),
-    "entropy": (positive, 0.1, 0.1, 0.1, "weight of the codebook entropy loss"),
-    "adversarial": (positive, 0.4, 0.4, 0.1, "weight of the adversarial loss; 0 switches the discriminator off"),
-    "gan_start": (share, 0.5, 0.5, 0.0, "share of the steps after which the discriminator sets in"),
+    "perceptual_weight": (non_negative, 0.1, 0.1, 0.1, "weight of the perceptual loss"),
+    "entropy": (non_negative, 0.1, 0.1, 0.1, "weight of the codebook entropy loss"),
+    "adversarial": (non_negative, 0.4, 0.4, 0.1, "weight of the adversarial loss; 0 switches the discriminator off"),
+    "gan_start": (fraction, 0.5, 0.5, 0.0, "share of the steps after which the discriminator sets in"),
     "gan_ramp": (count, 100, 1000, 1, "steps over which the adversarial weight then grows to its full value"),
     "gan_loss": (["non-saturating", "hinge"], *["non-saturating"] * 3, "adversarial loss"),
-    "r1": (positive, 0.1, 0.1, 10.0, "cost of the discriminator's gradient penalty"),
+    "r1": (non_negative, 0.1, 0.1, 10.0, "cost of the discriminator's gradient penalty"),
     "r1_every": (count, 16, 16, 16, "steps between applications of the penalty, which is scaled up by as much"),
     "recompute": (yes_or_no, False, False, False, "activations in the backward pass, for memory; always from 512 px"),
 }

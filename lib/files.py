@@ -1,21 +1,29 @@
-"""Safe files: what is written is whole or not there, nothing that is loaded can run code, and what is fetched is fetched once."""
+"""Safe files: a file is written whole or not at all, a file that is loaded cannot run code, and a
+file from the network is fetched once."""
+import functools
 import hashlib
 import os
 import socket
 import urllib.error
 import urllib.request
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
+from torch import Tensor, nn
 
 from lib.flags import UserError
 
 
-def write_atomically(path, write):
-    """Calls write(file) on a temporary file beside `path`, then renames it. Raises OSError, `path` being as it was."""
+def write_atomically(path: Path | str, write: Callable[[BinaryIO], object]):
+    """Calls write(file) on a temporary file beside `path`, then renames it.
+
+    Raises UserError if the file cannot be written; `path` is then as it was."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")   # hosts may share a disk
+    process = f"{socket.gethostname()}.{os.getpid()}"       # computers may share a disk
+    temporary = path.with_name(f".{path.name}.{process}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -23,137 +31,171 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:               # torch.save reports a full disk as the latter
-        reason = getattr(error, "strerror", None) or "the file could not be written (disk full?)"
-        raise UserError(f"cannot write {path}: {reason}; free some space or choose another folder "
-                      f"with --run or --out") from error
+    except (OSError, RuntimeError) as error:
+        # torch.save answers an OSError, such as a full disk, with a RuntimeError of its own.
+        problem = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(problem, OSError):
+            raise
+        raise UserError(f"cannot write {path}: {problem.strerror or problem}; free some space or "
+                        f"choose another folder with --run or --out") from error
     finally:
-        if temporary.exists():                             # it was not renamed
+        if temporary.exists():                              # it was not renamed
             temporary.unlink()
 
 
+# ---- checkpoints
+
 def on_cpu(value, before=None):
-    """A copy on the CPU of nested dicts and lists of tensors and plain values. before: an earlier copy, into whose
-    tensors this one is written: to get new memory takes longer than to copy."""
+    """Returns a copy on the CPU of nested dicts and lists of tensors and plain values.
+
+    before: an earlier copy, into whose tensors this one is written, as new memory takes longer."""
     if isinstance(value, dict):
-        return {key: on_cpu(item, before.get(key) if before else None) for key, item in value.items()}
+        before = before or dict.fromkeys(value)
+        return {key: on_cpu(item, before.get(key)) for key, item in value.items()}
     if isinstance(value, list):
-        return [on_cpu(item, old) for item, old in zip(value, before or [None] * len(value), strict=True)]
+        before = before or [None] * len(value)
+        return [on_cpu(item, old) for item, old in zip(value, before, strict=True)]
     if not torch.is_tensor(value):
         return value
-    if before is None:                                   # empty_like() of torch-xla's tensors is none that can be saved
-        before = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, pin_memory=value.is_cuda)
+    if before is None:          # empty_like() of torch-xla's tensors is none that can be saved
+        before = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype,
+                                     pin_memory=value.is_cuda)
     return before.copy_(value)
 
 
-def save_checkpoint(path, checkpoint):
-    """Writes a dict of plain values and tensors of the CPU, atomically. Raises OSError."""
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
+def save_checkpoint(path: Path | str, checkpoint: dict):
+    """Writes a dict of plain values and CPU tensors. Raises UserError if that cannot be done."""
+    write_atomically(path, functools.partial(torch.save, checkpoint))
 
 
-def load_checkpoint(path, kind):
-    """Reads what save_checkpoint wrote. kind: what its "kind" must say, such as vqgan or transformer.
+def load_checkpoint(path: Path | str, kind: str) -> dict:
+    """Reads what save_checkpoint() wrote. kind: what its "kind" must be, such as vqgan.
 
-    Raises FileNotFoundError, or ValueError for a file that is truncated, not a checkpoint, or of another kind."""
+    Raises UserError if the file is missing, damaged, not a checkpoint, or of another kind."""
+    problem = (f"{path} is not a checkpoint of this project, or it is damaged: only the .pt files "
+               f"of train_vq.py, train_transformer.py and pretrained.py are read, not Lightning's "
+               f".ckpt, not .safetensors and not weights alone")
     try:
-        with zipfile.ZipFile(path):                      # what torch.save writes; anything else is not even unpickled
+        with zipfile.ZipFile(path):         # torch.save writes one; nothing else is even unpickled
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = checkpoint["kind"]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: train it first, or name another run") from None
-    except OSError:
-        raise
-    except Exception as error:                           # a damaged archive can raise nearly anything
-        raise UserError(f"{path} is not a checkpoint of this project, or is damaged; restore it or train it "
-                         f"again") from error
-    if found != kind:
-        raise UserError(f"{path} holds a {found}, where a {kind} is needed")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:              # a damaged archive can raise nearly anything
+        raise UserError(problem) from error
+    if not isinstance(checkpoint, dict) or "kind" not in checkpoint:
+        raise UserError(problem)
+    if checkpoint["kind"] != kind:
+        raise UserError(f"{path} holds a {checkpoint['kind']}, but a {kind} is needed: name "
+                        f"another file or run")
     return checkpoint
 
 
-def load_tensors(path):
-    """The tensors of a PyTorch state dict, by name. Raises OSError, or ValueError where the file is none."""
+def load_tensors(path: Path | str) -> dict[str, Tensor]:
+    """Returns the tensors of a PyTorch state dict, by name. Raises UserError if there are none."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: value for name, value in state.items() if torch.is_tensor(value)}
-    except OSError:
-        raise
-    except Exception as error:                           # a damaged archive can raise nearly anything
-        raise UserError(f"{path} is no PyTorch state dict, or is damaged; fetch it again") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:              # a damaged archive can raise nearly anything
+        raise UserError(f"{path} is not a PyTorch state dict, or it is damaged: delete it and "
+                        f"fetch it again") from error
 
 
-def load_weights(model, weights, path):
-    """load_state_dict with a one-line ValueError that names the first parameter which does not fit. Returns the model.
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path | str) -> nn.Module:
+    """Loads weights of any precision into a model, and returns it.
 
-    The weights may be float16, as in example/: each becomes of its parameter's type."""
-    own = model.state_dict()
-    for name in sorted(own.keys() | weights.keys()):
-        found, expected = (f"of shape {tuple(state[name].shape)}" if name in state else "missing"
-                           for state in (weights, own))
-        if found != expected:
-            raise UserError(f"{path} does not fit its own configuration: parameter {name} is {found}, and should be "
-                             f"{expected}")
-    model.load_state_dict({name: value.to(own[name].dtype) for name, value in weights.items()}, assign=True)
+    Raises UserError, which names the first parameter that does not fit. path: for that message."""
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        actual = describe(weights, name)
+        needed = describe(expected, name)
+        if actual != needed:
+            raise UserError(f"{path} does not fit its own configuration: parameter {name} is "
+                            f"{actual}, but should be {needed}: train it again")
+    typed = {name: value.to(expected[name].dtype) for name, value in weights.items()}
+    model.load_state_dict(typed, assign=True)
     return model
 
 
-def rebuild(path, kind, model_class):
-    """A model from its file alone -> (model in eval mode, checkpoint). model_class(model_class.Config(...)) makes it.
+def describe(state: dict[str, Tensor], name: str) -> str:
+    """Returns in words which shape a parameter has in a state dict."""
+    return f"of shape {tuple(state[name].shape)}" if name in state else "missing"
 
-    Raises FileNotFoundError, or ValueError for a damaged file or one whose configuration is not known."""
+
+def rebuild(path: Path | str, kind: str, model_class: type[nn.Module]) -> tuple[nn.Module, dict]:
+    """Makes a model from its checkpoint alone. Returns (the model in eval mode, the checkpoint).
+
+    model_class(model_class.Config(...)) makes the model. Raises UserError if the file is damaged,
+    or its configuration unknown."""
     checkpoint = load_checkpoint(path, kind)
     try:
-        with torch.device("meta"):                       # no time for a random start, which is replaced at once
+        with torch.device("meta"):          # initial weights would be replaced at once
             model = model_class(model_class.Config(**checkpoint["config"]))
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path} has a configuration that this version does not know ({error}); "
-                         f"train it again") from error
-    return load_weights(model, checkpoint["model"], path).eval().requires_grad_(False), checkpoint
+        raise UserError(f"{path} has a configuration that this version does not know ({error}): "
+                        f"train it again") from error
+    load_weights(model, checkpoint["model"], path)
+    return model.eval().requires_grad_(False), checkpoint
 
 
-def fingerprint(model):
-    """A short hash of all weights: two tokenizers with the same fingerprint give the same tokens."""
+def fingerprint(model: nn.Module) -> str:
+    """Returns a short hash of all weights. Tokenizers with the same one give the same tokens."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
+# ---- files from the network
+
 def cache_folder() -> Path:
-    """Returns the folder of fetched files: MASKGIT_CACHE, by default ~/.cache/maskgit."""
+    """Returns the folder of fetched files: MASKGIT_CACHE, by default ~/.cache/maskgit.
+
+    Raises UserError if there is no home folder, as for a user that the computer does not know."""
     if os.environ.get("MASKGIT_CACHE"):
         return Path(os.environ["MASKGIT_CACHE"])
-    return Path("~/.cache/maskgit").expanduser()
+    try:
+        return Path.home() / ".cache" / "maskgit"
+    except RuntimeError as error:
+        raise UserError("there is no home folder to keep files in: set HOME, or set "
+                        "MASKGIT_CACHE to a folder") from error
 
 
-def download(url: str, name: str, sha256: str | None = None, offline: bool = False, folder: Path | None = None) -> Path:
-    """Returns the path of a file in `folder` (None: the cache folder), and fetches it first if it is not there.
+def download(url: str, name: str, sha256: str | None = None, offline: bool = False,
+             folder: Path | None = None) -> Path:
+    """Returns the path of a file in `folder` (None: the cache folder), and fetches it if needed.
 
-    sha256: its checksum or the first digits of it. offline: never use the network. Only a whole file gets its final
-    name. Raises UserError if the file cannot be had, cannot be written, or has a wrong checksum."""
+    sha256: its checksum or the first digits of it. offline: never use the network. Only a whole
+    file gets its final name. Raises UserError if it cannot be fetched or written, or is wrong."""
     path = (folder or cache_folder()) / name
     if path.exists():
         return path
     if offline:
-        raise UserError(f"{path} is missing, and --offline forbids the network: fetch {url} elsewhere and put it there")
+        raise UserError(f"{path} is missing, and --offline forbids the network: fetch {url} "
+                        f"elsewhere and put it there")
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         torch.hub.download_url_to_file(url, str(part), hash_prefix=sha256)
         # torch.hub does not notice a connection that breaks off.
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as response:
             expected = int(response.headers.get("Content-Length", part.stat().st_size))
         received = part.stat().st_size
         if received != expected:
-            part.unlink()
             raise UserError(f"{url} broke off after {received} of {expected} bytes: run this again")
         part.replace(path)
-    except urllib.error.URLError as error:               # before OSError, of which it is one
-        raise UserError(f"cannot fetch {url} ({error}): check the network, or put the file at {path} yourself") from error
-    except RuntimeError as error:                        # torch.hub's word for a wrong checksum
-        raise UserError(f"{url} has a wrong checksum ({error}): run this again, or put the right file at {path}") from error
-    except OSError as error:
-        raise UserError(f"cannot fetch {url} to {path} ({error}): check the network and the disk, or put the file there "
-                        f"yourself") from error
+    except RuntimeError as error:           # torch.hub's word for a wrong checksum
+        raise UserError(f"{url} has a wrong checksum ({error}): run this again, or put the right "
+                        f"file at {path}") from error
+    except OSError as error:                # also urllib's errors
+        raise UserError(f"cannot fetch {url} to {path} ({error}): check the network and the disk, "
+                        f"or put the file there yourself") from error
+    finally:
+        if part.exists():                   # it was not renamed
+            part.unlink()
     return path

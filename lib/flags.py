@@ -1,102 +1,161 @@
-"""Flags and their types, what a mistake of the user is, and the entry point of every script."""
+"""Flags and their types, the user's mistakes, and the entry point of every script."""
 import argparse
 import math
+import multiprocessing
 import os
+import signal
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+
+OUT_OF_MEMORY = ("out of memory: in training lower --micro-batch (the result stays that of --batch)"
+                 " or the model's sizes, otherwise the number of images at once (--num, --batch)")
 
 
 class UserError(ValueError):
-    """A mistake of the user: its text is one line that names the input, what is wrong with it, and the remedy."""
+    """A mistake of the user. Its text is one line that names the input, what is wrong, and what
+    to do."""
 
 
-def command_line(main):
-    """Runs a script's main(): a ValueError or OSError becomes one line on stderr and exit status 2.
+# ---- the entry point
 
-    TRACEBACK=1 in the environment shows where it came from."""
+def command_line(main: Callable[[], None], interrupted: str = "stopped by Ctrl-C"):
+    """Runs a script's main() and ends the process if it fails.
+
+    A UserError, or a lack of memory, becomes one line on stderr and exit status 2; TRACEBACK=1 in
+    the environment shows where it came from. Every other exception keeps its traceback. Ctrl-C
+    prints `interrupted` and ends with status 130."""
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped: started again, an evaluation goes on from here", file=sys.stderr)
-        sys.exit(130)
+        print(f"\n{interrupted}", file=sys.stderr)
+        leave(130)
     except Exception as error:
-        text = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         if out_of_memory(error):
-            text = ("out of memory: in training lower --micro-batch (the result stays that of --batch) or the model's "
-                    "sizes, else the number of images at once (--num, --batch)")
+            message = OUT_OF_MEMORY
         elif not isinstance(error, UserError) or os.environ.get("TRACEBACK"):
-            raise
-        print(f"error: {text}", file=sys.stderr)
-        sys.exit(2)
+            end_readers()
+            if not dist.is_initialized():
+                raise
+            traceback.print_exception(error)
+            leave(1)
+        print(f"error: {message}", file=sys.stderr)
+        leave(2)
 
 
-def out_of_memory(error):
-    """Whether an error of torch says so, of a GPU or of the CPU."""
+def leave(status: int):
+    """Ends this process after an error. Nothing that could wait for another process is cleaned up.
+
+    The other ranks are in a collective and will not answer; torchrun sees this one end and stops
+    them."""
+    end_readers()
+    if not dist.is_initialized():
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def end_readers():
+    """Kills the processes that read images ahead: they ignore SIGTERM, and Python would wait for
+    them at exit."""
+    readers = multiprocessing.active_children()
+    if readers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)     # torch's handler raises for each reader
+    for reader in readers:
+        reader.kill()
+
+
+# ---- memory
+
+def out_of_memory(error: Exception) -> bool:
+    """Returns True for an error of torch that says that memory ran out, of a GPU or of the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
-def check_memory(size, flag):
-    """Raises ValueError where so many bytes, which `flag` asks for, are more than this machine's memory."""
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    if size > there:
-        raise ValueError(f"{flag} would take {size / 1e9:.4g} GB of memory, and this machine has {there / 1e9:.4g}: "
-                         f"ask for fewer images")
+def check_memory(size: float, flag: str):
+    """Raises UserError if `size` bytes, which `flag` asks for, are more than this computer has."""
+    if not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise UserError(f"{flag} would take {size / 1e9:.4g} GB of memory, and this computer has "
+                        f"{memory / 1e9:.4g}: ask for fewer images")
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: an int or float (kind) from `low` to `high`; says so where it is not."""
-    def parse(text):
-        bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+# ---- types
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """Returns an argparse type: an int or float (kind) from `low` to `high`."""
+    name = "a whole number" if kind is int else "a number"
+    bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+
+    def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or not math.isfinite(value):
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"it must be {what} {bounds}, not {text}")
+        if not math.isfinite(value) or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"it must be {name} {bounds}, not {text}")
         return value
     return parse
 
 
-count, whole = number(int, 1), number(int, 0)              # how many there are; how many, or none
+count = number(int, 1)
+whole = number(int, 0)
+non_negative = number(float, 0)
+fraction = number(float, 0, 1)
 
 
-positive, share = number(float, 0), number(float, 0, 1)    # 0 or more; from none to all
-
-
-def yes_or_no(text):
-    """argparse type: yes or no."""
+def yes_or_no(text: str) -> bool:
+    """Converts yes or no to a bool, as an argparse type."""
     if text not in ("yes", "no"):
         raise argparse.ArgumentTypeError(f"it must be yes or no, not {text}")
     return text == "yes"
 
 
-def add_flags(parser, table):
-    """Adds flags in the order of a table {name: (kind, default, help)}.
+# ---- tables of flags
+
+def add_flags(parser: argparse._ActionsContainer, table: dict):
+    """Adds the flags of a table {name: (kind, default, help)}, in its order.
 
     kind: a type, a list of choices, or a dict of argparse's own options."""
     for name, (kind, default, text) in table.items():
-        options = kind
-        if isinstance(kind, list):
+        if isinstance(kind, dict):
+            options = kind
+        elif isinstance(kind, list):
             options = {"choices": kind}
-        elif not isinstance(kind, dict):
+        else:
             options = {"type": kind, "metavar": name.split("_")[-1].upper()}
-        shown = "" if default is None else " (default: %(default)s)"
-        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text + shown, **options)
+        if default is not None:
+            text += " (default: %(default)s)"
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, default=default, help=text, **options)
 
 
-def add_machine_flags(parser, compiles=True):
-    """The flags that say where to run, for every script. compiles: whether torch.compile serves it."""
+def add_machine_flags(parser: argparse.ArgumentParser, compiles: bool = True):
+    """Adds the flags that say where to run. compiles: whether the script can use torch.compile."""
     add_flags(parser, {
-        "device": (["auto", "cpu", "cuda", "xla"], "auto", "auto: cuda where there is one, else cpu; xla: TPU"),
-        "bf16": (yes_or_no, None, "yes or no: products and convolutions in bfloat16 (default: unless a CPU has none)")})
+        "device": (["auto", "cpu", "cuda", "xla"], "auto",
+                   "auto: cuda if there is a GPU, else cpu; xla: TPU"),
+        "bf16": (yes_or_no, None, "yes or no: products and convolutions in bfloat16 (default: yes, "
+                                  "but no on a CPU without instructions for it)"),
+    })
     if compiles:
-        add_flags(parser, {"compile": (yes_or_no, None, "yes or no: torch.compile (default: yes on cuda)")})
+        add_flags(parser, {
+            "compile": (yes_or_no, None, "yes or no: torch.compile (default: yes on cuda)"),
+        })
 
 
-# How often a run says, shows and keeps something: a row as in the scripts' tables, decisive for no result.
+# ---- training flags and their presets
+
+# How often a run logs, draws and saves: rows as in the training scripts' tables. None of them
+# changes the result.
 PACE = {
     "log_every": (count, 50, 50, 50, "steps between log lines"),
     "picture_every": (count, 500, 1000, 5000, "steps between validations, with a picture"),
@@ -104,51 +163,78 @@ PACE = {
 }
 
 
-def presets(flags, others):
-    """{name: {flag: value}} of every preset, PACE included.
+def presets(flags: dict, variants: dict) -> dict[str, dict]:
+    """Returns {preset: {flag: value}}, the flags of PACE included.
 
-    flags: {flag: (type, its value for `shapes`, `cifar10` and `imagenet`, help)}. others: {name: (the preset that it
-    follows, {flag: value} where it does not)}."""
-    table = {name: {flag: row[column] for flag, row in (flags | PACE).items()}
-             for column, name in enumerate(("shapes", "cifar10", "imagenet"), 1)}
-    return table | {name: table[base] | changes for name, (base, changes) in others.items()}
+    flags: {flag: (type, its value for `shapes`, for `cifar10`, for `imagenet`, help)}.
+    variants: further presets, {name: (the preset it follows, {flag: value} where it differs)}."""
+    table = {"shapes": {}, "cifar10": {}, "imagenet": {}}
+    for flag, (_, shapes, cifar10, imagenet, _) in (flags | PACE).items():
+        table["shapes"][flag] = shapes
+        table["cifar10"][flag] = cifar10
+        table["imagenet"][flag] = imagenet
+    for name, (base, changes) in variants.items():
+        table[name] = table[base] | changes
+    return table
 
 
-def parse_training_flags(description, flags, presets, own_flags):
-    """The flags of a training script: those of both, its own, its hyperparameters. Exits with status 2 on bad ones.
+def parse_training_flags(
+        description: str, flags: dict, presets: dict, own_flags: dict) -> argparse.Namespace:
+    """Reads the command line of a training script. Exits with status 2 on a bad flag.
 
-    flags, presets: as above. own_flags: as for add_flags. A preset's value stands unless its flag is given. The preset
-    is that of the data set, `folder` for any folder of images, or the one named by --preset."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags, presets: as above. own_flags: the script's other flags, as for add_flags(). A flag that
+    is not given has the value of the preset: the data set's, `folder` for any folder of images, or
+    the one that --preset names."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, {
-        "data": (str, "shapes", "shapes, cifar10, imagenet, places2, or a folder with a subfolder for each class"),
-        "preset": (list(presets), None, "the data set whose settings to take (default: the data's own, or folder)"),
+        "data": (str, "shapes",
+                 "shapes, cifar10, imagenet, places2, or a folder with a subfolder for each class"),
+        "preset": (list(presets), None,
+                   "the data set whose settings to take (default: the data's own, or folder)"),
         "run": (str, None, "the run's folder (default: runs/NAME, after the data)"),
-        "init": (str, None, "a run whose model to start from, sizes included, such as runs/imagenet256"),
-        "resume": ({"action": "store_true"}, None, "go on where the run stopped; start, if there is none"),
-        "overwrite": ({"action": "store_true"}, None, "start again, replacing what the run folder holds"),
-        "dry_run": (number(float, 0.001), None, "say what the run would take at so many TFLOP/s, and end"),
-        **own_flags,
-        **{name: (kind, None, f"{text} (default: {shown_default(name, presets)})")
-           for name, (kind, *_, text) in (flags | PACE).items()},
+        "init": (str, None,
+                 "a run whose model to start from, sizes included, such as runs/imagenet256"),
+        "resume": ({"action": "store_true"}, None,
+                   "go on where the run stopped; start it if there is nothing to go on from"),
+        "overwrite": ({"action": "store_true"}, None,
+                      "start again, and replace what the run's folder holds"),
+        "dry_run": ({"type": number(float, 0.001), "metavar": "TFLOPS"}, None,
+                    "print what the run would take at so many TFLOP/s, and end"),
+    })
+    add_flags(parser, own_flags)
+    for flag, (kind, *_, text) in (flags | PACE).items():
+        add_flags(parser, {flag: (kind, None, f"{text} (default: {shown_default(flag, presets)})")})
+    add_flags(parser, {
         "seed": (whole, 0, "of every random draw"),
-        "workers": (whole, None, "processes that read ahead (default: none for data in memory, else up to 16)")})
+        "workers": (whole, None,
+                    "processes that read ahead (default: none for data in memory, else up to 16)"),
+    })
     add_machine_flags(parser)
     args = parser.parse_args()
-    args.preset = args.preset or (args.data if args.data in presets else "folder")
+    if args.preset is None:
+        args.preset = args.data if args.data in presets else "folder"
     args.run = Path(args.run or Path("runs", Path(args.data).name))
-    for name, value in presets[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    for flag, value in presets[args.preset].items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
     return args
 
 
-def shown_default(flag, presets):
-    """What --help says of a flag's default: its value, or, where the presets differ, that of each."""
-    words, values = {"None": "all", "True": "yes", "False": "no"}, {}
-    for name, preset in presets.items():
-        text = " ".join(map(str, preset[flag])) if isinstance(preset[flag], tuple) else str(preset[flag])
-        values[name] = words.get(text, text)
+def shown_default(flag: str, presets: dict) -> str:
+    """Returns what --help says of a default: its value, or that of each preset if they differ."""
+    values = {name: value_as_typed(preset[flag]) for name, preset in presets.items()}
     if len(set(values.values())) == 1:
         return values["shapes"]
     return ", ".join(f"{name}: {value}" for name, value in values.items())
+
+
+def value_as_typed(value: object) -> str:
+    """Returns a flag's value as one would type it; None stands for no limit."""
+    if value is None:
+        return "all"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value)

@@ -1,259 +1,391 @@
-"""Where a loop runs: in one process on a CPU or a GPU, in one for each GPU under torchrun (DistributedDataParallel), or
-in one for all TPU chips of a host (torch-xla); precision, ranks, seeds, flags.
+"""Where a loop runs: on a CPU or a GPU, on several GPUs, or on TPUs; with its precision and seeds.
 
-A script's main() parses the flags and calls launch(function, args), which calls function(args, machine) on every rank.
-Bad input raises ValueError or OSError with one line for the user; `command_line` turns it into exit status 2.
+Several GPUs: torchrun starts a process for each (a rank), and DistributedDataParallel averages
+their gradients. TPUs: torch-xla runs one process for all chips of a host.
+
+A script's main() parses the flags and calls launch(function, args), which calls
+function(args, machine) on every rank.
 """
 import contextlib
 import datetime
 import gc
 import hashlib
 import os
-import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib.flags import UserError
 
-# Linux: memory for CPU tensors in pages of 2 MB. A training step takes and returns gigabytes, and each small page that
-# the kernel hands out costs time (4% of a step of the paper's transformer). Read by torch at its first allocation.
+# Linux: get memory for CPU tensors in pages of 2 MB. A training step allocates and frees gigabytes,
+# and small pages cost time (4% of a step of the paper's transformer). torch reads this once, at its
+# first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def cores():
-    """How many CPU cores are this process's: those it may use, shared with the other ranks of the machine; at most 16,
-    beyond which readers of images only take memory."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(16, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+def cores() -> int:
+    """Returns how many CPU cores this process may use, when the ranks of a computer share them.
+
+    At most 16: more processes that read images would only take memory."""
+    allowed = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        allowed = len(os.sched_getaffinity(0))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(16, allowed // ranks))
 
 
-def computes_bfloat16():
-    """Whether the CPU has instructions for it: AVX512-BF16 or AMX, or Arm's. torch before 2.10 does not tell: no."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+def computes_bfloat16() -> bool:
+    """Returns True if the CPU has bfloat16 instructions: AVX512-BF16, AMX, or Arm's.
+
+    Before version 2.10 torch does not tell, and the answer is False."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def has_nvidia_gpu() -> bool:
+    """Returns True if the computer has an NVIDIA GPU that is not hidden, whether torch can use it
+    or not. An empty CUDA_VISIBLE_DEVICES, or -1, hides all GPUs."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    return Path("/proc/driver/nvidia").exists() or Path("/dev/nvidia0").exists()
+
+
+def choose_device(name: str) -> torch.device:
+    """Returns the device for `auto`, `cpu` or `cuda`. Under torchrun each process has its own GPU.
+
+    Raises UserError if torch cannot use the GPU that is asked for, or that `auto` finds, and if
+    there are more processes than GPUs."""
+    if name in ("cpu", "meta"):                         # LEGACY
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        if name == "auto" and not has_nvidia_gpu():
+            return torch.device("cpu")
+        reason = "there is none"
+        if torch.version.cuda is None:
+            reason = "it is a build for CPUs"
+        elif has_nvidia_gpu():
+            reason = f"its CUDA {torch.version.cuda} needs a newer driver"
+        raise UserError(f"torch {torch.__version__} cannot use an NVIDIA GPU here ({reason}): "
+                        f"install a build of torch for your driver's CUDA version, or give "
+                        f"--device cpu")
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    gpus = torch.cuda.device_count()
+    if number >= gpus:
+        raise UserError(f"process {number} has no GPU of its own, as this computer has {gpus}: "
+                        f"start at most that many processes with --nproc_per_node")
+    return torch.device("cuda", number)
 
 
 class Machine:
     """The device of this process, and the ranks beside it.
 
-    name: auto, cpu, cuda, xla, or meta, where nothing is computed (lib.costs counts what would be). bf16: autocast to
-    bfloat16; compiled: torch.compile; None: what suits the device.
-    Attributes: device; rank and world, the number of this process and of all; devices, how many share a batch; leads,
-    whether this process is the one that writes and prints. Raises ValueError where the device is absent."""
+    name: auto, cpu, cuda or xla. bf16: autocast to bfloat16. compiled: use torch.compile. None
+    stands for what suits the device. Raises UserError if the device is missing.
 
-    def __init__(self, name="auto", bf16=None, compiled=None):
+    Attributes:
+        device, layout    the torch device, and the memory layout of images on it
+        rank, world       the number of this process, and how many processes there are
+        devices           how many devices share a batch
+        leads             True for the process that writes files and prints
+        bf16, compiled    as above, decided
+        fused             True if optimizers can update all parameters in one pass
+        mesh              the TPU chips, or None
+    """
+
+    def __init__(self, name: str = "auto", bf16: bool | None = None, compiled: bool | None = None):
         self.mesh = None
         if name == "xla":
             self._open_xla()
         else:
             self._open_torch(name)
         self.leads = self.rank == 0
-        on_cuda, on_xla = self.device.type == "cuda", self.device.type == "xla"
-        self.bf16 = on_cuda or on_xla or computes_bfloat16() if bf16 is None else bf16
-        self.compiled = on_cuda if compiled is None else compiled and not on_xla
-        self.fused = self.device.type in ("cpu", "cuda")                   # one pass over memory in the optimizers
-        self.layout = torch.contiguous_format if on_xla else torch.channels_last                    # of images
+        on_cuda = self.device.type == "cuda"
+        on_xla = self.device.type == "xla"
+        self.bf16 = bf16
+        if bf16 is None:
+            self.bf16 = on_cuda or on_xla or computes_bfloat16()
+        self.compiled = on_cuda if compiled is None else compiled
+        if on_xla:                                          # torch-xla compiles everything anyway
+            self.compiled = False
+        self.fused = self.device.type in ("cpu", "cuda")   # LEGACY
+        self.layout = torch.contiguous_format if on_xla else torch.channels_last
 
-    def _open_torch(self, name):
-        if name == "cuda" and not torch.cuda.is_available():
-            raise UserError("no CUDA device is available: use --device cpu, or install a CUDA build of torch")
-        if name == "cuda" or name == "auto" and torch.cuda.is_available():
-            number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-            if number >= there:
-                raise UserError(f"process {number} of this machine has no GPU of its own, as it has {there}: start no "
-                                 f"more processes than that with --nproc_per_node")
-            self.device = torch.device("cuda", number)
+    def _open_torch(self, name: str):
+        self.device = choose_device(name)
+        if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            torch.backends.cudnn.benchmark = True                          # tries algorithms: shapes never change here
-            # What autocast leaves in float32 takes differences of large numbers (R1, distances, FID): no TF32 there.
+            torch.backends.cudnn.benchmark = True       # try all algorithms, as shapes never change
+            # What autocast leaves in float32 takes differences of large numbers (R1, distances,
+            # FID), for which TF32 is too coarse.
             torch.backends.cudnn.allow_tf32 = False
         else:
-            self.device = torch.device("meta" if name == "meta" else "cpu")
-            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)   # of a CPU, too: see accumulating()
-        if "RANK" in os.environ and not dist.is_initialized():             # started by torchrun
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)      # also rules the CPU
+        if "RANK" in os.environ and not dist.is_initialized():                # torchrun sets RANK
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
-        several = dist.is_initialized() and name != "meta"
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        self.rank = 0
+        self.world = 1
+        if dist.is_initialized() and name != "meta":   # LEGACY
+            self.rank = dist.get_rank()
+            self.world = dist.get_world_size()
         self.devices = self.world
 
     def _open_xla(self):
-        """All chips of all hosts as one device (SPMD): each has a part of every batch, and all that is no batch.
+        """Opens all TPU chips of all hosts as one device (SPMD).
 
-        The program is that for one chip and the whole batch; torch-xla splits it. So losses, gradients and random draws
-        are those of the whole batch, whatever the number of chips, and nothing is averaged over ranks."""
-        # Or each compilation prints that GSPMD, which splits the program, will have a successor.
+        The program is written for one chip and the whole batch, and torch-xla splits it. So losses,
+        gradients and random draws are those of the whole batch, whatever the number of chips, and
+        there is nothing to average over ranks."""
+        # Each compilation would print that GSPMD, which splits the program, will have a successor.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        import torch_xla.core.xla_model
-        import torch_xla.distributed.spmd
-        import torch_xla.runtime
-        self.xla, runtime = torch_xla, torch_xla.runtime
-        runtime.use_spmd()                                      # before anything is on the device, or it is moved again
-        self.mesh, self.device = torch_xla.distributed.spmd.get_1d_mesh("data"), torch_xla.device()
-        self.rank, self.world = runtime.process_index(), runtime.process_count()                     # of hosts
-        self.devices = runtime.global_runtime_device_count()
+        try:
+            import torch_xla.core.xla_model
+            import torch_xla.distributed.spmd
+            import torch_xla.runtime
+        except ImportError:
+            raise UserError("--device xla needs torch-xla: pip install torch==2.9.0 "
+                            "'torch_xla[tpu]==2.9.0'") from None
+        self.xla = torch_xla
+        torch_xla.runtime.use_spmd()            # before any tensor is on the device
+        self.mesh = torch_xla.distributed.spmd.get_1d_mesh("data")
+        self.device = torch_xla.device()
+        self.rank = torch_xla.runtime.process_index()
+        self.world = torch_xla.runtime.process_count()
+        self.devices = torch_xla.runtime.global_runtime_device_count()
 
-    def autocast(self):
-        device = "cpu" if self.device.type == "meta" else self.device.type               # the meta device has none
+    # ---- tensors and models on the device
+
+    def autocast(self) -> torch.autocast:
+        """Returns a context in which products and convolutions are taken in bfloat16 (--bf16)."""
+        device = "cpu" if self.device.type == "meta" else self.device.type   # LEGACY
         return torch.autocast(device, torch.bfloat16, enabled=self.bf16)
 
-    def put(self, batch, own_share=False):
-        """A tensor (B, ...) -> on the device; with torch-xla, a part of its rows on each chip.
+    def put(self, batch: Tensor, own_share: bool = False) -> Tensor:
+        """Returns a tensor (B, ...) on the device; with torch-xla, its rows spread over the chips.
 
-        own_share: this process has but its share of the batch, as the data loader gives it in training. Otherwise every
-        process has the whole batch. On several TPU hosts it is the whole one that is returned, in either case."""
-        # Rows that do not divide evenly are put on every chip: torch-xla could not split all operations on them.
-        if self.mesh is None or not own_share and len(batch) % self.devices:
+        own_share: True if this process has only its part of the batch, as the data loader gives it
+        in training; otherwise every process has the whole batch. On several TPU hosts the result is
+        the whole batch in either case."""
+        # torch-xla cannot split every operation on rows that do not divide evenly: such a batch is
+        # copied to every chip.
+        if self.mesh is None or (not own_share and len(batch) % self.devices):
             return batch.to(self.device, non_blocking=True)
-        rows = ("data",) + (None,) * (batch.ndim - 1)                    # split along the mesh's one axis, the first
+        rows = ("data",) + (None,) * (batch.ndim - 1)           # split along the first axis only
         sharding = self.xla.distributed.spmd.ShardingSpec(self.mesh, rows, minibatch=own_share)
         return self.xla.core.xla_model.send_cpu_data_to_device(batch, self.device, sharding)[0]
 
-    def to_floats(self, images, own_share=False):
-        """uint8 images (B, 3, S, S) -> floats in [0, 1] on the device, in its layout. own_share: see put()."""
+    def to_floats(self, images: Tensor, own_share: bool = False) -> Tensor:
+        """Returns uint8 images (B, 3, S, S) as floats in [0, 1] on the device.
+
+        own_share: see put()."""
         return self.put(images, own_share).float().div(255).contiguous(memory_format=self.layout)
 
-    def wrap(self, model):
-        """What to call in place of `model` in training: averages gradients over the ranks in backward, compiled."""
+    def place(self, model: nn.Module) -> nn.Module:
+        """Moves a model to the device, in the memory layout of images, and returns it."""
+        if self.device.type == "xla":
+            replace_upsampling(model)
+        return model.to(self.device, memory_format=self.layout)
+
+    def freeze(self, model: nn.Module) -> nn.Module:
+        """Prepares a model that is not trained, and returns it.
+
+        Converts its matrices and convolutions once to what autocast would at every call."""
+        if self.bf16:
+            for module in model.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    module.to(torch.bfloat16)
+        return model.requires_grad_(False)
+
+    def compile(self, function: Callable) -> Callable:
+        """Returns a function or model, compiled if this machine compiles."""
+        return torch.compile(function) if self.compiled else function
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Returns what to call in place of `model` in training: compiled, and its backward pass
+        averages the gradients over the ranks."""
         if self.world > 1 and self.mesh is None:
-            model = torch.nn.parallel.DistributedDataParallel(
+            model = nn.parallel.DistributedDataParallel(
                 model, gradient_as_bucket_view=True, bucket_cap_mb=200, broadcast_buffers=False)
         return self.compile(model)
 
-    def compile(self, function):
-        """A function or model, compiled where this machine does that."""
-        return torch.compile(function) if self.compiled else function
-
-    def freeze(self, model):
-        """A model that is not trained: its matrices and convolutions converted to what autocast would at every call."""
-        for module in model.modules():
-            if self.bf16 and isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
-                module.to(torch.bfloat16)
-        return model.requires_grad_(False)
+    # ---- the steps of a loop
 
     @contextlib.contextmanager
-    def accumulating(self, wrapped, more):
-        """Around a micro-batch's passes. more: others follow, so the ranks need not exchange gradients yet.
-
-        torch-xla gets a graph for each micro-batch: one for all of them needs the memory of the whole batch. On a CPU
-        attention is two matrix products: the backward pass of the fused kernel takes four times as long in bfloat16."""
-        exchange = wrapped.no_sync() if more and hasattr(wrapped, "no_sync") else contextlib.nullcontext()
-        attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
-        with exchange, attention:
+    def exchange_gradients(self, wrapped: nn.Module, last: bool) -> Iterator[None]:
+        """Surrounds the forward and backward pass of a micro-batch; ranks exchange gradients in the
+        last one of a step only. wrapped: from wrap()."""
+        with contextlib.ExitStack() as contexts:
+            if not last and hasattr(wrapped, "no_sync"):
+                contexts.enter_context(wrapped.no_sync())
+            if self.device.type == "cpu":
+                # Attention as two matrix products: in bfloat16 the backward pass of the CPU's fused
+                # kernel takes four times as long.
+                contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
-        if more:
-            self.sync()
+        if not last:
+            self.sync()         # a graph for all micro-batches would need the memory of the batch
 
-    def any(self, flag):
-        """Whether `flag` is true on any rank: all learn it, and wait for each other."""
-        if self.world == 1:
-            return flag
-        flags = torch.full((self.devices // self.world,), float(flag))          # one for each device of this process
-        return self.fetch(mean_over_ranks(self.put(flags, own_share=True)).mean()) > 0
+    def accumulating(self, wrapped, more):   # LEGACY
+        return self.exchange_gradients(wrapped, not more)
 
-    def fetch(self, tensor):
-        """The value of a tensor, as Python numbers: waits for the device."""
-        self.sync()
-        return tensor.tolist()
+    def seed_step(self, seed: int, step: int) -> torch.Generator:
+        """Makes every draw of a step a function of (seed, step, rank).
 
-    def sync(self):
-        """Ends a step. torch-xla only records operations: here all of them are compiled as one graph, once, and run.
+        Returns a CPU generator, whose draws (the masks) are the same on every device; dropout draws
+        on the device. With torch-xla every host draws for the whole batch, as the first one does.
+        """
+        number = step_seed(seed, step, self.rank if self.mesh is None else 0)
+        torch.manual_seed(number)
+        self.generator(number)
+        return torch.Generator().manual_seed(number)
 
-        A value that is read without this is computed for itself: what it depends on runs again for the next one."""
-        if self.mesh is not None:
-            self.xla.sync()
+    def generator(self, seed: int) -> torch.Generator | None:
+        """Returns a random generator for tensors on the device; only 32 bits of the seed count.
 
-    def generator(self, seed):
-        """A random generator for tensors of the device, or None where the device has but one (torch-xla).
-
-        seed: its lower 32 bits count, which is all that torch-xla takes."""
+        torch-xla has but one generator, which is then seeded, and None is returned."""
         seed %= 1 << 32
         if self.mesh is not None:
             self.xla.manual_seed(seed)
             return None
         return torch.Generator(self.device).manual_seed(seed)
 
-    def seed_step(self, seed, step):
-        """Makes every draw of a step a function of (seed, step, rank). Returns a CPU generator, whose draws (the masks)
-        are the same on every device; dropout draws on the device.
+    def any(self, flag: bool) -> bool:
+        """Returns True if `flag` is true on any rank. All ranks wait here for each other."""
+        if self.world == 1:
+            return flag
+        devices_here = self.devices // self.world
+        flags = torch.full((devices_here,), float(flag))
+        return self.fetch(mean_over_ranks(self.put(flags, own_share=True)).mean()) > 0
 
-        With torch-xla every host draws for the whole batch, and all must draw the same: as the first one does."""
-        number = step_seed(seed, step, self.rank if self.mesh is None else 0)
-        torch.manual_seed(number)
-        self.generator(number)
-        return torch.Generator().manual_seed(number)
+    def fetch(self, tensor: Tensor):
+        """Returns the values of a tensor as Python numbers. Waits for the device."""
+        self.sync()
+        return tensor.tolist()
+
+    def sync(self):
+        """Ends a step. torch-xla only records operations; here it compiles and runs them.
+
+        Without this, each value that is read is computed alone, with all that it depends on."""
+        if self.mesh is not None:
+            self.xla.sync()
 
 
-def launch(function, args):
-    """Calls function(args, machine). Raises ValueError where --device xla is asked for without torch_xla."""
-    try:
-        machine = Machine(args.device, args.bf16, getattr(args, "compile", None))
-    except ImportError:
-        raise UserError("--device xla needs torch-xla: pip install torch==2.9.0 'torch_xla[tpu]==2.9.0'") from None
+# ---- ranks and seeds
+
+def launch(function: Callable[[Namespace, Machine], None], args: Namespace):
+    """Calls function(args, machine) on the device that the flags name.
+
+    Raises UserError if the device is missing, and whatever the function raises. After an error
+    command_line() ends this rank at once, since the other ranks wait for it and know nothing."""
+    machine = Machine(args.device, args.bf16, getattr(args, "compile", None))
     try:
         function(args, machine)
-    finally:
-        # A thread of gloo may be the last to hold a tensor, and asks for the interpreter to free it. If that is gone by
-        # then, the process is aborted ('terminate called without an active exception'). So no rank leaves before the
-        # others, and the models, whose DistributedDataParallel keeps the threads alive in reference cycles, are
-        # collected first.
-        if dist.is_initialized():
-            # An error is of this rank alone, which then waits for no other; of a signal (SystemExit) all have learnt.
-            if isinstance(sys.exception(), SystemExit | None):
-                dist.barrier()
-            gc.collect()
-            dist.destroy_process_group()
+    except SystemExit:                          # after a signal, of which all ranks know
+        leave_ranks()
+        raise
+    leave_ranks()
 
 
-def step_seed(seed, step, rank=0):
-    """A 64-bit hash of (seed, step, rank)."""
-    return int.from_bytes(hashlib.blake2s(f"{seed} {step} {rank}".encode(), digest_size=8).digest(), "little") >> 1
+def leave_ranks():
+    """Ends the communication with the other ranks; all of them must call this.
+
+    A thread of gloo may be the last to hold a tensor, and needs the interpreter to free it. If that
+    has ended by then, the process aborts ('terminate called without an active exception'). So no
+    rank leaves before the others, and the models, whose DistributedDataParallel keeps the threads
+    alive in reference cycles, are collected first."""
+    if dist.is_initialized():
+        dist.barrier()
+        gc.collect()
+        dist.destroy_process_group()
 
 
-def mean_over_ranks(tensor):
-    """The mean of a tensor over the ranks, on all of them, without a gradient. One process: the tensor, detached."""
-    if not dist.is_initialized() or tensor.is_meta:
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """Returns a 63-bit hash of (seed, step, rank)."""
+    digest = hashlib.blake2s(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Returns the mean of a tensor over the ranks, without a gradient, on all of them."""
+    if not dist.is_initialized() or tensor.is_meta:   # LEGACY
         return tensor.detach()
     total = tensor.detach().clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
 
 
-def from_first_rank(tensor):
-    """The first rank's tensor, on all ranks."""
+def from_first_rank(tensor: Tensor) -> Tensor:
+    """Overwrites a tensor with that of the first rank, and returns it."""
     if dist.is_initialized():
         dist.broadcast(tensor, 0)
     return tensor
 
 
-def full_precision(tensor):
-    """Switches autocast off. The meta device, on which bench.py counts operations, has none."""
-    return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+def hashed_uniform(key: int, indices: Sequence[int] | np.ndarray, columns: int) -> np.ndarray:
+    """Returns uniform numbers in [0, 1), float32 (len(indices), columns): a pure function of
+    (key, index, column).
 
-
-def from_host(tensor, like):
-    """A tensor of the CPU, on the device of `like`; through pinned memory on CUDA, so that the CPU need not wait."""
-    return (tensor.pin_memory() if like.is_cuda else tensor).to(like.device, non_blocking=True)
-
-
-class Upsample(torch.nn.Module):
-    """Every pixel twice along both sides (nearest neighbour): (B, C, H, W) -> (B, C, 2 H, 2 W)."""
-
-    def forward(self, x):
-        if x.device.type == "xla":     # whose interpolate has no backward pass: its gradients would go through the host
-            return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        return F.interpolate(x, scale_factor=2)
-
-
-def hashed_uniform(key, indices, count):
-    """Uniform numbers in [0, 1), float32 (len(indices), count): a pure function of (key, index, column).
-    A counter hashed by splitmix64 (Steele et al. 2014): no generator to seed, and vectorised over the images."""
-    x = np.asarray(indices, np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
+    It hashes a counter by splitmix64 (Steele et al. 2014), so there is no generator to seed, and
+    all images are drawn at once."""
+    first = np.asarray(indices, np.uint64)[:, None] * np.uint64(columns)
+    x = first + np.arange(columns, dtype=np.uint64)
     x = (x + key * 0xD1342543DE82EF95 % (1 << 64)) * 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     return ((x ^ (x >> 31)) >> 40).astype(np.float32) / (1 << 24)
+
+
+# ---- what one device needs
+
+def from_host(tensor: Tensor, like: Tensor) -> Tensor:
+    """Returns a CPU tensor on the device of `like`.
+
+    It goes through pinned memory on CUDA, so that the CPU need not wait for the copy."""
+    if like.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(like.device, non_blocking=True)
+
+
+class RepeatPixels(nn.Module):
+    """Repeats every pixel along both sides: (B, C, H, W) -> (B, C, factor H, factor W)."""
+
+    def __init__(self, factor: int):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3)
+
+
+def replace_upsampling(model: nn.Module):
+    """Replaces each nearest-neighbour nn.Upsample in a model by RepeatPixels.
+
+    torch-xla's interpolate has no backward pass: the gradients would go through the host."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Upsample):
+                setattr(parent, name, RepeatPixels(int(child.scale_factor)))
+
+
+# LEGACY, until the training scripts are rewritten.
+
+def full_precision(tensor):
+    if tensor.is_meta:
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+class Upsample(nn.Module):
+
+    def forward(self, x):
+        if x.device.type == "xla":
+            return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        return nn.functional.interpolate(x, scale_factor=2)

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lib.files import fingerprint, rebuild
-from lib.flags import UserError, add_flags, count, positive, whole
+from lib.flags import UserError, add_flags, count, non_negative, whole
 from lib.orders import ORDERS, make_order
 from lib.runtime import Machine
 from maskgit import SCHEDULES, MaskGIT, check_decoding, decode
@@ -35,10 +35,10 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, {
         "steps": (count, None, "T, decoding steps (default: 8; 12 for 32 x 32 tokens)"),
         "schedule": (SCHEDULES, "cosine", "mask schedule"),
-        "choice_temperature": (positive, 4.5, "noise in the choice of the tokens to keep"),
-        "temperature": (positive, 1.0, "temperature of the token samples; 0 takes the likeliest"),
+        "choice_temperature": (non_negative, 4.5, "noise in the choice of the tokens to keep"),
+        "temperature": (non_negative, 1.0, "temperature of the token samples; 0 takes the likeliest"),
         "top_k": (count, None, "sample among the K likeliest tokens (default: all)"),
-        "cfg": (positive, None, "weight of classifier-free guidance "
+        "cfg": (non_negative, None, "weight of classifier-free guidance "
                                 "(default: 1 if the run was trained with --class-dropout, else 0)"),
         "order": (ORDERS, "confidence", "which tokens are revealed first"),
         "seed": (whole, 0, "seed of every random draw"),
