@@ -36,10 +36,12 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
         "steps": (count, None, "T, decoding steps (default: 8; 12 for 32 x 32 tokens)"),
         "schedule": (SCHEDULES, "cosine", "mask schedule"),
         "choice_temperature": (non_negative, 4.5, "noise in the choice of the tokens to keep"),
-        "temperature": (non_negative, 1.0, "temperature of the token samples; 0 takes the likeliest"),
+        "temperature": (non_negative, 1.0,
+                        "temperature of the token samples; 0 takes the likeliest"),
         "top_k": (count, None, "sample among the K likeliest tokens (default: all)"),
-        "cfg": (non_negative, None, "weight of classifier-free guidance "
-                                "(default: 1 if the run was trained with --class-dropout, else 0)"),
+        "cfg": (non_negative, None,
+                "weight of classifier-free guidance (default: 1 if the run was trained with "
+                "--class-dropout, else 0)"),
         "order": (ORDERS, "confidence", "which tokens are revealed first"),
         "seed": (whole, 0, "seed of every random draw"),
     })
