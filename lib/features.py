@@ -1,69 +1,106 @@
-"""What evaluate.py looks at images with, a small classifier or Inception; sets of images; and what is seen in them.
+"""The networks that look at images, and what they measure: for evaluate.py, and for training as its
+judge.
 
-Trained on a run's real images, the classifier names what samples show, and its pooled activations are features:
-Inception's weights are not always at hand, and say little about drawn shapes. Trained on samples alone, it gives the
-classification accuracy score (CAS).
-"""
-import math
+Inception's features are those of the literature, but its weights are not always at hand, and they
+say little about drawn shapes. So by default features come from a small classifier, trained on the
+run's real images. It also tells whether samples show the class that was asked for. Another one,
+trained on samples alone, gives the classification accuracy score (CAS; Ravuri & Vinyals 2019)."""
+import argparse
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from lib import flags, metrics, runtime
-from lib.data import batches, loader
-from lib.files import fingerprint, load_checkpoint, load_tensors, load_weights, on_cpu, save_checkpoint
+from lib import flags, metrics
+from lib.data import batches
+from lib.files import (
+    fingerprint,
+    load_checkpoint,
+    load_tensors,
+    load_weights,
+    on_cpu,
+    save_checkpoint,
+)
 from lib.flags import UserError, whole
-from lib.ledger import Ledger
 from lib.optim import set_learning_rate
-from lib.runtime import mean_over_ranks
+from lib.runtime import Machine, step_seed
+from lib.sets import (
+    Batch,
+    ImageSet,
+    all_batches,
+    gather_batches,
+    labels_in_turn,
+    own_batches,
+    random_subset,
+    ranks,
+    read_batches,
+)
 from lib.terminal import Progress
 
-BESIDE_REAL = ["sharpness / real", "classifier names the class"]
-BY_CLASS = "classifier names the class, by class"
+SHARPNESS = "sharpness / real"
+RECOGNISED = "class recognised"
+BY_CLASS = "class recognised, by class"
+PRECISION_IMAGES = 10_000       # precision and recall are of so many: time grows with the square
 
-FLAGS = {
-    "features": (["classifier", "inception"], "classifier", "of images"),
-    "inception": ({"metavar": "FILE"}, None, "file of Inception's weights (default: torch-fidelity fetches them)"),
-    "classifier_steps": (whole, 600, "training steps of each classifier; 0, with Inception: none, no CAS")}
+FEATURE_FLAGS = {
+    "features": (["classifier", "inception"], "classifier", "network whose features are compared"),
+    "inception": ({"metavar": "FILE"}, None,
+                  "file of Inception's weights (default: torch-fidelity fetches them)"),
+    "classifier_steps": (whole, 600, "training steps of each classifier; 0, with Inception only: "
+                                     "no classifier and no CAS"),
+}
 JUDGE_FLAGS = {
-    "evaluate_every": (whole, 0, "steps between measurements of samples, FCD or FID; keeps the best weights; 0: none"),
-    "evaluate_num": (flags.number(int, 2), 2000, "samples that are measured"), **FLAGS}
+    "evaluate_every": (whole, 0, "steps between measurements of FCD or FID, after which the best "
+                                 "model so far is kept; 0: never"),
+    "evaluate_num": (flags.number(int, 2), 2000, "samples in each of these measurements"),
+    **FEATURE_FLAGS,
+}
 
+
+# ------------------------------------------------------------------------------------- the networks
 
 class Classifier(nn.Module):
-    """(B, 3, S, S) in [0, 1] -> class logits (B, classes): four residual stages, each halving the resolution."""
+    """Classifies images (B, 3, S, S) in [0, 1]: four residual stages, each of which halves the
+    resolution."""
 
-    def __init__(self, classes, width=24):
+    def __init__(self, classes: int, width: int = 24):
         super().__init__()
         widths = [width, 2 * width, 4 * width, 4 * width]
         self.stem = nn.Conv2d(3, width, 3, padding=1)
-        self.down = nn.ModuleList([nn.Conv2d(a, b, 3, 2, 1) for a, b in zip([width] + widths, widths)])
-        self.same = nn.ModuleList([
-            nn.Sequential(nn.BatchNorm2d(w), nn.ReLU(), nn.Conv2d(w, w, 3, padding=1)) for w in widths])
-        self.out = nn.Linear(widths[-1], classes)
+        self.down = nn.ModuleList()
+        self.same = nn.ModuleList()
+        before = width
+        for width in widths:
+            self.down.append(nn.Conv2d(before, width, 3, stride=2, padding=1))
+            self.same.append(nn.Sequential(
+                nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)))
+            before = width
+        self.out = nn.Linear(before, classes)
 
-    def features(self, images):
-        """-> (B, 4 * width), what the logits are a linear function of."""
+    def features(self, images: Tensor) -> Tensor:
+        """Returns the pooled activations (B, 4 * width), of which the logits are a linear function.
+        """
         x = self.stem(images * 2 - 1)
-        for down, same in zip(self.down, self.same):
+        for down, same in zip(self.down, self.same, strict=True):
             x = down(F.relu(x))
             x = x + same(x)
         return F.relu(x).mean((2, 3))
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns logits (B, classes)."""
         return self.out(self.features(images))
 
 
-def train_classifier(data, steps, seed, machine, what):
-    """Trains on a data set, in batches of 128 -> a Classifier in eval mode. what: its name in the progress lines."""
+def train_classifier(data: ImageSet, steps: int, seed: int, machine: Machine,
+                     title: str) -> Classifier:
+    """Trains a Classifier in batches of 128 and returns it in eval mode. title: of its progress."""
     torch.manual_seed(seed)
     model = Classifier(len(data.classes)).to(machine.device, memory_format=machine.layout)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    progress = Progress(what, steps, "steps")
+    progress = Progress(title, steps, "steps")
     for step, (images, labels) in enumerate(batches(data, 128, seed, 0, steps)):
         set_learning_rate(optimizer, step, 3e-3, 50, steps, decay=True)
         with machine.autocast():
@@ -78,205 +115,239 @@ def train_classifier(data, steps, seed, machine, what):
 
 
 @torch.no_grad()
-def accuracy(model, subset, machine):
-    """Of a classifier on a Subset of images of its classes -> (top-1, top-5), floats in [0, 1]."""
-    right = torch.zeros(2, dtype=torch.float64, device=machine.device)
-    for batch in subset.read(range(math.ceil(len(subset) / subset.size))):
+def accuracy(model: nn.Module, data: ImageSet, machine: Machine) -> tuple[float, float]:
+    """Returns the top-1 and top-5 accuracy of a classifier on a data set."""
+    top_1 = 0
+    top_5 = 0
+    for batch in read_batches(data, 100, all_batches(len(data), 100)):
         with machine.autocast():
             logits = model(machine.to_floats(batch.images))
-        best = logits.topk(min(5, logits.shape[1]), 1).indices                                          # (n, 5)
-        hits = best == machine.put(batch.labels)[:, None]
-        right += torch.stack([hits[:, 0].sum(), hits.sum()])
+        likeliest = logits.topk(min(5, logits.shape[1]), dim=1).indices         # (n, 5)
         machine.sync()
-    return tuple((right / len(subset)).tolist())
+        right = likeliest.cpu() == batch.labels[:, None]
+        top_1 += right[:, 0].sum().item()
+        top_5 += right.sum().item()
+    return top_1 / len(data), top_5 / len(data)
 
 
-def load_classifier(path, train, steps, machine):
-    """The run's own classifier, kept at `path`: trained on its real images by rank 0 where it is not there yet."""
+def load_classifier(path: Path, train: ImageSet, steps: int, machine: Machine) -> Classifier:
+    """Returns the run's own classifier, kept at `path`.
+
+    If it is not there yet, rank 0 trains it on `train`, the real images."""
     expected = {"kind": "classifier", "classes": list(train.classes), "steps": steps}
     kept = load_checkpoint(path, "classifier") if path.exists() else {}
     if machine.leads and not expected.items() <= kept.items():
         model = train_classifier(train, steps, 0, machine, "classifier of real images")
         save_checkpoint(path, on_cpu(expected | {"model": model.state_dict()}))
-    machine.any(False)                                         # the other ranks wait until the file is there
+    machine.any(False)                          # the other ranks wait until the file is there
     weights = load_checkpoint(path, "classifier")["model"]
-    model = load_weights(Classifier(len(train.classes)), weights, path).eval().requires_grad_(False)
+    model = load_weights(Classifier(len(train.classes)), weights, path)
+    model.eval().requires_grad_(False)
     return model.to(machine.device, memory_format=machine.layout)
 
 
-def load_inception(path, machine):
-    """Inception-v3 as FID and IS were defined with, torch-fidelity's: images uint8 -> (n, 2048), logits (n, 1008).
+def load_inception(path: str | None, machine: Machine) -> nn.Module:
+    """Returns the Inception-v3 that FID and IS are defined with.
 
-    path: of its weights; None: torch-fidelity fetches them, on rank 0. Raises ValueError without the package or for a
-    file that is none, OSError where the weights cannot be had."""
+    It maps images uint8 (n, 3, H, W) to features (n, 2048) and logits (n, 1008). path: the file of
+    its weights; None: torch-fidelity fetches them, on rank 0. Raises UserError if the package is
+    missing, the file does not hold these weights, or they cannot be fetched."""
     try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Inception
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
-        raise UserError("--features inception needs torch-fidelity: pip install torch-fidelity") from None
+        raise UserError(
+            "--features inception needs torch-fidelity: pip install torch-fidelity") from None
     if path and not Path(path).is_file():
         raise UserError(f"--inception {path} does not exist: name the file "
-                                f"weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases")
+                        f"weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases")
     if path:
-        load_tensors(path)                   # refuses all but a plain state dict: the package would run code in it
+        load_tensors(path)          # the package would run code in it; this admits tensors only
     if not machine.leads:
-        machine.any(False)                   # the other ranks wait until rank 0 has fetched the file
+        machine.any(False)          # the other ranks wait until rank 0 has fetched the file
     try:
-        model = Inception("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=path)
+        model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
+                                            feature_extractor_weights_path=path)
     except RuntimeError:
-        raise UserError(f"{path or 'what was fetched'} does not hold the weights of "
-                         f"torch-fidelity's Inception") from None
+        raise UserError(f"{path or 'the fetched file'} does not hold the weights of torch-fidelity's "
+                        f"Inception: name another file with --inception") from None
     except OSError as error:
-        raise UserError(f"torch-fidelity could not fetch Inception's weights ({error}): name their file with "
-                      f"--inception") from error
+        raise UserError(f"torch-fidelity could not fetch Inception's weights ({error}): name their "
+                        f"file with --inception") from error
     if machine.leads:
         machine.any(False)
     return model.to(machine.device)
 
 
-class Batch(NamedTuple):
-    """Some images of a set: its batch of this number."""
-    number: int
-    split: torch.Tensor                      # (n,), of the Inception Score, as of split_of() for the set
-    images: torch.Tensor                     # uint8 (n, 3, S, S)
-    labels: torch.Tensor                     # (n,), the class that each was asked to be, or is
-    tokens: torch.Tensor | None = None       # (n, N)
+def open_networks(args: argparse.Namespace, machine: Machine, train: ImageSet,
+                  folder: Path) -> "Networks":
+    """Opens the networks that FEATURE_FLAGS ask for.
 
-
-def fair_choice(data, count):
-    """Indices of `count` images of a data set that may be sorted by class: the first of a fixed random order."""
-    return np.random.Generator(np.random.Philox(key=[2020, 0])).permutation(len(data))[:count]
-
-
-class Subset:
-    """Images of a data set at `indices` as a data set of their own, never augmented; [b]: Batch b, of `size` images."""
-
-    def __init__(self, data, indices, size):
-        self.data, self.indices, self.size = data, indices, size
-        self.classes, self.workers = data.classes, data.workers
-
-    def __len__(self):
-        return len(self.indices)
-
-    def batch(self, places, draws=None):
-        return self.data.batch(self.indices[places])
-
-    def __getitem__(self, b):
-        places = slice(b * self.size, (b + 1) * self.size)
-        return Batch(b, metrics.split_of(len(self))[places], *self.batch(places))
-
-    def read(self, numbers):
-        """Iterates over the batches of these numbers."""
-        return iter(loader(self, list(numbers), self))
-
-
-class SampledImages:
-    """The samples of sampled_batches() as a data set: tokens (n, N), which to_images() turns into uint8 images.
-
-    Small sets are turned once and kept (up to 1 GiB); a large one would fill the memory."""
-    workers = 0
-
-    def __init__(self, tokens, classes, to_images):
-        self.tokens, self.classes, self.to_images, self.images = tokens, classes, to_images, None
-        if len(tokens) * to_images(tokens[:1]).numel() < 1 << 30:
-            self.images = torch.cat([to_images(part).cpu() for part in tokens.split(100)])
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def batch(self, indices, draws=None):
-        images = self.to_images(self.tokens[indices]).cpu() if self.images is None else self.images[indices]
-        return images, torch.as_tensor(indices) % len(self.classes)
-
-
-def open_features(args, machine, example, train, folder):
-    """The Features that are asked for. train, folder: the run's. example: see Features. Raises as load_inception, and
-    ValueError where no features are left."""
+    train: the run's real images. folder: the run's. Raises UserError as load_inception() does, and
+    if the flags leave no network."""
     if not args.classifier_steps and args.features == "classifier":
-        raise UserError("--classifier-steps 0 leaves nothing to measure with: add --features inception")
-    inception = load_inception(args.inception, machine) if args.features == "inception" else None
-    path, steps = folder / "classifier.pt", args.classifier_steps
-    classifier = load_classifier(path, train, steps, machine) if steps else None
-    return Features(machine, train.classes, classifier, inception, example)
+        raise UserError("--classifier-steps 0 leaves nothing to measure with: "
+                        "add --features inception")
+    inception = None
+    if args.features == "inception":
+        inception = load_inception(args.inception, machine)
+    classifier = None
+    if args.classifier_steps:
+        path = folder / "classifier.pt"
+        classifier = load_classifier(path, train, args.classifier_steps, machine)
+    return Networks(train.classes, classifier, inception, machine)
 
 
-class Features:
-    """What is seen in images: features of Inception, or else of a Classifier; sums over them; figures from the sums.
+# ------------------------------------------------------------------------------------- measurements
 
-    classes: names of the images' classes. classifier: of these, or None. inception: from load_inception(), or None.
-    example: images uint8 (n, 3, S, S), the same on all ranks: the sums are taken around the mean of their features.
-    Attributes: name; distance and score, what a Fréchet distance and an Inception Score by them are called."""
+class Measurements(NamedTuple):
+    """What was measured in the images of a set: tensors on the CPU with a row for each image."""
+    features: Tensor        # (n, D) float32
+    logits: Tensor          # (n, C) float32, of the network that the features are of
+    sharpness: Tensor       # (n,)
+    labels: Tensor          # (n,), the class that each image is of, or should be
+    recognised: Tensor   # (n,) boolean: the classifier finds this class; false without a classifier
 
-    def __init__(self, machine, classes, classifier, inception, example):
-        self.machine, self.classes, self.classifier, self.inception = machine, classes, classifier, inception
-        self.distance, self.score = ("FID", "IS") if inception else ("FCD", "IS(classifier)")
-        self.latest_real = None
-        self.name = f"{'Inception' if inception else 'the classifier'}'s ({fingerprint(inception or classifier)})"
-        self.shift = mean_over_ranks(self.of(example)[0].double().mean(0))                              # (D,)
+
+class Networks:
+    """The networks that look at images. Features are Inception's, or else the classifier's.
+
+    classes: names of the images' classes. classifier: of these classes, or None. inception: from
+    load_inception(), or None. Attributes: name, which differs for other weights; distance and
+    score, what a Fréchet distance and an Inception Score of these features are called."""
+
+    def __init__(self, classes: list[str], classifier: nn.Module | None,
+                 inception: nn.Module | None, machine: Machine):
+        self.classes = classes
+        self.classifier = classifier
+        self.inception = inception
+        self.machine = machine
+        if inception:
+            self.name = f"Inception's ({fingerprint(inception)})"
+            self.distance = "FID"
+            self.score = "IS"
+        else:
+            self.name = f"the classifier's ({fingerprint(classifier)})"
+            self.distance = "FCD"
+            self.score = "IS(classifier)"
 
     @torch.no_grad()
-    def of(self, images):
-        """Images uint8 (n, 3, S, S) -> features (n, D) and logits (n, classes of the network)."""
+    def measure_batch(self, images: Tensor, labels: Tensor) -> Measurements:
+        """Measures images uint8 (n, 3, S, S) of these classes (n,)."""
+        floats = self.machine.to_floats(images)
         if self.inception:
-            return self.inception(self.machine.put(images))
-        features = self.classifier.features(self.machine.to_floats(images))
-        return features, self.classifier.out(features)
-
-    @torch.no_grad()
-    def sums(self, batch):
-        """Of a Batch: sums for figures(), and rows that may be kept."""
-        floats, labels = self.machine.to_floats(batch.images), self.machine.put(batch.labels)
-        features, logits = self.of(batch.images)
-        sums = metrics.moments(features, self.shift) | metrics.score_sums(logits, self.machine.put(batch.split))
-        sums["sharpness"] = metrics.sharpness(floats).double() * len(floats)
+            features, logits = self.inception(self.machine.put(images))
+        else:
+            features = self.classifier.features(floats)
+            logits = self.classifier.out(features)
         if self.classifier:
-            named = (self.classifier(floats) if self.inception else logits).argmax(1)
-            asked = F.one_hot(labels, len(self.classes)).double()
-            sums["class_count"], sums["class_right"] = asked.sum(0), (asked * (named == labels)[:, None]).sum(0)
-        return sums, {"features": features, "tokens": batch.tokens}
+            class_logits = self.classifier(floats) if self.inception else logits
+            recognised = class_logits.argmax(1) == self.machine.put(labels)
+        else:
+            recognised = torch.zeros(len(images), dtype=torch.bool)
+        measured = Measurements(features, logits, metrics.sharpness(floats), labels, recognised)
+        self.machine.sync()
+        return Measurements(*(tensor.cpu() for tensor in measured))
 
-    def figures(self, sums, real):
-        """Table 1's columns, BESIDE_REAL and BY_CLASS, {name: value}. real: the sums of real images."""
-        device = self.machine.device if self.machine.device.type == "cuda" else torch.device("cpu")
-        ours, theirs = ({name: value.to(device) for name, value in each.items()} for each in (sums, real))
-        if real is not self.latest_real:               # for 2,048 features it takes seconds, which each row would wait
-            self.latest_real, self.gaussian = real, metrics.gaussian(theirs, self.shift.to(device))
-        row = {self.distance: metrics.frechet_distance(*metrics.gaussian(ours, self.shift.to(device)), *self.gaussian)}
-        row[self.score], row["± over splits"] = metrics.inception_score(ours)
-        if "features" in ours:
-            row["precision"], row["recall"] = metrics.precision_recall(ours["features"], theirs["features"])
-        sharpness, real_sharpness = (each["sharpness"] / each["count"] for each in (ours, theirs))
-        row[BESIDE_REAL[0]] = (sharpness / real_sharpness).item()
-        if self.classifier:
-            row[BESIDE_REAL[1]] = (ours["class_right"].sum() / ours["count"]).item()
-            shares = (ours["class_right"] / ours["class_count"]).tolist()
-            row[BY_CLASS] = {name: share for name, share in zip(self.classes, shares) if not math.isnan(share)}
+    def measure(self, batches: Iterable[Batch], count: int, title: str) -> Measurements:
+        """Measures a set of `count` images, of which `batches` are those of this rank.
+
+        Returns the measurements of the whole set, on all ranks. title: of the progress line."""
+        progress = Progress(title, count)
+        done = 0
+        own = []
+        for batch in batches:
+            own.append(self.measure_batch(batch.images, batch.labels))
+            done += len(batch.images) * ranks()
+            if self.machine.leads:
+                progress.show(min(done, count))
+        return concatenate(gather_batches(own))
+
+
+def concatenate(parts: list[Measurements]) -> Measurements:
+    """Joins the measurements of several batches."""
+    columns = zip(*parts, strict=True)
+    return Measurements(*(torch.cat(column) for column in columns))
+
+
+class Reference:
+    """Real images, with which others are compared."""
+
+    def __init__(self, networks: Networks, real: Measurements):
+        self.networks = networks
+        self.real = real
+        # A GPU computes with the large matrices of Inception's features, but no TPU: it lacks
+        # float64.
+        on_gpu = networks.machine.device.type == "cuda"
+        self.device = networks.machine.device if on_gpu else torch.device("cpu")
+        self.gaussian = metrics.gaussian(real.features.to(self.device))
+
+    def distance(self, images: Measurements) -> float:
+        """Returns the Fréchet distance of the images to the real ones: FID or FCD."""
+        gaussian = metrics.gaussian(images.features.to(self.device))
+        return metrics.frechet_distance(gaussian, self.gaussian)
+
+    def precision_recall(self, images: Measurements) -> tuple[float, float]:
+        """Returns precision and recall of the first images of both sets."""
+        ours = images.features[:PRECISION_IMAGES].to(self.device)
+        theirs = self.real.features[:PRECISION_IMAGES].to(self.device)
+        return metrics.precision_recall(ours, theirs)
+
+    def figures(self, images: Measurements) -> dict:
+        """Returns the columns of a table, {name: number}; under BY_CLASS, {class: number}."""
+        score, deviation = metrics.inception_score(images.logits)
+        row = {
+            self.networks.distance: self.distance(images),
+            self.networks.score: score,
+            "± over splits": deviation,
+            SHARPNESS: mean(images.sharpness) / mean(self.real.sharpness),
+        }
+        if self.networks.classifier:
+            row[RECOGNISED] = mean(images.recognised)
+            row[BY_CLASS] = {}
+            for label, name in enumerate(self.networks.classes):
+                of_class = images.recognised[images.labels == label]
+                if len(of_class):
+                    row[BY_CLASS][name] = mean(of_class)
         return row
 
 
-def sampled_batches(draw, numbers, size, count, classes, seed, machine):
-    """Of `count` samples, the number of classes in turn, the batches of these numbers.
-
-    draw(labels, generator, machine) -> images uint8, tokens. A batch has a generator of its own: the samples are the
-    same on any number of ranks, and after an interruption."""
-    places, splits = torch.arange(count).split(size), metrics.split_of(count).split(size)
-    for number in numbers:
-        labels = machine.put(places[number] % classes)
-        images, tokens = draw(labels, machine.generator(runtime.step_seed(seed, number)), machine)
-        yield Batch(number, splits[number], images, labels, tokens)
+def mean(values: Tensor) -> float:
+    """Returns the mean of numbers or booleans (n,)."""
+    return values.double().mean().item()
 
 
-def open_judge(args, machine, train, val, folder, draw):
-    """What measures a model while it learns: call it -> {FID or FCD: of --evaluate-num samples}. train, val: images.
-    folder: the run's. draw: as for sampled_batches()."""
-    size, count = 100, args.evaluate_num
-    real = Subset(val, fair_choice(val, count), size)
-    features = open_features(args, machine, real[0].images, train, folder)
-    real_sums = Ledger(None, {}, machine, size).add_up("real images", len(real), real.read, features.sums)
+# ----------------------------------------------------------------------------------- while training
 
-    def drawn(numbers):
-        return sampled_batches(draw, numbers, size, count, len(train.classes), 0, machine)
+class Judge:
+    """Measures the samples of a model while it is trained: their distance to real images.
 
-    def judge():                                              # a new Ledger each time, as the next samples are others
-        sums = Ledger(None, {}, machine, size).add_up("samples", count, drawn, features.sums)
-        return {features.distance: features.figures(sums, real_sums)[features.distance]}
-    return judge
+    args: those of JUDGE_FLAGS. train, val: the run's data sets. folder: the run's. Attributes:
+    name, FCD or FID. Raises UserError as open_networks() does."""
+    BATCH = 100
+
+    def __init__(self, args: argparse.Namespace, machine: Machine, train: ImageSet, val: ImageSet,
+                 folder: Path):
+        self.machine = machine
+        self.num_samples = args.evaluate_num
+        self.num_classes = len(train.classes)
+        self.networks = open_networks(args, machine, train, folder)
+        self.name = self.networks.distance
+        real = random_subset(val, args.evaluate_num)
+        measured = self.networks.measure(read_batches(real, self.BATCH), len(real), "real images")
+        self.reference = Reference(self.networks, measured)
+
+    def distance(self, draw: Callable[[Tensor, torch.Generator | None], Tensor]) -> float:
+        """Draws samples, the classes in turn, and returns their distance to real images.
+
+        draw(labels, generator) returns images uint8 (n, 3, S, S) of the classes labels (n,), a
+        tensor on the device. Every batch has its own generator, so the samples are of the same
+        random numbers at every call and on any number of ranks. All ranks call this and get the
+        distance."""
+        samples = self.networks.measure(self._samples(draw), self.num_samples, "samples")
+        return self.reference.distance(samples)
+
+    def _samples(self, draw):
+        for number in own_batches(self.num_samples, self.BATCH):
+            labels = labels_in_turn(number, self.BATCH, self.num_samples, self.num_classes)
+            generator = self.machine.generator(step_seed(0, number))
+            yield Batch(number, draw(self.machine.put(labels), generator), labels)

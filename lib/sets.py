@@ -1,0 +1,136 @@
+"""Sets of images that are measured, and each rank's share of them.
+
+A set is read in batches of a fixed size, numbered from 0. Rank r of R measures the batches r, r +
+R, r + 2 R, ..., and gather_batches() puts the results of all ranks in order. So a set is measured
+in the same way on any number of ranks."""
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lib.data import loader
+
+
+class ImageSet(Protocol):
+    """A data set, as lib.data opens it."""
+    classes: list[str]
+    workers: int
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+
+    def batch(self, indices: np.ndarray, draws: Any = None) -> tuple[Tensor, Tensor]:
+        """Returns images uint8 (n, 3, S, S) and labels (n,); draws: None for no augmentation."""
+
+
+class Subset:
+    """The images of a data set at `indices`, in this order and never augmented."""
+
+    def __init__(self, data: ImageSet, indices: np.ndarray):
+        self.data = data
+        self.indices = indices
+        self.classes = data.classes
+        self.workers = data.workers
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batch(self, indices: np.ndarray, draws: Any = None) -> tuple[Tensor, Tensor]:
+        """Returns images uint8 (n, 3, S, S) and labels (n,)."""
+        return self.data.batch(self.indices[indices])
+
+
+def random_subset(data: ImageSet, count: int) -> Subset:
+    """Returns the first `count` images of a data set in a fixed random order, since it may be
+    sorted by class."""
+    generator = np.random.Generator(np.random.Philox(key=[2020, 0]))
+    return Subset(data, generator.permutation(len(data))[:count])
+
+
+class InMemory:
+    """The images of a data set, read once and kept: for one that is read several times."""
+    workers = 0
+
+    def __init__(self, data: ImageSet):
+        batches = list(read_batches(data, 100, all_batches(len(data), 100)))
+        self.images = torch.cat([batch.images for batch in batches])
+        self.labels = torch.cat([batch.labels for batch in batches])
+        self.classes = data.classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: np.ndarray, draws: Any = None) -> tuple[Tensor, Tensor]:
+        """Returns images uint8 (n, 3, S, S) and labels (n,)."""
+        return self.images[indices], self.labels[indices]
+
+
+class Batch(NamedTuple):
+    """A batch of a set."""
+    number: int
+    images: Tensor      # uint8 (n, 3, S, S)
+    labels: Tensor      # (n,), the class that each image is of, or should be
+
+
+class Batches:
+    """The batches of a data set in its own order: [number] is a Batch."""
+
+    def __init__(self, data: ImageSet, size: int):
+        self.data = data
+        self.size = size
+
+    def __getitem__(self, number: int) -> Batch:
+        first = number * self.size
+        end = min(first + self.size, len(self.data))
+        images, labels = self.data.batch(np.arange(first, end))
+        return Batch(number, images, labels)
+
+
+def read_batches(data: ImageSet, size: int, numbers: range | None = None) -> Iterator[Batch]:
+    """Iterates over the batches of these numbers; None: over those of this rank."""
+    if numbers is None:
+        numbers = own_batches(len(data), size)
+    return iter(loader(Batches(data, size), numbers, data))
+
+
+def labels_in_turn(number: int, size: int, count: int, classes: int) -> Tensor:
+    """Returns the labels (n,) of a batch of `count` samples whose classes take turns, n <= size."""
+    first = number * size
+    end = min(first + size, count)
+    return torch.arange(first, end) % classes
+
+
+# ---------------------------------------------------------------------------- the ranks' shares
+
+def ranks() -> int:
+    """Returns how many ranks share the batches.
+
+    With torch-xla it is one: all chips of all hosts work on every batch together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_batches(count: int, size: int) -> range:
+    """Returns the numbers of the batches of `count` images."""
+    return range(math.ceil(count / size))
+
+
+def own_batches(count: int, size: int) -> range:
+    """Returns the numbers of those batches that this rank measures."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return all_batches(count, size)[rank::ranks()]
+
+
+def gather_batches(own: list) -> list:
+    """Returns the results of all ranks in the order of the batches, on all ranks.
+
+    own: this rank's, one for each of own_batches()."""
+    if ranks() == 1:
+        return own
+    by_rank = [None] * ranks()
+    dist.all_gather_object(by_rank, own)
+    total = sum(len(results) for results in by_rank)
+    return [by_rank[number % ranks()][number // ranks()] for number in range(total)]
