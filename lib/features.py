@@ -31,12 +31,14 @@ from lib.sets import (
     Batch,
     ImageSet,
     all_batches,
+    concatenate,
     gather_batches,
     labels_in_turn,
     own_batches,
     random_subset,
-    ranks,
     read_batches,
+    read_own_batches,
+    with_progress,
 )
 from lib.terminal import Progress
 
@@ -168,8 +170,8 @@ def load_inception(path: str | None, machine: Machine) -> nn.Module:
         model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
                                             feature_extractor_weights_path=path)
     except RuntimeError:
-        raise UserError(f"{path or 'the fetched file'} does not hold the weights of torch-fidelity's "
-                        f"Inception: name another file with --inception") from None
+        raise UserError(f"{path or 'the fetched file'} does not hold the weights of "
+                        f"torch-fidelity's Inception: name another file with --inception") from None
     except OSError as error:
         raise UserError(f"torch-fidelity could not fetch Inception's weights ({error}): name their "
                         f"file with --inception") from error
@@ -248,25 +250,12 @@ class Networks:
         self.machine.sync()
         return Measurements(*(tensor.cpu() for tensor in measured))
 
-    def measure(self, batches: Iterable[Batch], count: int, title: str) -> Measurements:
-        """Measures a set of `count` images, of which `batches` are those of this rank.
+    def measure(self, own_batches: Iterable[Batch]) -> Measurements:
+        """Measures a set of images, of which these are the batches of this rank.
 
-        Returns the measurements of the whole set, on all ranks. title: of the progress line."""
-        progress = Progress(title, count)
-        done = 0
-        own = []
-        for batch in batches:
-            own.append(self.measure_batch(batch.images, batch.labels))
-            done += len(batch.images) * ranks()
-            if self.machine.leads:
-                progress.show(min(done, count))
-        return concatenate(gather_batches(own))
-
-
-def concatenate(parts: list[Measurements]) -> Measurements:
-    """Joins the measurements of several batches."""
-    columns = zip(*parts, strict=True)
-    return Measurements(*(torch.cat(column) for column in columns))
+        Returns the measurements of the whole set, on all ranks."""
+        measured = [self.measure_batch(batch.images, batch.labels) for batch in own_batches]
+        return concatenate(gather_batches(measured))
 
 
 class Reference:
@@ -333,7 +322,7 @@ class Judge:
         self.networks = open_networks(args, machine, train, folder)
         self.name = self.networks.distance
         real = random_subset(val, args.evaluate_num)
-        measured = self.networks.measure(read_batches(real, self.BATCH), len(real), "real images")
+        measured = self.networks.measure(read_own_batches(real, self.BATCH, "real images"))
         self.reference = Reference(self.networks, measured)
 
     def distance(self, draw: Callable[[Tensor, torch.Generator | None], Tensor]) -> float:
@@ -343,11 +332,12 @@ class Judge:
         tensor on the device. Every batch has its own generator, so the samples are of the same
         random numbers at every call and on any number of ranks. All ranks call this and get the
         distance."""
-        samples = self.networks.measure(self._samples(draw), self.num_samples, "samples")
+        samples = self.networks.measure(self._samples(draw))
         return self.reference.distance(samples)
 
     def _samples(self, draw):
-        for number in own_batches(self.num_samples, self.BATCH):
+        numbers = own_batches(self.num_samples, self.BATCH)
+        for number in with_progress(numbers, self.num_samples, self.BATCH, "samples"):
             labels = labels_in_turn(number, self.BATCH, self.num_samples, self.num_classes)
             generator = self.machine.generator(step_seed(0, number))
             yield Batch(number, draw(self.machine.put(labels), generator), labels)

@@ -9,9 +9,9 @@ from lib.files import write_atomically
 class Results:
     """Figures by condition, a line of text that says what was measured, in a JSON file.
 
-    path: the file. setup: plain values that every result depends on; results of another setup stay in
-    the file, but are not used. again: use none that the file holds; new ones replace them. writes:
-    whether this rank writes. Attributes: known, {condition: figures} of this setup."""
+    path: the file. setup: plain values that every result depends on; results of another setup stay
+    in the file, but are not used. again: use none that the file holds; new ones replace them.
+    writes: whether this rank writes. Attributes: known, {condition: figures} of this setup."""
 
     def __init__(self, path: Path, setup: dict, writes: bool, again: bool = False):
         self.path = path

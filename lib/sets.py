@@ -4,8 +4,8 @@ A set is read in batches of a fixed size, numbered from 0. Rank r of R measures 
 R, r + 2 R, ..., and gather_batches() puts the results of all ranks in order. So a set is measured
 in the same way on any number of ranks."""
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lib.data import loader
+from lib.terminal import Progress
+
+T = TypeVar("T")
 
 
 class ImageSet(Protocol):
@@ -90,10 +93,9 @@ class Batches:
         return Batch(number, images, labels)
 
 
-def read_batches(data: ImageSet, size: int, numbers: range | None = None) -> Iterator[Batch]:
-    """Iterates over the batches of these numbers; None: over those of this rank."""
-    if numbers is None:
-        numbers = own_batches(len(data), size)
+def read_batches(data: ImageSet, size: int, numbers: range) -> Iterator[Batch]:
+    """Iterates over the batches of these numbers; reader processes read ahead, if the data has any.
+    """
     return iter(loader(Batches(data, size), numbers, data))
 
 
@@ -104,7 +106,7 @@ def labels_in_turn(number: int, size: int, count: int, classes: int) -> Tensor:
     return torch.arange(first, end) % classes
 
 
-# ---------------------------------------------------------------------------- the ranks' shares
+# -------------------------------------------------------------------------------- the ranks' shares
 
 def ranks() -> int:
     """Returns how many ranks share the batches.
@@ -124,6 +126,25 @@ def own_batches(count: int, size: int) -> range:
     return all_batches(count, size)[rank::ranks()]
 
 
+def read_own_batches(data: ImageSet, size: int, title: str) -> Iterator[Batch]:
+    """Iterates over those batches that this rank measures. title: of the progress line."""
+    batches = read_batches(data, size, own_batches(len(data), size))
+    return with_progress(batches, len(data), size, title)
+
+
+def with_progress(batches: Iterable[T], count: int, size: int, title: str) -> Iterator[T]:
+    """Yields this rank's batches, and shows on the first rank how many of `count` images are done.
+    """
+    leads = not dist.is_initialized() or dist.get_rank() == 0
+    progress = Progress(title, count)
+    done = 0
+    for batch in batches:
+        yield batch
+        done = min(done + size * ranks(), count)
+        if leads:
+            progress.show(done)
+
+
 def gather_batches(own: list) -> list:
     """Returns the results of all ranks in the order of the batches, on all ranks.
 
@@ -134,3 +155,9 @@ def gather_batches(own: list) -> list:
     dist.all_gather_object(by_rank, own)
     total = sum(len(results) for results in by_rank)
     return [by_rank[number % ranks()][number // ranks()] for number in range(total)]
+
+
+def concatenate(batches: list[tuple]) -> tuple:
+    """Joins the results of several batches: NamedTuples of tensors (n, ...) become one."""
+    columns = zip(*batches, strict=True)
+    return type(batches[0])(*(torch.cat(column) for column in columns))

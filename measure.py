@@ -1,0 +1,332 @@
+"""What evaluate.py measures: it opens a run, draws samples, and applies both stages to real images.
+
+The networks that look at images are in lib/features.py, the formulas in lib/metrics.py.
+"""
+import argparse
+import functools
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib import metrics, pictures, runtime, sets
+from lib.data import admit_pixels, open_data
+from lib.features import Measurements, Networks, Reference, open_networks
+from lib.files import fingerprint, rebuild
+from lib.flags import UserError
+from lib.orders import ORDERS
+from lib.results import Results
+from lib.sampling import load_run, sampler_of, sampler_options
+from lib.sets import Batch, ImageSet, random_subset, read_own_batches
+from maskgit import SCHEDULES, MaskGIT, decode, mask_tokens, mvtm_loss
+from sequential import CausalTransformer
+from vqgan import VQGAN, as_grid, to_pixels
+
+NEXT_TOKEN = "next token"
+BINS = 20                       # of mask ratios
+SWEEPS = {
+    "choice_temperature": [0, 1, 2, 4.5, 8, 12],
+    "temperature": [0.6, 0.7, 0.8, 0.9, 1, 1.1],
+    "cfg": [0, 0.5, 1, 2, 4],
+    "order": ORDERS,
+}
+
+
+# ------------------------------------------------------------------------------------------ the run
+
+@dataclass
+class Evaluation:
+    """A run, and what it is measured with."""
+    args: argparse.Namespace
+    machine: runtime.Machine
+    folder: Path                            # the run's
+    tokenizer: VQGAN
+    transformer: MaskGIT                    # the one that draws
+    parallel: MaskGIT | None                # the same, if it is decoded in parallel
+    sequential: CausalTransformer | None    # the run's autoregressive transformer
+    data: str                               # the name or path of the data set
+    train: ImageSet
+    real: ImageSet                          # validation images
+    networks: Networks
+    results: Results
+    title: str
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """Returns the real images, measured when they are needed first."""
+        batches = read_own_batches(self.real, self.args.batch, "real images")
+        measured = self.networks.measure(batches)
+        images, dimensions = measured.features.shape
+        if self.machine.leads and images <= dimensions:
+            print(f"note: {images} images are too few for {dimensions} features: with more images "
+                  f"the {self.networks.distance} would be far lower", flush=True)
+        return Reference(self.networks, measured)
+
+
+def open_evaluation(args: argparse.Namespace, machine: runtime.Machine) -> Evaluation:
+    """Opens the models, the data, the networks and the results. Raises UserError."""
+    folder, tokenizer, transformer, checkpoint = load_run(
+        args.run, machine, args.vqgan, args.decoder)
+    check_flags(args, transformer)
+    parallel = None
+    if isinstance(transformer, CausalTransformer):
+        sequential = transformer
+    else:
+        parallel = transformer
+        sequential = load_sequential(folder, checkpoint["tokenizer"], machine)
+    admit_pixels(args.max_pixels)
+    data = checkpoint["data"]
+    train, val = open_data(data, checkpoint["image_size"], args.data_dir)
+    if list(train.classes) != list(checkpoint["classes"]):
+        raise UserError(f"the {len(train.classes)} classes of {data} are not those that the run "
+                        f"{folder} was trained on: put the images of that time there")
+    real = random_subset(val, args.num)
+    if len(real) <= metrics.NEIGHBOURS:
+        raise UserError(f"--num {args.num} takes {len(real)} of the {len(val)} validation images "
+                        f"of {data}: precision and recall need at least {metrics.NEIGHBOURS + 1}")
+    networks = open_networks(args, machine, train, folder)
+    setup = {
+        "tokenizer": fingerprint(tokenizer),
+        "transformer": fingerprint(transformer),
+        "sequential transformer": fingerprint(sequential) if sequential else None,
+        "features": networks.name,
+        "generated images": args.num,
+        "real images": len(real),
+        "batch": args.batch,
+        "classifier steps": args.classifier_steps,
+        "device": machine.device.type,
+        "bf16": machine.bf16,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+    results = Results(folder / "eval.json", setup, writes=machine.leads, again=args.again)
+    title = (f"{folder}: {args.num} generated and {len(real)} real validation images, "
+             f"{args.features} features, seed {args.seed}")
+    return Evaluation(args, machine, folder, tokenizer, transformer, parallel, sequential, data,
+                      train, real, networks, results, title)
+
+
+def check_flags(args: argparse.Namespace, transformer: MaskGIT) -> None:
+    """Raises UserError, before anything takes long, for flags that do not suit the transformer."""
+    if isinstance(transformer, CausalTransformer):
+        if args.ablate or args.sweep or args.manipulate:
+            raise UserError("--ablate, --sweep and --manipulate need a parallel decoder: "
+                            "add --decoder parallel")
+    elif args.ablate and min(args.ablate_steps) > transformer.config.num_tokens:
+        raise UserError(f"--ablate-steps are all more than the number of tokens, "
+                        f"{transformer.config.num_tokens}: name fewer steps")
+    sampler_options(args, transformer)
+    if args.sweep:
+        sampler_options(changed(args, **{args.sweep: SWEEPS[args.sweep][-1]}), transformer)
+
+
+def changed(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
+    """Returns the flags with some of them changed."""
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
+def load_sequential(folder: Path, tokenizer: str,
+                    machine: runtime.Machine) -> CausalTransformer | None:
+    """Returns the run's autoregressive transformer, if it has one of the tokenizer of this
+    fingerprint."""
+    path = folder / "autoregressive.pt"
+    if not path.exists():
+        return None
+    sequential, checkpoint = rebuild(path, "autoregressive", CausalTransformer)
+    if checkpoint["tokenizer"] != tokenizer:
+        return None
+    return machine.freeze(sequential.to(machine.device))
+
+
+# ---------------------------------------------------------------------------- images that are drawn
+
+def draw_tokens(run: Evaluation, args: argparse.Namespace, title: str) -> Tensor:
+    """Draws the tokens (num, N) int32 of --num samples with the sampler's flags in `args`.
+
+    The classes take turns. Every batch has its own generator, so the samples are the same on any
+    number of ranks; all ranks get all of them. title: of the progress line."""
+    sampler = sampler_of(run.transformer)
+    options = sampler_options(args, run.transformer)
+    classes = run.transformer.config.num_classes
+    own = []
+    numbers = sets.own_batches(args.num, args.batch)
+    for number in sets.with_progress(numbers, args.num, args.batch, title):
+        labels = run.machine.put(sets.labels_in_turn(number, args.batch, args.num, classes))
+        generator = run.machine.generator(runtime.step_seed(args.seed, number))
+        with run.machine.autocast():
+            tokens = sampler(run.transformer, labels, generator=generator, **options)
+        run.machine.sync()
+        own.append(tokens.to("cpu", torch.int32))
+    return torch.cat(sets.gather_batches(own))
+
+
+class Samples:
+    """Samples as a data set: the tokens (n, N) of draw_tokens(), decoded when they are read."""
+    workers = 0
+
+    def __init__(self, tokens: Tensor, run: Evaluation):
+        self.tokens = tokens
+        self.run = run
+        self.classes = run.train.classes
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batch(self, indices: np.ndarray, draws: Any = None) -> tuple[Tensor, Tensor]:
+        """Returns images uint8 (n, 3, S, S) and the labels (n,) that they were drawn for."""
+        images = to_images(self.run, self.tokens[indices].long())
+        return images.cpu(), torch.from_numpy(indices) % len(self.classes)
+
+
+@torch.no_grad()
+def to_images(run: Evaluation, tokens: Tensor) -> Tensor:
+    """Decodes tokens (n, N) to images uint8 (n, 3, S, S), as they would be in a file."""
+    with run.machine.autocast():
+        images = run.tokenizer.decode(as_grid(run.machine.put(tokens)))
+    images = pictures.to_uint8(images)
+    run.machine.sync()
+    return images
+
+
+@torch.no_grad()
+def repainted_batches(run: Evaluation, region: Tensor, title: str) -> Iterator[Batch]:
+    """Yields this rank's batches of validation images, a region of which is drawn anew.
+
+    region: (h, w) boolean, true for the tokens that are drawn, given the true class of the image.
+    title: of the progress line."""
+    region = region.to(run.machine.device)
+    pixels = to_pixels(region, run.tokenizer.config.stride)                         # (S, S)
+    options = sampler_options(run.args, run.transformer)
+    for batch in read_own_batches(run.real, run.args.batch, title):
+        images = run.machine.put(batch.images)
+        labels = run.machine.put(batch.labels)
+        generator = run.machine.generator(runtime.step_seed(run.args.seed, batch.number))
+        with run.machine.autocast():
+            known = run.tokenizer.encode(run.machine.to_floats(batch.images)).flatten(1)
+            known = torch.where(region.flatten(), run.transformer.mask_id, known)   # (n, N)
+            tokens = decode(run.transformer, labels, known=known, generator=generator, **options)
+        repainted = torch.where(pixels, to_images(run, tokens), images)
+        run.machine.sync()
+        yield Batch(batch.number, repainted.cpu(), batch.labels)
+
+
+# ----------------------------------------------------------------------- both stages on real images
+
+class StageMeasurements(NamedTuple):
+    """What was measured of both stages on validation images: tensors on the CPU, a row an image."""
+    tokens: Tensor      # (n, N)
+    psnr: Tensor        # (n,), of the reconstruction
+    nll: Tensor         # (n, L), one for each of likelihood_names()
+    right: Tensor       # (n, schedules), how many masked tokens are predicted right
+    masked: Tensor      # (n, schedules), how many tokens are masked
+
+
+def measure_both_stages(run: Evaluation) -> dict:
+    """Measures both stages on validation images.
+
+    Returns figures of the tokenizer; under "NLL" the likelihood of tokens by schedule (Table 3);
+    under "accuracy by mask ratio", if the decoder is parallel, what accuracy_by_mask_ratio() does;
+    under "reconstructions" a row of Table 1."""
+    own = []
+    own_restored = []
+    for batch in read_own_batches(run.real, run.args.batch, "both stages"):
+        measured, restored = measure_stages_of_batch(run, batch)
+        own.append(measured)
+        own_restored.append(run.networks.measure_batch(restored, batch.labels))
+    measured = sets.concatenate(sets.gather_batches(own))
+    restored = sets.concatenate(sets.gather_batches(own_restored))
+    return stage_figures(run, measured, restored)
+
+
+@torch.no_grad()
+def measure_stages_of_batch(run: Evaluation, batch: Batch) -> tuple[StageMeasurements, Tensor]:
+    """Measures both stages on a batch. Returns also the reconstructions, uint8 (n, 3, S, S)."""
+    floats = run.machine.to_floats(batch.images)
+    labels = run.machine.put(batch.labels)
+    with run.machine.autocast():
+        tokens = run.tokenizer.encode(floats).flatten(1)                            # (n, N)
+        restored = run.tokenizer.decode(as_grid(tokens)).float()
+    psnr = metrics.psnr(floats, restored)
+    seed = runtime.step_seed(run.args.seed, batch.number)
+    nll, right, masked = measure_predictions(run, tokens, labels, seed)
+    # The batch's mean stands for each of its images: so the mean over all images is right.
+    nll = nll.expand(len(tokens), -1)
+    run.machine.sync()
+    measured = StageMeasurements(tokens.cpu(), psnr.cpu(), nll.cpu(), right.cpu(), masked.cpu())
+    return measured, pictures.to_uint8(restored).cpu()
+
+
+def measure_predictions(run: Evaluation, tokens: Tensor, labels: Tensor,
+                        seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Predicts masked tokens under every schedule, and each next token, if the run has the models.
+
+    tokens: (n, N). labels: (n,). seed: of the masks. Returns the mean losses of the batch, one for
+    each of likelihood_names(), and how many tokens of each image were predicted right and how many
+    were masked, both (n, schedules)."""
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    right = [torch.zeros(len(tokens), 0, dtype=torch.long, device=tokens.device)]
+    masked = [torch.zeros(len(tokens), 0, dtype=torch.long, device=tokens.device)]
+    if run.parallel is not None:
+        for schedule in SCHEDULES:
+            visible, mask = mask_tokens(tokens, schedule, run.parallel.mask_id, generator)
+            with run.machine.autocast():
+                logits = run.parallel(visible, labels)                              # (n, N, codes)
+            losses.append(mvtm_loss(logits, tokens, mask, label_smoothing=0))
+            right_tokens = (logits.argmax(-1) == tokens) & mask
+            right.append(right_tokens.sum(1, keepdim=True))
+            masked.append(mask.sum(1, keepdim=True))
+    if run.sequential is not None:
+        with run.machine.autocast():
+            logits = run.sequential(tokens, labels)
+        every_token = torch.ones_like(tokens, dtype=torch.bool)
+        losses.append(mvtm_loss(logits, tokens, every_token, label_smoothing=0))
+    return torch.stack(losses).double(), torch.cat(right, 1), torch.cat(masked, 1)
+
+
+def likelihood_names(run: Evaluation) -> list[str]:
+    """Returns what the losses of measure_predictions() are of."""
+    names = list(SCHEDULES) if run.parallel is not None else []
+    if run.sequential is not None:
+        names.append(NEXT_TOKEN)
+    return names
+
+
+def stage_figures(run: Evaluation, measured: StageMeasurements, restored: Measurements) -> dict:
+    """Returns the figures of measure_both_stages(), from the measurements of all images."""
+    entries = run.tokenizer.config.codebook_size
+    used = torch.bincount(measured.tokens.flatten(), minlength=entries).double()
+    used /= measured.tokens.numel()
+    figures = {
+        "PSNR, dB": measured.psnr.mean().item(),
+        "codebook usage": (used > 0).double().mean().item(),
+        "codebook perplexity": torch.exp(-torch.xlogy(used, used).sum()).item(),
+        "NLL": dict(zip(likelihood_names(run), measured.nll.mean(0).tolist(), strict=True)),
+    }
+    if run.parallel is not None:
+        figures["accuracy by mask ratio"] = accuracy_by_mask_ratio(
+            measured.right.flatten(), measured.masked.flatten(), measured.tokens.shape[1])
+    figures["reconstructions"] = run.reference.figures(restored)
+    return figures
+
+
+def accuracy_by_mask_ratio(right: Tensor, masked: Tensor, num_tokens: int) -> list[list[float]]:
+    """Returns a list of [mask ratio, share of the masked tokens that are predicted right].
+
+    right, masked: how many tokens of each image, (n,). Each point is the mean of the images whose
+    mask ratios are up to 1/20, from there up to 2/20, and so on."""
+    edges = num_tokens * torch.arange(1, BINS + 1)
+    bins = torch.bucketize(masked * BINS, edges)
+    points = []
+    for number in range(BINS):
+        inside = bins == number
+        if inside.any():
+            ratio = masked[inside].double().mean() / num_tokens
+            accuracy = right[inside].sum().double() / masked[inside].sum()
+            points.append([round(ratio.item(), 4), accuracy.item()])
+    return points
