@@ -12,9 +12,7 @@ eval.json in the run's folder as they come, and are reused when the script is st
 """
 import argparse
 import math
-import os
 import statistics
-import sys
 from typing import Any
 
 import numpy as np
@@ -299,16 +297,11 @@ def sampler_settings(args: argparse.Namespace, model: MaskGIT) -> dict:
 
 
 def main() -> None:
-    """Runs the script; Ctrl-C says what is kept."""
-    args = parse_flags()
-    try:
-        runtime.launch(evaluate, args)
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print("\nstopped: the results so far are kept in eval.json in the run's folder; start "
-                  "the same command again for the rest", file=sys.stderr)
-        sys.exit(130)
+    """Runs the script."""
+    runtime.launch(evaluate, parse_flags())
 
 
 if __name__ == "__main__":
-    flags.command_line(main)
+    flags.command_line(main, interrupted=(
+        "stopped: the results so far are kept in eval.json in the run's folder; start the same "
+        "command again for the rest"))

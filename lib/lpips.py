@@ -1,58 +1,82 @@
 """The perceptual loss of stage 1: LPIPS with VGG16 (Zhang et al. 2018), with the public weights."""
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lib.files import cache_folder, download, load_tensors, load_weights
 from lib.flags import UserError
 
 VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"
-LINEAR = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
+VGG16_SHA256 = "397923af"           # its first digits, which are part of the name
+LINEAR = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/"
+          "lpips/weights/v0.1/vgg.pth")
 LINEAR_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
 
 
 class LPIPS(nn.Module):
-    """The perceptual distance of two images (Zhang et al. 2018, version 0.1): that of their features in VGG16.
+    """The perceptual distance of two images: that of their features in VGG16 (version 0.1).
 
-    (B, 3, H, W) twice, in [0, 1], H and W at least 16 -> (B,), 0 or more. Its weights, which load_lpips() sets, are
-    frozen; gradients reach the images. The convolutions may run under autocast, the distances are float32."""
+    load_lpips() sets its weights, which are frozen; gradients reach the images. The convolutions
+    may run under autocast; the distances are float32."""
+    # Widths of the convolutions in each of the five stages, between which images are halved.
     WIDTHS = (64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)
 
     def __init__(self):
         super().__init__()
-        layers, width, self.taps = [], 3, []
+        self.features = nn.Sequential()         # numbered as in torchvision, whose names it shares
+        self.compared = []                      # the layers whose outputs are compared
+        inputs = 3
         for widths in self.WIDTHS:
-            layers += [nn.MaxPool2d(2)] if layers else []
-            for outputs in widths:
-                layers += [nn.Conv2d(width, outputs, 3, padding=1), nn.ReLU(inplace=True)]
-                width = outputs
-            self.taps.append(len(layers) - 1)               # features are compared before each pooling
-        self.features = nn.Sequential(*layers)              # numbered as torchvision's, whose names it shares
+            if self.compared:
+                self.features.append(nn.MaxPool2d(2))
+            for width in widths:
+                self.features.append(nn.Conv2d(inputs, width, 3, padding=1))
+                self.features.append(nn.ReLU(inplace=True))
+                inputs = width
+            self.compared.append(len(self.features) - 1)
         self.linear = nn.ParameterList(torch.zeros(widths[-1], 1, 1) for widths in self.WIDTHS)
-        # Mean and deviation of ImageNet's colours.
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+        mean = torch.tensor([0.485, 0.456, 0.406])                      # of ImageNet's colours
+        deviation = torch.tensor([0.229, 0.224, 0.225])
+        self.register_buffer("mean", mean[:, None, None], persistent=False)
+        self.register_buffer("std", deviation[:, None, None], persistent=False)
         self.eval().requires_grad_(False)
 
-    def forward(self, a, b):
-        a, b, distance = (a - self.mean) / self.std, (b - self.mean) / self.std, 0
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Returns the distances (B,), 0 or more, of images (B, 3, H, W) in [0, 1], H, W >= 16."""
+        a = (a - self.mean) / self.std
+        b = (b - self.mean) / self.std
+        distance = 0
         for i, layer in enumerate(self.features):
-            a, b = layer(a), layer(b)
-            if i in self.taps:
-                u, v = (F.normalize(x.float(), dim=1, eps=1e-10) for x in (a, b))           # each pixel's to length 1
-                distance = distance + ((u - v).square() * self.linear[self.taps.index(i)]).sum(1).mean((1, 2))
+            a = layer(a)
+            b = layer(b)
+            if i in self.compared:
+                weight = self.linear[self.compared.index(i)]            # (C, 1, 1)
+                squares = (unit_length(a) - unit_length(b)).square()    # (B, C, h, w)
+                distance = distance + (squares * weight).sum(1).mean((1, 2))
         return distance
 
 
-def load_lpips(offline=False):
-    """LPIPS with its weights, from the cache folder or fetched there (528 MB). Raises OSError or ValueError."""
+def unit_length(features: Tensor) -> Tensor:
+    """Scales the features (B, C, h, w) of every place to length 1."""
+    return F.normalize(features.float(), dim=1, eps=1e-10)
+
+
+def load_lpips(offline: bool = False) -> LPIPS:
+    """Returns LPIPS with its weights, from the cache folder, or fetched there first (528 MB).
+
+    Raises UserError if they cannot be had."""
     try:
-        vgg16 = download(VGG16, "vgg16-397923af.pth", "397923af", offline)              # its name has its checksum
+        vgg16 = download(VGG16, "vgg16-397923af.pth", VGG16_SHA256, offline)
         linear = download(LINEAR, "lpips-vgg.pth", LINEAR_SHA256, offline)
-    except OSError as error:
-        raise UserError(f"{error}. The perceptual loss needs vgg16-397923af.pth (from {VGG16}) and lpips-vgg.pth "
-                      f"(from {LINEAR}) in {cache_folder()}; --perceptual none trains without") from error
-    weights = {name: value for name, value in load_tensors(vgg16).items() if name.startswith("features.")}
-    for name, value in load_tensors(linear).items():        # they are called lin0.model.1.weight (1, 64, 1, 1), ...
-        weights[f"linear.{name[3:4]}"] = value.squeeze(0)
+    except UserError as error:
+        raise UserError(f"{error}. The perceptual loss needs vgg16-397923af.pth (from {VGG16}) and "
+                        f"lpips-vgg.pth (from {LINEAR}) in {cache_folder()}; --perceptual none "
+                        f"trains without it") from error
+    weights = {}
+    for name, value in load_tensors(vgg16).items():
+        if name.startswith("features."):
+            weights[name] = value
+    for name, value in load_tensors(linear).items():    # lin0.model.1.weight (1, 64, 1, 1), ...
+        stage = name[len("lin")]
+        weights[f"linear.{stage}"] = value.squeeze(0)
     return load_weights(LPIPS(), weights, f"{vgg16} or {linear}")
