@@ -1,287 +1,344 @@
-"""A page in the browser that shows every step of decoding (§3.3) and edits images with a brush (§4.3).
+"""Serves a page that shows every step of decoding (§3.3) and edits images with a brush (§4.3).
 
-    python demo.py                       # the newest run, or the models in example/, at http://127.0.0.1:8000
+    python demo.py                    # the newest run, or example/, at http://127.0.0.1:8000
     python demo.py --run runs/shapes --port 8001
 
-The page, lib/demo.html, asks for what the methods of Demo give: /about, /photo, /validation, /draw, /look. An answer is
-lines of JSON: news while it takes, then what was asked for, or {"error": ...}. Nothing is kept from one request to the
-next. A page that is closed, or wants something else by now, closes its connection, and what runs for it stops.
+The page is in lib/demo/. It asks /about, /photo, /validation, /draw and /look, which are methods of
+Demo; lib/web.py carries questions and answers. Nothing is kept between requests. When the page no
+longer wants an answer it closes the connection, and the work for it stops.
 """
 import argparse
 import base64
-import contextlib
 import functools
 import io
-import itertools
 import json
 import math
 import os
 import signal
-import socket
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lib import flags, runtime
-from lib.data import DATA_FLAGS, admit_pixels, find_class, open_data, read_image
-from lib.editing import composite, likeliest_class, to_square
+from lib.data import DATA_FLAGS, admit_pixels, open_data, read_image
+from lib.editing import composite, default_feather, likeliest_class, to_square
+from lib.files import fingerprint
 from lib.flags import UserError
+from lib.orders import ORDERS
 from lib.pictures import to_pil
-from lib.sampling import STAGES, add_sampler_flags, load_run, sampler_options
-from maskgit import SCHEDULES, MaskGIT, decode, decode_sequential, gamma, guided_logits, mask_counts
-from vqgan import VQGAN, as_grid, to_pixels
+from lib.runtime import Machine
+from lib.sampling import STAGES, add_sampler_flags, load_run, sampler_of, sampler_options
+from lib.web import MAX_UPLOAD, PageServer, Tell
+from maskgit import SCHEDULES, gamma, guided_logits, mask_counts
+from vqgan import as_grid, to_pixels
 
-QUESTIONS = ["/about", "/photo", "/validation", "/draw", "/look"]               # methods of Demo
-MOST_BYTES = 20_000_000     # of a photo
+PAGE = Path(__file__).parent / "lib" / "demo"
+MAX_IMAGES = 64
+SHOWN_CODES = 8             # the likeliest codes of a token
 
 
-def read_settings(settings):
-    """{flag of sample.py or edit.py: text, "" for its default} -> their values. Raises ValueError."""
-    def refuse(message):
+class SettingsParser(argparse.ArgumentParser):
+    """Parses the page's settings as flags; a bad one is a UserError."""
+
+    def error(self, message: str) -> None:
         raise UserError(message)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = refuse
+
+
+def parse_settings(settings: dict[str, str]) -> argparse.Namespace:
+    """Parses {flag of sample.py or edit.py: its text, or "" for its default}.
+
+    Raises UserError for a bad value."""
+    parser = SettingsParser(add_help=False, allow_abbrev=False)
     flags.add_flags(parser, {
-        "class": ({"dest": "class_name"}, None, "what to draw (default: each class in turn)"),
-        "num": (flags.number(int, 1, 64), 10, "images"),
+        "num": (flags.number(int, 1, MAX_IMAGES), 10, "images"),
         "decoder": (list(STAGES), "parallel", "which transformer of the run"),
-        "feather": (flags.non_negative, 0, "of what is painted, in pixels")})
-    add_sampler_flags(parser, SCHEDULES, ORDERS)
-    return parser.parse_args([f"--{name}={text}" for name, text in settings.items() if text != ""])
+        "feather": (flags.non_negative, None, "blur of an edit's border in pixels"),
+    })
+    add_sampler_flags(parser)
+    given = [f"--{name}={text}" for name, text in settings.items() if text != ""]
+    return parser.parse_args(given)
 
 
 class Upload(io.BytesIO):
-    """A file that has no path by which read_image() could name it."""
+    """The bytes of a file that has no path, for read_image() to name in its errors."""
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return "this file"
 
 
-def data_url(image):
-    """An image (3, H, W) in [0, 1] as text that a page can show."""
+def data_url(image: Tensor) -> str:
+    """Returns an image (3, H, W) in [0, 1] as text that a page can show."""
     file = io.BytesIO()
     to_pil(image).save(file, "png", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+@dataclass
+class Edit:
+    """A picture and the part of it that is to be painted anew."""
+    picture: Tensor         # (3, S, S) in [0, 1]
+    region: Tensor          # (side, side) bool, true where it is painted anew
+    known: Tensor           # (N,) int64, mask_id where it is painted anew
+
+
 class Demo:
-    """The models of a run, and what a page may ask of them.
+    """The models of a run, and the answers to a page's questions.
 
-    Each question takes the bytes that came, and `tell`, which sends a dict to the page and raises ConnectionError where
-    nobody waits for it any more. Raises ValueError or OSError for what cannot be done."""
+    Each question is a method that takes the body of the request and `tell`, which sends a line of
+    the answer. It raises UserError for what the user can mend."""
 
-    def __init__(self, args, machine):
-        self.args, self.machine, self.lock = args, machine, threading.Lock()
-        what = {"machine": machine, "tokenizer_class": VQGAN, "transformer_class": MaskGIT, "vqgan": args.vqgan}
-        self.folder, self.tokenizer, parallel, self.checkpoint = load_run(args.run, decoder="parallel", **what)
+    def __init__(self, args: argparse.Namespace, machine: Machine):
+        self.args = args
+        self.machine = machine
+        self.folder, self.tokenizer, parallel, self.checkpoint = load_run(
+            args.run, machine, args.vqgan, decoder="parallel")
         self.models = {"parallel": parallel}
-        with contextlib.suppress(FileNotFoundError, ValueError):        # it was not trained, or on other tokens
-            self.models["autoregressive"] = load_run(self.folder, decoder="autoregressive", **what)[2]
-        self.classes, self.stride = self.checkpoint["classes"], self.tokenizer.config.stride
+        if (self.folder / "autoregressive.pt").exists():
+            try:
+                _, _, sequential, _ = load_run(
+                    self.folder, machine, args.vqgan, decoder="autoregressive")
+                self.models["autoregressive"] = sequential
+            except UserError as error:
+                print(f"without Compare, as the sequential decoder does not fit: {error}")
+        self.classes = self.checkpoint["classes"]
+        self.stride = self.tokenizer.config.stride
+
+    @functools.cached_property
+    def run_id(self) -> str:
+        """A text that no server of other models has."""
+        models = [self.tokenizer, *self.models.values()]
+        return "-".join(fingerprint(model) for model in models)
 
     @functools.cached_property
     def validation_images(self):
+        """The run's validation data set. Raises UserError if it is not there."""
         admit_pixels(self.args.max_pixels)
-        return open_data(self.checkpoint["data"], self.checkpoint["image_size"], self.args.data_dir)[1]
+        name = self.checkpoint["data"]
+        try:
+            _, validation = open_data(name, self.checkpoint["image_size"], self.args.data_dir)
+        except UserError as error:
+            raise UserError(f"the data of this run cannot be opened ({error}): start demo.py in "
+                            f"the folder where it was trained, or name --data-dir") from error
+        return validation
 
-    def about(self, body, tell):
-        """What the page must know before it asks for anything else."""
-        config = self.models["parallel"].config
-        tell({"run": str(self.folder), "device": str(self.machine.device), "classes": self.classes,
-              "size": self.checkpoint["image_size"], "tokens": config.num_tokens, "codes": config.codebook_size,
-              "steps": config.default_steps, "guidance": config.null_class, "schedules": SCHEDULES, "orders": ORDERS,
-              "decoders": list(self.models), "most_bytes": MOST_BYTES})
+    def read_settings(self, texts: dict[str, str]) -> argparse.Namespace:
+        """Returns settings as of parse_settings(), with this run's border for an edit."""
+        settings = parse_settings(texts)
+        if settings.feather is None:
+            settings.feather = default_feather(self.stride)
+        return settings
 
-    def square(self, file):
-        """The bytes of an image file -> the image as the model takes it, (3, S, S) in [0, 1]."""
+    def about(self, body: bytes, tell: Tell) -> None:
+        """Tells what the page must know before it asks anything else."""
+        model = self.models["parallel"]
+        settings = self.read_settings({})
+        options = sampler_options(settings, model)
+        settings.steps = options["steps"]
+        settings.cfg = options["cfg"]
+        defaults = {name.replace("_", "-"): value for name, value in vars(settings).items()}
+        tell({
+            "run": str(self.folder),
+            "run_id": self.run_id,
+            "device": str(self.machine.device),
+            "classes": self.classes,
+            "size": self.checkpoint["image_size"],
+            "tokens": model.config.num_tokens,
+            "codes": model.config.codebook_size,
+            "guidance": model.null_label is not None,
+            "decoders": list(self.models),
+            "schedules": SCHEDULES,
+            "orders": ORDERS,
+            "defaults": defaults,
+            "max_images": MAX_IMAGES,
+            "max_upload": MAX_UPLOAD,
+        })
+
+    def read_photo(self, file: bytes) -> Tensor:
+        """Returns an image file as the model takes it, (3, S, S) in [0, 1]. Raises UserError."""
         return to_square(read_image(Upload(file)), self.checkpoint["image_size"], "crop")
 
-    def photo(self, body, tell):
-        """An image file -> its "picture" at the model's size."""
-        tell({"picture": data_url(self.square(body))})
+    def photo(self, body: bytes, tell: Tell) -> None:
+        """Tells the "picture" of an image file, at the model's size."""
+        tell({"picture": data_url(self.read_photo(body))})
 
-    def validation(self, body, tell):
-        """{"number": any whole number} -> the "picture" of that validation image."""
+    def validation(self, body: bytes, tell: Tell) -> None:
+        """Tells the "picture" of the validation image of any whole "number"."""
         number = json.loads(body)["number"] % len(self.validation_images)
         images, _ = self.validation_images.batch(np.array([number]))
         tell({"picture": data_url(images[0] / 255)})
 
-    def draw(self, body, tell):
-        """{"settings": as for read_settings(); "picture": a data URL, "region": N times 0 or 1, or neither} -> news of
-        each pass; the steps (see steps_in_numbers); then the images of each step, those of the last one first.
+    def draw(self, body: bytes, tell: Tell) -> None:
+        """Draws images, or paints a region of a picture anew.
 
-        A picture is edited: its region, where there is a 1, is painted anew for the class, or the likeliest."""
+        The request: "settings", as for parse_settings(); "label", the index of a class or null; to
+        edit, "picture", a data URL, and "region", for each token whether it is painted anew.
+        Without a label each class is drawn in turn, or the likeliest is painted. Tells of each
+        pass; then the steps, see steps_in_numbers(); then the images of each step, the last first.
+        """
         request = json.loads(body)
-        args = read_settings(request["settings"])
-        model = self.models[args.decoder]
-        options = sampler_options(args, model.config) | {"generator": self.machine.generator(args.seed)}
+        settings = self.read_settings(request["settings"])
+        model = self.models[settings.decoder]
+        options = sampler_options(settings, model)
+        passes = options.get("steps", model.config.num_tokens)
+        steps = []
+
+        def on_step(t: int, sampled: Tensor, masked: Tensor, confidence: Tensor) -> None:
+            tell({"done": t, "of": passes})
+            if settings.decoder == "parallel" or t == passes:       # the last is enough of the N
+                steps.append((sampled, masked, confidence))
+
         with self.machine.autocast():
-            labels, class_name, known, picture, mask = self.subject(request, args, model)
-            passes = options.get("steps", model.config.num_tokens)
-            labels, started, done = self.machine.put(labels), time.time(), itertools.count(1)
-            # Either decoder goes through this layer once in a pass.
-            with model.norm.register_forward_pre_hook(lambda *_: tell({"done": next(done), "of": passes})):
-                if model.config.causal:
-                    tokens = decode_sequential(model, labels, **options)
-                    steps = [(tokens, tokens < 0, tokens)]                      # the last one: nothing is masked
-                else:
-                    steps = decode(model, labels, known=known, return_steps=True, **options)[1]
-            tell(steps_in_numbers(steps, args.schedule, (known[0] == model.mask_id).tolist())
-                 | {"labels": labels.tolist(), "class": class_name, "seconds": time.time() - started})
-            for t, (predicted, *_) in reversed(list(enumerate(steps, 1))):
-                images = self.tokenizer.decode(as_grid(predicted)).float().cpu()
-                if picture is not None:
-                    images = composite(picture, images, mask, args.feather)
+            started = time.time()
+            edit = None
+            unknown = torch.ones(model.config.num_tokens, dtype=torch.bool)
+            if "picture" in request:
+                edit = self.read_edit(request["picture"], request["region"])
+                unknown = edit.region.flatten()
+                options["known"] = edit.known.expand(settings.num, -1)
+            labels = self.choose_labels(request["label"], settings, edit)
+            generator = self.machine.generator(settings.seed)
+            sample = sampler_of(model)
+            sample(model, self.machine.put(labels), generator=generator, on_step=on_step, **options)
+            tell({
+                **steps_in_numbers(steps, settings.schedule, int(unknown.sum())),
+                "unknown": unknown.tolist(),
+                "settings": vars(settings),
+                "labels": labels.tolist(),
+                "seconds": time.time() - started,
+            })
+            for t in range(len(steps), 0, -1):
+                sampled, _, _ = steps[t - 1]
+                images = self.tokenizer.decode(as_grid(sampled)).float().cpu()
+                if edit is not None:
+                    mask = to_pixels(edit.region, self.stride).cpu()
+                    images = composite(edit.picture, images, mask, settings.feather)
                 tell({"step": t, "images": [data_url(image) for image in images]})
 
-    def subject(self, request, args, model):
-        """What to draw -> labels (B,), their class in words, the tokens that are known (B, N), mask_id for the others;
-        and of an edit the picture (3, S, S) and the mask (S, S) of what is painted, else twice None."""
-        label, name, picture, mask = None, "each class in turn", None, None
-        known = torch.full((model.config.num_tokens,), model.mask_id)
-        if request.get("picture"):
-            picture = self.square(base64.b64decode(request["picture"].partition(",")[2]))
-            tokens = self.tokenizer.encode(picture[None].to(self.machine.device))[0]
-            region = torch.tensor(request["region"], device=tokens.device).view_as(tokens) > 0
-            if not region.any():
-                raise UserError("nothing is painted over yet: mark the region that is to be drawn anew")
-            known, mask = torch.where(region, model.mask_id, tokens).flatten(), to_pixels(region, self.stride).cpu()
-        if args.class_name is not None:
-            label = find_class(args.class_name, self.classes)
-            name = self.classes[label]
-        elif picture is not None:
-            label = likeliest_class(model, known, args.seed)
-            name = f"{self.classes[label]} (the likeliest for what is kept of the image)"
-        labels = torch.arange(args.num) % len(self.classes) if label is None else torch.full((args.num,), label)
-        return labels, name, known.to(self.machine.device).expand(args.num, -1), picture, mask
+    def read_edit(self, picture_url: str, painted: list[bool]) -> Edit:
+        """Returns an edit of a picture, a data URL, of the tokens that are painted over.
 
-    def look(self, body, tell):
-        """{"settings"; "label"; "step" t; "tokens", the N codes, or null, that step t is given; "predicted", those that
-        it sampled; "cell", the place of one} -> its likeliest codes, and the sampled one: "codes", their probabilities
-        "p", and "patches" of 3 x 3 tokens, as the decoder makes them around it."""
+        Raises UserError if there are none."""
+        _, _, encoded = picture_url.partition(",")
+        picture = self.read_photo(base64.b64decode(encoded))
+        tokens = self.tokenizer.encode(picture[None].to(self.machine.device))[0]    # (side, side)
+        region = torch.tensor(painted, dtype=torch.bool, device=tokens.device).view_as(tokens)
+        if not region.any():
+            raise UserError("nothing is painted over yet: mark the region that is to be drawn anew")
+        known = torch.where(region, self.models["parallel"].mask_id, tokens).flatten()
+        return Edit(picture, region, known)
+
+    def choose_labels(
+        self, label: int | None, settings: argparse.Namespace, edit: Edit | None,
+    ) -> Tensor:
+        """Returns the class of each image, (B,) int64. label: the class that was asked for."""
+        if label is None and edit is None:
+            return torch.arange(settings.num) % len(self.classes)
+        if label is None:
+            label = likeliest_class(self.models["parallel"], edit.known, settings.seed)
+        return torch.full((settings.num,), label)
+
+    def look(self, body: bytes, tell: Tell) -> None:
+        """Tells the likeliest codes of one token at one step, and the code that was sampled.
+
+        The request: "settings" and "label", as drawn; "step", t; "visible", the N codes that step t
+        is given, null where masked; "sampled", the N codes that it sampled; "place", the token's
+        index. The answer: "codes", the "probabilities" of each, and "patches" of 3 x 3 tokens, as
+        the decoder makes them around each code."""
         request = json.loads(body)
-        model, cell, stride = self.models["parallel"], request["cell"], self.stride
-        options = sampler_options(read_settings(request["settings"]), model.config)
-        tokens = [model.mask_id if token is None else token for token in request["tokens"]]
-        tokens, predicted = torch.tensor([tokens, request["predicted"]], device=self.machine.device)
+        model = self.models["parallel"]
+        place = request["place"]
+        options = sampler_options(self.read_settings(request["settings"]), model)
         weight = options["cfg"] * request["step"] / options["steps"]
+        device = self.machine.device
+        visible = [model.mask_id if code is None else code for code in request["visible"]]
+        visible = torch.tensor([visible], device=device)                            # (1, N)
+        sampled = torch.tensor(request["sampled"], device=device)                   # (N,)
+        label = torch.tensor([request["label"]], device=device)
         with self.machine.autocast(), torch.no_grad():
-            label = torch.tensor([request["label"]], device=self.machine.device)
-            p = guided_logits(model, tokens[None], label, weight)[0, cell].softmax(-1)
-            codes = p.topk(min(8, len(p))).indices
-            codes = torch.cat([codes, predicted[cell, None]]) if predicted[cell] not in codes else codes
-            variants = predicted.repeat(len(codes), 1)
-            variants[:, cell] = codes
+            logits = guided_logits(model, visible, label, weight)[0, place]
+            probabilities = logits.softmax(-1)
+            codes = probabilities.topk(min(SHOWN_CODES, len(probabilities))).indices
+            if sampled[place] not in codes:
+                codes = torch.cat([codes, sampled[place, None]])
+            variants = sampled.repeat(len(codes), 1)
+            variants[:, place] = codes
             images = self.tokenizer.decode(as_grid(variants)).float().cpu()
-        side = math.isqrt(len(tokens))
-        top, left = (max(0, min(place - 1, side - 3)) * stride for place in divmod(cell, side))
-        patches = [data_url(image) for image in images[:, :, top:top + 3 * stride, left:left + 3 * stride]]
-        tell({"codes": codes.tolist(), "p": p[codes].tolist(), "patches": patches})
+        side = math.isqrt(len(sampled))
+        row, column = divmod(place, side)
+        top = max(0, min(row - 1, side - 3)) * self.stride
+        left = max(0, min(column - 1, side - 3)) * self.stride
+        width = 3 * self.stride
+        patches = images[:, :, top:top + width, left:left + width]
+        tell({
+            "codes": codes.tolist(),
+            "probabilities": probabilities[codes].tolist(),
+            "patches": [data_url(patch) for patch in patches],
+        })
 
 
-def steps_in_numbers(steps, schedule, unknown):
-    """What decode() returned, as lists of (step, image, token), and what the formulas say of its T steps: γ(t / T) and
-    how many tokens stay masked, for t = 0 .. T, and the curve of γ(r) at 101 places.
+def steps_in_numbers(
+    steps: list[tuple[Tensor, Tensor, Tensor]], schedule: str, total: int,
+) -> dict[str, list]:
+    """Returns what decode() told of its T steps, as lists [step][image][token], and the formulas.
 
-    unknown: N times whether a token was masked at the start. The infinite confidence of known ones is given as 0."""
-    predicted, masked, confidence = (torch.stack(parts).cpu() for parts in zip(*steps))
-    T, M = len(steps), sum(unknown)
-    return {"predicted": predicted.tolist(), "masked": masked.int().tolist(), "unknown": unknown,
-            "confidence": confidence.double().nan_to_num(posinf=0).round(decimals=3).tolist(),
-            "counts": [M, *mask_counts(schedule, T, M)],
-            "gammas": gamma(torch.arange(T + 1) / T, schedule, M).tolist(),
-            "curve": gamma(torch.linspace(0, 1, 101), schedule, M).tolist()}
-
-
-class Page(BaseHTTPRequestHandler):
-    """A request, in a thread of its own. Only a page that came from here may ask: none of another site (Origin), nor
-    one under another name that leads to this machine (Host)."""
-    timeout = 60
-
-    def handle(self):
-        with contextlib.suppress(ConnectionError, TimeoutError):                # the page has gone
-            super().handle()
-
-    def do_GET(self):
-        if self.admitted(["/"]):
-            self.start(200, "text/html; charset=utf-8")
-            self.wfile.write(Path(__file__).parent.joinpath("lib", "demo.html").read_bytes())
-
-    def do_POST(self):
-        length = self.headers.get("Content-Length", "")
-        if not self.admitted(QUESTIONS):
-            return
-        if not length.isdecimal() or int(length) > MOST_BYTES:
-            return self.refuse(413, f"this file is larger than {MOST_BYTES // 1_000_000} MB: reduce it")
-        self.answer(getattr(self.server.demo, self.path[1:]), self.rfile.read(int(length)))
-
-    def admitted(self, paths):
-        """Whether this is a question of this server's page for one of these; refuses it, which is false, if not."""
-        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        if urlsplit("//" + host).hostname not in ("127.0.0.1", "localhost") or origin not in (None, "http://" + host):
-            return self.refuse(403, "only the page of this server is answered")
-        return self.path in paths or self.refuse(404, "there is nothing here but the page itself")
-
-    def answer(self, question, body):
-        """Sends what question(body, tell) tells, when its turn has come, and what it raises."""
-        self.start(200)
-        while not self.server.demo.lock.acquire(timeout=0.2):
-            self.tell({"waits": True})
-        try:
-            question(body, self.tell)
-        except (ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-            self.tell({"error": str(error)})
-        finally:
-            self.server.demo.lock.release()
-
-    def tell(self, news):
-        """Sends a line of JSON. Raises ConnectionError where the page has gone."""
-        self.wfile.write(json.dumps(news).encode() + b"\n")
-
-    def refuse(self, status, reason):
-        """Answers with an error. What is still being sent is read, or the sender would but see a broken connection."""
-        self.start(status)
-        self.wfile.write(json.dumps({"error": reason}).encode() + b"\n")
-        self.connection.shutdown(socket.SHUT_WR)
-        while self.rfile.read(1 << 16):
-            pass
-
-    def start(self, status, kind="application/x-ndjson"):
-        self.send_response(status)
-        # The page loads nothing from anywhere, and is shown in no other.
-        self.send_header("Content-Security-Policy", "default-src 'none'; connect-src 'self'; img-src data:; "
-                         "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'")
-        self.send_header("Content-Type", kind)
-        self.end_headers()
-
-    def log_message(self, *_):
-        """Lists no requests on the terminal."""
+    total: how many tokens were masked at the start. "counts", the tokens that stay masked, and
+    "gammas", γ(t / T), are of t = 0 .. T; "curve" is γ at 101 places from 0 to 1. The infinite
+    confidence of known tokens is given as 0."""
+    T = len(steps)
+    sampled = torch.stack([step[0] for step in steps])                              # (T, B, N)
+    masked = torch.stack([step[1] for step in steps])
+    confidence = torch.stack([step[2] for step in steps])
+    return {
+        "sampled": sampled.tolist(),
+        "masked": masked.tolist(),
+        "confidence": confidence.double().nan_to_num(posinf=0).round(decimals=3).tolist(),
+        "counts": [total, *mask_counts(schedule, T, total)],
+        "gammas": gamma(torch.arange(T + 1) / T, schedule, total).tolist(),
+        "curve": gamma(torch.linspace(0, 1, 101), schedule, total).tolist(),
+    }
 
 
-def serve(args, machine):
-    """Answers until Ctrl-C. Raises ValueError where the port is taken, and what load_run() raises."""
-    try:
-        server = ThreadingHTTPServer(("127.0.0.1", args.port), Page)
-    except OSError as error:
-        raise UserError(f"port {args.port} cannot be had ({error.strerror}): name another with --port") from error
-    server.demo = Demo(args, machine)
-    print(f"{server.demo.folder}: open http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
-    # At its end Python would break off what computes in the midst of torch, which aborts. There is nothing to save.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(0))
+def open_server(demo: Demo, port: int) -> PageServer:
+    """Returns a server that answers the page's questions. Raises UserError if the port is taken."""
+    questions = {
+        "/about": demo.about,
+        "/photo": demo.photo,
+        "/validation": demo.validation,
+        "/draw": demo.draw,
+        "/look": demo.look,
+    }
+    return PageServer(port, PAGE, questions, demo.run_id)
+
+
+def serve(args: argparse.Namespace, machine: Machine) -> None:
+    """Answers until Ctrl-C. Raises UserError if the run cannot be loaded or the port is taken."""
+    demo = Demo(args, machine)
+    server = open_server(demo, args.port)
+    address = f"http://127.0.0.1:{server.server_port}"
+    print(f"{demo.folder}: open {address} in a browser (Ctrl-C ends it)", flush=True)
+    signal.signal(signal.SIGINT, stop)
     server.serve_forever()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def stop(number: int, frame: object) -> None:
+    """Leaves at once: Python would interrupt torch in a computation, which aborts. There is nothing
+    to save."""
+    os._exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_flags(parser, {
-        "run": (str, None, "the run's folder (default: the newest in runs/ that holds a transformer)"),
+        "run": (str, None, "the run's folder (default: the newest in runs/ with a transformer)"),
         "vqgan": (str, None, "tokenizer file (default: vqgan.pt in the run's folder)"),
-        "port": (flags.number(int, 0, 65535), 8000, "of 127.0.0.1; 0 for one that is free"), **DATA_FLAGS})
+        "port": (flags.number(int, 0, 65535), 8000, "port on 127.0.0.1; 0 takes a free one"),
+        **DATA_FLAGS,
+    })
     flags.add_machine_flags(parser, compiles=False)
     runtime.launch(serve, parser.parse_args())
 

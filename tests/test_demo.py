@@ -1,5 +1,6 @@
-"""demo.py: what the server answers, and the page in a real browser, where Chromium and playwright are there."""
+"""demo.py: what the server answers, and the page in a browser, if Chromium and playwright are installed."""
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -11,8 +12,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import zlib
-from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,25 +23,46 @@ from conftest import ROOT, refused
 from PIL import Image
 
 import demo
+import lib.orders
+import lib.sampling
+import maskgit
 from lib.data import Shapes
-from lib.editing import likeliest_class
+from lib.editing import composite, likeliest_class
+from lib.orders import by_chance, by_confidence
 from lib.runtime import Machine
-from maskgit import decode, decode_sequential, gamma, guided_logits, mask_counts
+from maskgit import decode, gamma, guided_logits, mask_counts
+from sequential import decode_sequential
 from vqgan import as_grid
 
-CENTRE = [int(2 <= i % 8 < 6 and 2 <= i // 8 < 6) for i in range(64)]
+CENTRE = [2 <= i % 8 < 6 and 2 <= i // 8 < 6 for i in range(64)]
+CORNER = [i % 8 < 2 and i // 8 < 2 for i in range(64)]
 
 
-@pytest.fixture(scope="module")
-def server():
-    """The server on the models in example/, in a thread of this process."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), demo.Page)
-    args = SimpleNamespace(run=str(ROOT / "example"), vqgan=None, data_dir="data", max_pixels=178_956_970)
-    server.demo = demo.Demo(args, Machine("cpu", bf16=False))
+def load(folder):
+    """The models of a run, on the CPU and in float32."""
+    args = SimpleNamespace(run=str(folder), vqgan=None, data_dir="data", max_pixels=178_956_970)
+    return demo.Demo(args, Machine("cpu", bf16=False))
+
+
+@contextlib.contextmanager
+def served(models, port=0):
+    """A server of these models, in a thread of this process."""
+    server = demo.open_server(models, port)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture(scope="module")
+def models():
+    return load(ROOT / "example")
+
+
+@pytest.fixture(scope="module")
+def server(models):
+    with served(models) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +77,18 @@ def ask(server):
         assert answer.status == status, text
         return [json.loads(line) for line in text.splitlines()] if method == "POST" else text.decode()
     return ask
+
+
+@pytest.fixture
+def draw(ask):
+    """draw(settings, label) -> the number of passes that were told, the steps in numbers, and {step: its images}."""
+    def draw(settings, label=None, **edit):
+        lines = ask("/draw", {"settings": settings, "label": label, **edit})
+        passes = [line for line in lines if "done" in line]
+        steps, = (line for line in lines if "sampled" in line)
+        images = {line["step"]: np.stack([pixels(url) for url in line["images"]]) for line in lines if "images" in line}
+        return len(passes), steps, images
+    return draw
 
 
 def pixels(url):
@@ -73,93 +107,106 @@ def as_bytes(images):
     return (images.clamp(0, 1) * 255 + 0.5).to(torch.uint8).movedim(1, -1).numpy()
 
 
-def drawn(lines):
-    """The answer to /draw: how many passes were told of, the steps in numbers, and the images of each step."""
-    passes = [line for line in lines if "done" in line]
-    steps, = (line for line in lines if "predicted" in line)
-    return len(passes), steps, {line["step"]: np.stack([pixels(url) for url in line["images"]])
-                                for line in lines if "images" in line}
+def in_pixels(region):
+    """64 booleans -> (32, 32)."""
+    return np.kron(np.reshape(region, (8, 8)), np.ones((4, 4))) > 0
 
 
 # ------------------------------------------------------------------------------------------------ what is answered
 
-def test_the_steps_are_those_of_decode(server, ask):
-    settings = {"class": "", "num": "12", "steps": "6", "schedule": "square", "choice-temperature": "3",
+def test_the_steps_are_those_of_decode(models, draw):
+    settings = {"num": "12", "steps": "6", "schedule": "square", "choice-temperature": "3",
                 "temperature": "0.9", "top-k": "50", "order": "confidence", "seed": "5"}
-    lines = ask("/draw", {"settings": settings})
-    passes, steps, images = drawn(lines)
-    model, tokenizer = server.demo.models["parallel"], server.demo.tokenizer
+    passes, steps, images = draw(settings)
+    model = models.models["parallel"]
     labels = torch.arange(12) % 10
-    _, history = decode(model, labels, 6, "square", choice_temperature=3, temperature=0.9, top_k=50, cfg=1.0,
-                        generator=torch.Generator().manual_seed(5), return_steps=True)
+    expected = []
+    decode(model, labels, 6, "square", order=by_confidence(3), temperature=0.9, top_k=50, cfg=1.0,
+           generator=torch.Generator().manual_seed(5), on_step=lambda *step: expected.append(step))
     assert passes == 6 and steps["labels"] == labels.tolist() and sorted(images) == [1, 2, 3, 4, 5, 6]
-    for t, (predicted, masked, confidence) in enumerate(history):
-        assert steps["predicted"][t] == predicted.tolist() and steps["masked"][t] == masked.int().tolist()
+    for t, sampled, masked, confidence in expected:
+        assert steps["sampled"][t - 1] == sampled.tolist() and steps["masked"][t - 1] == masked.tolist()
         known = confidence.isinf()
-        assert np.allclose(steps["confidence"][t], confidence.masked_fill(known, 0), atol=6e-4)
-        assert (images[t + 1] == as_bytes(tokenizer.decode(as_grid(predicted)))).all()
+        assert np.allclose(steps["confidence"][t - 1], confidence.masked_fill(known, 0), atol=6e-4)
+        assert (images[t] == as_bytes(models.tokenizer.decode(as_grid(sampled)))).all()
     assert steps["counts"] == [64, *mask_counts("square", 6, 64)] == [64, *(sum(masks[0]) for masks in steps["masked"])]
     assert np.allclose(steps["gammas"], [gamma(t / 6, "square", 64) for t in range(7)])
     assert np.allclose(steps["curve"][::20], [gamma(r / 5, "square", 64) for r in range(6)]) and all(steps["unknown"])
-    assert drawn(ask("/draw", {"settings": settings}))[1]["predicted"] == steps["predicted"]           # the same again
+    assert steps["settings"]["choice_temperature"] == 3 and steps["settings"]["order"] == "confidence"
+    assert draw(settings)[1]["sampled"] == steps["sampled"]                                            # the same again
 
 
-def test_a_class_and_the_sequential_decoder(server, ask):
-    settings = {"class": "fish", "num": "3", "decoder": "autoregressive"}
-    passes, steps, images = drawn(ask("/draw", {"settings": settings}))
-    model = server.demo.models["autoregressive"]
+def test_a_class_and_the_sequential_decoder(models, draw):
+    passes, steps, images = draw({"num": "3", "decoder": "autoregressive"}, label=3)
+    model = models.models["autoregressive"]
     tokens = decode_sequential(model, torch.full((3,), 3), generator=torch.Generator().manual_seed(0))
-    assert passes == 64 and steps["predicted"] == [tokens.tolist()] and not np.any(steps["masked"])
-    assert steps["class"] == "fish" and (images[1] == as_bytes(server.demo.tokenizer.decode(as_grid(tokens)))).all()
+    assert passes == 64 and steps["sampled"] == [tokens.tolist()] and not np.any(steps["masked"])
+    assert steps["labels"] == [3, 3, 3] and (images[1] == as_bytes(models.tokenizer.decode(as_grid(tokens)))).all()
 
 
-def test_look_shows_what_was_sampled_from(server, ask):
+def test_look_shows_what_was_sampled_from(models, ask, draw):
     """The probabilities are the model's; without noise, as in the last step, log p is the confidence."""
     settings = {"num": "4", "steps": "5", "seed": "1", "choice-temperature": "0"}
-    _, steps, images = drawn(ask("/draw", {"settings": settings}))
-    before, predicted, masked = steps["predicted"][2][2], steps["predicted"][3][2], steps["masked"][2][2]
-    tokens = [None if mask else code for code, mask in zip(before, masked)]
-    model, tokenizer = server.demo.models["parallel"], server.demo.tokenizer
-    given = torch.tensor([[model.mask_id if code is None else code for code in tokens]])
+    _, steps, images = draw(settings)
+    before, sampled, masked = steps["sampled"][2][2], steps["sampled"][3][2], steps["masked"][2][2]
+    visible = [None if mask else code for code, mask in zip(before, masked, strict=True)]
+    model = models.models["parallel"]
+    given = torch.tensor([[model.mask_id if code is None else code for code in visible]])
     p = guided_logits(model, given, torch.tensor([2]), 1 * 4 / 5)[0].softmax(-1)
     # A place where an unlikely token was sampled: it is shown besides the eight likeliest.
-    cell = next(place for place in range(64) if masked[place] and predicted[place] not in p[place].topk(8).indices)
-    request = {"settings": settings, "label": 2, "step": 4, "tokens": tokens, "predicted": predicted, "cell": cell}
+    place = next(place for place in range(64) if masked[place] and sampled[place] not in p[place].topk(8).indices)
+    request = {"settings": settings, "label": 2, "step": 4, "visible": visible, "sampled": sampled, "place": place}
     answer, = ask("/look", request)
-    best = p[cell].topk(8)
-    assert answer["codes"][:8] == best.indices.tolist() and np.allclose(answer["p"][:8], best.values, rtol=1e-4)
-    chance = answer["p"][answer["codes"].index(predicted[cell])]
-    assert np.log(chance) == pytest.approx(steps["confidence"][3][2][cell], abs=2e-3)
+    best = p[place].topk(8)
+    assert answer["codes"][:8] == best.indices.tolist()
+    assert np.allclose(answer["probabilities"][:8], best.values, rtol=1e-4)
+    index = answer["codes"].index(sampled[place])
+    assert np.log(answer["probabilities"][index]) == pytest.approx(steps["confidence"][3][2][place], abs=2e-3)
     # The patch of the code that was sampled is cut out of the image as it is: 3 x 3 tokens, inside of its borders.
-    row, column = (min(max(place - 1, 0), 5) * 4 for place in divmod(cell, 8))
-    patch = pixels(answer["patches"][answer["codes"].index(predicted[cell])])
+    row, column = (min(max(place - 1, 0), 5) * 4 for place in divmod(place, 8))
+    patch = pixels(answer["patches"][index])
     assert np.abs(patch.astype(int) - images[4][2][row:row + 12, column:column + 12]).max() <= 1
-    changed = torch.tensor([predicted]).repeat(2, 1)
-    changed[1, cell] = answer["codes"][0]
-    whole = as_bytes(tokenizer.decode(as_grid(changed)))[1]
+    changed = torch.tensor([sampled]).repeat(2, 1)
+    changed[1, place] = answer["codes"][0]
+    whole = as_bytes(models.tokenizer.decode(as_grid(changed)))[1]
     assert np.abs(pixels(answer["patches"][0]).astype(int) - whole[row:row + 12, column:column + 12]).max() <= 1
 
 
-def test_an_edit_changes_the_region_alone(server, ask):
+def test_an_edit_changes_the_region_alone(models, ask, draw):
     photo, = ask("/validation", {"number": 7})
     images, _ = Shapes("val").batch(np.array([7]))
     assert (pixels(photo["picture"]) == images[0].movedim(0, -1).numpy()).all()
-    request = {"settings": {"num": "3", "class": "heart"}, "picture": photo["picture"], "region": CENTRE}
-    _, steps, frames = drawn(ask("/draw", request))
-    inside = np.kron(np.reshape(CENTRE, (8, 8)), np.ones((4, 4))) > 0
-    was = pixels(photo["picture"])
+    edit = {"picture": photo["picture"], "region": CENTRE}
+    _, steps, frames = draw({"num": "3", "feather": "0"}, label=6, **edit)
+    inside = in_pixels(CENTRE)
+    before = pixels(photo["picture"])
     for frame in frames.values():
-        assert (frame[:, ~inside] == was[~inside]).all() and (frame[:, inside] != was[inside]).any()
-    model, tokens = server.demo.models["parallel"], server.demo.tokenizer.encode(images / 255).flatten()
-    known = torch.where(torch.tensor(CENTRE) > 0, model.mask_id, tokens)
+        assert (frame[:, ~inside] == before[~inside]).all() and (frame[:, inside] != before[inside]).any()
+    model = models.models["parallel"]
+    tokens = models.tokenizer.encode(images / 255).flatten()
+    known = torch.where(torch.tensor(CENTRE), model.mask_id, tokens)
     painted = decode(model, torch.full((3,), 6), known=known.expand(3, -1), cfg=1.0,
                      generator=torch.Generator().manual_seed(0))
-    assert steps["predicted"][-1] == painted.tolist() and steps["counts"] == [16, *mask_counts("cosine", 8, 16)]
-    assert steps["unknown"] == [bool(place) for place in CENTRE]
-    soft = drawn(ask("/draw", request | {"settings": request["settings"] | {"feather": "3"}}))[2][8]
-    assert (soft[:, ~inside] != was[~inside]).any() and (soft[:, inside] == frames[8][:, inside]).all()
-    likeliest = drawn(ask("/draw", request | {"settings": {"num": "1"}}))[1]
-    assert likeliest["labels"] == [likeliest_class(model, known, 0)] and "likeliest" in likeliest["class"]
+    assert steps["sampled"][-1] == painted.tolist() and steps["counts"] == [16, *mask_counts("cosine", 8, 16)]
+    assert steps["unknown"] == CENTRE
+    assert draw({"num": "1"}, **edit)[1]["labels"] == [likeliest_class(model, known, 0)]
+
+
+def test_the_default_border_fades_as_in_edit_py(models, ask, draw):
+    """A token's width less one: no seam, and pixels farther away are the picture's."""
+    photo, = ask("/validation", {"number": 7})
+    edit = {"picture": photo["picture"], "region": CORNER}
+    _, steps, frames = draw({"num": "2"}, label=6, **edit)
+    before, inside = pixels(photo["picture"]), in_pixels(CORNER)
+    painted = models.tokenizer.decode(as_grid(torch.tensor(steps["sampled"][-1])))
+    expected = composite(torch.tensor(before).movedim(-1, 0) / 255, painted, torch.from_numpy(inside), 3)
+    assert steps["settings"]["feather"] == 3 and (frames[8] == as_bytes(expected)).all()
+    far = ~np.pad(inside, 10, mode="edge")[10:-10, 10:-10]
+    far[:18] = far[:, :18] = False                          # the corner is 8 pixels wide: 10 more pixels may be blended
+    assert far.sum() == 14 * 14 and (frames[8][:, far] == before[far]).all()
+    border = inside != np.roll(inside, 1, axis=1)
+    border[:, 0] = False
+    assert (frames[8][:, border] != before[border]).any()
 
 
 def test_photos(ask):
@@ -178,34 +225,61 @@ def test_photos(ask):
 
 
 @pytest.mark.parametrize("settings, says", [
-    ({"steps": "0"}, "at least 1"), ({"steps": "65"}, "the number of tokens, 64"), ({"class": "dog"}, "unknown class"),
+    ({"steps": "0"}, "at least 1"), ({"steps": "65"}, "the number of tokens, 64"),
     ({"num": "65"}, "from 1 to 64"), ({"schedule": "x"}, "--schedule"), ({"cfg": "-1"}, "--cfg"),
-    ({"top-k": "300"}, "codebook, 256"), ({"temperature": "nan"}, "--temperature"), ({"run": "/etc"}, "unrecognized"),
-    ({"decoder": "x"}, "--decoder"), ({"seed": "-1"}, "--seed")])
+    ({"top-k": "300"}, "256"), ({"temperature": "nan"}, "--temperature"), ({"run": "/etc"}, "unrecognized"),
+    ({"decoder": "x"}, "--decoder"), ({"seed": "-1"}, "--seed"), ({"feather": "-1"}, "--feather")])
 def test_bad_settings(ask, settings, says):
-    *_, last = ask("/draw", {"settings": settings})
+    *_, last = ask("/draw", {"settings": settings, "label": None})
     assert says in last["error"] and len(last) == 1
 
 
-def test_bad_requests(ask):
-    for body in (b"", b"[]", b"{}", {"settings": {}, "picture": "x", "region": CENTRE},
-                 {"settings": {}, "picture": demo.data_url(torch.zeros(3, 32, 32)), "region": [1, 0]}):
-        assert set(ask("/draw", body)[-1]) == {"error"}
-    request = {"settings": {}, "picture": demo.data_url(torch.zeros(3, 32, 32)), "region": [0] * 64}
+def test_nothing_is_painted_over(ask):
+    request = {"settings": {}, "label": None, "picture": demo.data_url(torch.zeros(3, 32, 32)), "region": [False] * 64}
     assert "nothing is painted over" in ask("/draw", request)[-1]["error"]
-    look = {"settings": {}, "label": 0, "step": 1, "tokens": [None] * 64, "predicted": [0] * 64, "cell": 64}
-    assert set(ask("/look", look)[0]) == {"error"}
+    request["region"] = [True] * 64
+    assert "nothing tells its class" in ask("/draw", request)[-1]["error"]
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"[]", b"{}", b'{"settings": {}, "label": 1000}', {"settings": {}, "label": "1"},
+    {"settings": {}, "label": 1, "picture": demo.data_url(torch.zeros(3, 32, 32)), "region": [True]}])
+def test_our_errors_stay_on_the_terminal(ask, capsys, body):
+    """What only a bug of the page could send: a traceback for us, and no text of it for the reader."""
+    assert ask("/draw", body)[-1] == {"error": "internal error: see the terminal in which demo.py runs"}
+    assert "Traceback" in capsys.readouterr().err
     assert ask("/about")[0]["tokens"] == 64                                                   # it answers all the same
+
+
+def test_a_lack_of_memory_is_no_bug(ask, models, monkeypatch, capsys):
+    def decode(tokens):
+        raise RuntimeError("can't allocate memory: you tried to allocate 1 byte")
+    monkeypatch.setattr(models.tokenizer, "decode", decode)
+    assert ask("/draw", {"settings": {}, "label": None})[-1] == {"error": "out of memory: ask for fewer images"}
+    assert capsys.readouterr().err == ""
+
+
+def test_defaults_come_from_the_flags(ask):
+    about, = ask("/about")
+    assert about["defaults"] == {
+        "num": 10, "decoder": "parallel", "feather": 3, "steps": 8, "schedule": "cosine", "choice-temperature": 4.5,
+        "temperature": 1.0, "top-k": None, "cfg": 1.0, "order": "confidence", "seed": 0}
+    assert about["schedules"] == maskgit.SCHEDULES and about["orders"] == lib.orders.ORDERS
+    assert about["decoders"] == ["parallel", "autoregressive"]
 
 
 def test_only_its_own_page_is_answered(server, ask):
     port = server.server_port
-    page = ask("/", method="GET")
-    assert page == (ROOT / "lib" / "demo.html").read_text()
-    assert not re.search(r"""(src|href)=['"](?!data:)|@import|url\(|https?:""", page)                 # it loads nothing
-    for path in ("/lib/demo.html", "/../demo.py", "/etc/passwd", "/?x"):
+    for path, name in (("/", "index.html"), ("/style.css", "style.css"), ("/app.js", "app.js")):
+        text = ask(path, method="GET")
+        assert text == (ROOT / "lib" / "demo" / name).read_text()
+        # It loads nothing from elsewhere, and has no address but that of SVG's namespace.
+        text = text.replace("http://www.w3.org/2000/svg", "").replace('href="data:,"', "")
+        assert not re.search(r"@import|url\(|https?:|\bimport\b", text)
+    for path in ("/lib/demo/index.html", "/index.html", "/../demo.py", "/etc/passwd", "/?x"):
         ask(path, method="GET", status=404)
     ask("/nothing", {}, status=404)
+    ask("/run_id", {}, status=404)
     for headers in ({"Host": f"evil.example:{port}"}, {"Host": ""}, {"Origin": "http://evil.example"},
                     {"Origin": "null"}, {"Origin": f"http://127.0.0.1:{port + 1}"},
                     {"Origin": f"https://127.0.0.1:{port}"}):
@@ -214,10 +288,18 @@ def test_only_its_own_page_is_answered(server, ask):
     assert ask("/about", {}, Host=f"localhost:{port}", Origin=f"http://localhost:{port}")[0]["size"] == 32
 
 
-def test_pages_wait_for_each_other_and_a_closed_one_stops(server, ask):
-    model, passes = server.demo.models["parallel"], []
-    watch = model.norm.register_forward_pre_hook(lambda *_: passes.append(1))
-    body = json.dumps({"settings": {"num": "64", "steps": "64"}}).encode()
+def test_the_page_may_load_its_own_files_alone(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
+    connection.request("GET", "/")
+    policy = connection.getresponse().getheader("Content-Security-Policy")
+    assert "default-src 'none'" in policy and "script-src 'self'" in policy and "style-src 'self'" in policy
+    assert "unsafe" not in policy
+
+
+def test_pages_wait_for_each_other_and_a_closed_one_stops(server, models, ask):
+    passes = []
+    watch = models.models["parallel"].norm.register_forward_pre_hook(lambda *_: passes.append(1))
+    body = json.dumps({"settings": {"num": "64", "steps": "64"}, "label": None}).encode()
     page = socket.create_connection(("127.0.0.1", server.server_port))
     page.sendall(b"POST /draw HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     with page.makefile("rb") as answer:
@@ -225,12 +307,58 @@ def test_pages_wait_for_each_other_and_a_closed_one_stops(server, ask):
             pass
     page.close()
     assert ask("/about")[-1]["tokens"] == 64                                  # its turn comes when the other has ended
-    assert 2 <= len(passes) < 32 and list(model.norm._forward_pre_hooks) == [watch.id]
+    assert 2 <= len(passes) < 32
     watch.remove()
-    with server.demo.lock:
+    with server.lock:
         waiting = http.client.HTTPConnection("127.0.0.1", server.server_port)
         waiting.request("POST", "/about", b"")
         assert json.loads(waiting.getresponse().readline()) == {"waits": True}
+
+
+def test_a_page_of_another_run_is_told_to_reload(models, ask):
+    assert "reload this page" in ask("/about", {}, X_Run="another")[0]["error"]
+    assert ask("/about", {}, X_Run=models.run_id)[0]["run_id"] == models.run_id
+
+
+# ------------------------------------------------------------------------------------------------ other runs
+
+NAMES = ["1", "10", "2", "кот", "naïve", "<b>bold</b>", "日本", "0", "9", "ball"]
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A run of the example's models with other class names, no sequential decoder, and data at a relative path."""
+    folder = tmp_path_factory.mktemp("other") / "runs" / "other"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "example" / "vqgan.pt", folder)
+    checkpoint = torch.load(ROOT / "example" / "transformer.pt", weights_only=True)
+    torch.save(checkpoint | {"classes": NAMES, "data": "pictures"}, folder / "transformer.pt")
+    return folder
+
+
+def test_a_relative_data_path(other, tmp_path, monkeypatch):
+    """From the folder where it was trained it opens; elsewhere the error says what to do."""
+    for name in ("a", "b"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(20):
+            Image.fromarray(np.full((40, 40, 3), 10 * i, np.uint8)).save(tmp_path / "pictures" / name / f"{i}.png")
+    monkeypatch.chdir(ROOT)
+    told = []
+    models = load(other)
+    with pytest.raises(lib.flags.UserError, match="pictures.*start demo.py in the folder where it was trained"):
+        models.validation(b'{"number": 0}', told.append)
+    monkeypatch.chdir(tmp_path)
+    models.validation(b'{"number": 0}', told.append)
+    assert pixels(told[0]["picture"]).shape == (32, 32, 3)
+
+
+def test_a_sequential_decoder_of_other_tokens(other, tmp_path, capsys):
+    """It is left out, and said so."""
+    shutil.copytree(other, tmp_path / "run")
+    checkpoint = torch.load(ROOT / "example" / "autoregressive.pt", weights_only=True)
+    torch.save(checkpoint | {"tokenizer": "another"}, tmp_path / "run" / "autoregressive.pt")
+    assert list(load(tmp_path / "run").models) == ["parallel"]
+    assert "without Compare" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------- the command
@@ -241,10 +369,12 @@ def address():
     command = [sys.executable, ROOT / "demo.py", "--run", ROOT / "example", "--port", "0", "--bf16", "no"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
-    found = re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())
-    yield found[0]
-    connection = http.client.HTTPConnection("127.0.0.1", int(found[1]))
-    connection.request("POST", "/draw", json.dumps({"settings": {"num": "64", "steps": "64"}}).encode())
+    line = process.stdout.readline()
+    match = re.search(r"http://127\.0\.0\.1:(\d+)", line)
+    assert match, line
+    yield match[0]
+    connection = http.client.HTTPConnection("127.0.0.1", int(match[1]))
+    connection.request("POST", "/draw", json.dumps({"settings": {"num": "64", "steps": "64"}, "label": None}).encode())
     assert b"done" in connection.getresponse().readline()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 0 and process.stdout.read() == ""
@@ -262,24 +392,40 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-sync", "--disable-backgroun
          "--disable-component-update"]
 
 
-@pytest.fixture
-def page(address):
-    """The page, loaded; whatever its console says makes the test fail."""
+@pytest.fixture(scope="module")
+def browser():
     if not BROWSER:
         pytest.skip("no Chromium: apt-get install chromium")
     playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    said = []
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """open_page(server, link) -> the page, loaded; whatever its console says makes the test fail."""
+    said, pages = [], []
+
+    def open_page(server, link=""):
         page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(120_000)
+        pages.append(page)
+        page.set_default_timeout(60_000)
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
-        page.goto(address)
+        page.goto(f"http://127.0.0.1:{server.server_port}/{link}")
         finished(page)
-        yield page
-        browser.close()
+        return page
+    yield open_page
+    for page in pages:
+        page.close()
     assert said == []
+
+
+@pytest.fixture
+def page(server, open_page):
+    return open_page(server)
 
 
 def finished(page, says="in 8 passes: "):
@@ -293,12 +439,23 @@ def canvas(page, selector):
 
 
 def go_to(page, t):
-    page.locator("#t").focus()
+    page.locator("#time").focus()
     page.keyboard.press("Home")
     for _ in range(t):
         page.keyboard.press("ArrowRight")
 
 
+@contextlib.contextmanager
+def busy(server, page):
+    """While the server works for somebody else: the question that is asked inside is answered once that has ended."""
+    with server.lock:
+        yield
+        page.wait_for_selector("#waiting:visible")
+        time.sleep(0.5)                                                         # so that it is told to wait repeatedly
+    page.wait_for_selector("#waiting", state="hidden")
+
+
+@pytest.mark.slow
 def test_page_draws_and_shows_the_steps(page):
     assert page.locator("#images button").count() == 10
     before = canvas(page, "#images canvas")
@@ -310,10 +467,11 @@ def test_page_draws_and_shows_the_steps(page):
     assert page.locator("#images button").count() == 3 and (canvas(page, "#images canvas") != before).any()
     counts = mask_counts("cosine", 8, 64)
     go_to(page, 3)
-    assert page.text_content("#now") == "t = 3 of 8"
-    assert f"masked: {counts[2]} of 64" in page.text_content("#maskedCount").replace("stays ", "")
-    assert f"= {counts[2]}." in page.text_content("#lines")
-    assert f"masked: {counts[2]} of 64" in page.text_content("#gamma")
+    assert page.text_content("#time-text") == "t = 3 of 8"
+    assert page.text_content("#masked-text") == f"still masked: {counts[2]} of 64 tokens"
+    assert f"= {counts[2]}." in page.text_content("#sentences")
+    assert "log p plus 4.5 · (1 − 3/8) = 2.81 times Gumbel noise" in page.text_content("#sentences")
+    assert f"masked: {counts[2]} of 64" in page.text_content("#schedule")
     hidden = (canvas(page, "#predicted") != canvas(page, "#masked")).any(2).reshape(8, 4, 8, 4).any((1, 3))
     assert hidden.sum() == counts[2]
     page.locator("#confidence").focus()
@@ -321,19 +479,32 @@ def test_page_draws_and_shows_the_steps(page):
     page.keyboard.press("ArrowDown")
     page.wait_for_selector("#token:has-text('row 3, column 1, step 3')")
     assert page.locator(".code").count() >= 8 and page.locator(".code.sampled").count() == 1
-    again = page.context.browser.new_page()               # the link draws the same
+    again = page.context.browser.new_page()                                                   # the link draws the same
     again.goto(page.url)
     finished(again, "3 images (fish) in 8 passes: ")
     go_to(again, 3)
     assert (canvas(again, "#predicted") == canvas(page, "#predicted")).all()
+    again.close()
 
 
+@pytest.mark.slow
+def test_page_plays_the_steps(page):
+    page.click("#play")
+    page.wait_for_selector("#time-text:has-text('t = 2 of 8')")
+    page.click("#play")
+    shown = page.text_content("#time-text")
+    page.wait_for_timeout(1200)
+    assert page.text_content("#time-text") == shown and page.text_content("#play") == "▶ Play"
+
+
+@pytest.mark.slow
 def test_page_edits_with_a_brush(page):
     page.check("[value=edit]")
     page.wait_for_selector("#status:has-text('Drop a photo')")
-    page.click("#another")
+    page.click("#validation")
     page.wait_for_selector("#status:has-text('Paint over')")
-    was = canvas(page, "#photo")
+    before = canvas(page, "#photo")
+    page.fill("#feather", "0")
     box = page.locator("#photo").bounding_box()
     page.select_option("#brush", "1")
     page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.3)    # the third token of the third row
@@ -343,28 +514,129 @@ def test_page_edits_with_a_brush(page):
     finished(page, "10 images (")
     inside = np.zeros((32, 32), bool)
     inside[8:12, 8:16] = True
-    now = canvas(page, "#predicted")
-    assert (now[~inside] == was[~inside]).all() and (now[inside] != was[inside]).any()
-    assert page.text_content("#maskedCount") == "what stays masked: 0 of 64"
-    page.locator("#photo").focus()                                                        # and by the keyboard alone
+    after = canvas(page, "#predicted")
+    assert (after[~inside] == before[~inside]).all() and (after[inside] != before[inside]).any()
+    assert page.text_content("#masked-text") == "still masked: 0 of 64 tokens"
+    page.locator("#photo").focus()                                                            # and by the keyboard alone
     page.keyboard.press("ArrowDown")
     page.keyboard.press(" ")
     page.wait_for_function("() => result.counts[0] === 3")
+    finished(page, "10 images (")
+    page.check("#erase")
+    page.locator("#photo").focus()
+    page.keyboard.press(" ")
+    page.wait_for_function("() => result.counts[0] === 2")
     finished(page, "10 images (")
     with page.expect_download() as download:
         page.click("#save")
     assert np.asarray(Image.open(download.value.path())).shape == (32, 32, 3)
     page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": b"no image"})
-    page.wait_for_selector("#message:has-text('not a readable image')")
+    page.wait_for_selector("#problem:has-text('not a readable image')")
 
 
+@pytest.mark.slow
+def test_a_link_keeps_an_edit(server, page, open_page):
+    page.check("[value=edit]")
+    page.click("#validation")
+    page.wait_for_selector("#status:has-text('Paint over')")
+    page.click("#validation")                                                                              # the second
+    page.click("#centre")
+    finished(page, "the class that fits best")
+    assert page.input_value("#feather") == "3"
+    again = open_page(server, "#" + page.url.partition("#")[2])
+    assert (canvas(again, "#photo") == canvas(page, "#photo")).all()
+    assert (canvas(again, "#predicted") == canvas(page, "#predicted")).all()
+
+
+@pytest.mark.slow
 def test_page_compares_on_a_phone(page):
     page.set_viewport_size({"width": 360, "height": 740})
     page.check("[value=compare]")
     finished(page, "token by token in 64 passes")
-    assert page.locator("#rivals button").count() == 10
+    assert page.locator("#sequential-images button").count() == 10
     go_to(page, 20)
-    assert page.text_content("#title2") == "token by token: 20 of 64 passes"
-    later = canvas(page, "#rivals canvas").reshape(8, 4, 8, 4, 3).transpose(0, 2, 1, 3, 4).reshape(64, -1)
+    assert page.text_content("#sequential-title") == "token by token: 20 of 64 passes"
+    later = canvas(page, "#sequential-images canvas").reshape(8, 4, 8, 4, 3).transpose(0, 2, 1, 3, 4).reshape(64, -1)
     assert (later[20:] == 128).all() and not (later[:20] == 128).all(1).any()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.check("[value=edit]")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.slow
+def test_every_answer_passes_over_the_waits(server, page):
+    """The token panel, a photo, a validation image, and drawing: each waits its turn and then gets its answer."""
+    with busy(server, page):
+        page.locator("#predicted").focus()
+        page.keyboard.press("ArrowRight")
+    page.wait_for_selector("#token:has-text('row 1, column 2, step 8')")
+    page.check("[value=edit]")
+    with busy(server, page):
+        page.click("#validation")
+    page.wait_for_selector("#photo:visible")
+    first = canvas(page, "#photo")
+    file = {"name": "a.png", "mimeType": "image/png", "buffer": as_file(np.full((50, 50, 3), 200, np.uint8))}
+    with busy(server, page):
+        page.set_input_files("#file", file)
+    page.wait_for_selector("#status:has-text('Paint over')")
+    assert (canvas(page, "#photo") == 200).all() and (first != 200).any()
+    with busy(server, page):
+        page.click("#centre")
+    finished(page, "the class that fits best")
+    page.wait_for_selector("#token:has-text('known from the start')")         # of the edit, no longer of what was drawn
+
+
+@pytest.mark.slow
+def test_page_of_a_run_with_other_classes(other, open_page):
+    """Numbers and any letters are names; without a sequential decoder there is nothing to compare with."""
+    with served(load(other)) as server:
+        page = open_page(server, "#mode=compare&schedule=unknown")
+        assert not page.is_visible("#compare") and page.is_checked("[value=draw]")
+        assert page.input_value("[name=schedule]") == "cosine"
+        assert page.locator("#images button").all_text_contents() == NAMES
+        page.fill("[name=num]", "1")
+        for label in (1, 4, 5, 7):
+            name = NAMES[label]
+            page.select_option("[name=class]", label=name)
+            finished(page, f"({name}) in 8 passes")
+            assert set(page.evaluate("result.labels")) == {label}
+
+
+@pytest.mark.slow
+def test_page_left_open_while_the_server_restarts(models, other, open_page):
+    """The same run goes on; of another one the page says that it must be loaded again."""
+    with served(models) as server:
+        page = open_page(server)
+    with served(models, server.server_port):
+        page.click("#new-seed")
+        page.wait_for_selector("#status:has-text('pass ')")
+        finished(page)
+    with served(load(other), server.server_port) as another:
+        page.click("#new-seed")
+        page.wait_for_selector("#problem:has-text('reload this page')")
+        assert open_page(another).locator("#images button").all_text_contents() == NAMES
+
+
+@pytest.mark.slow
+def test_page_takes_a_new_order_and_a_new_schedule(server, open_page, monkeypatch):
+    """They are named by the server alone: nothing is to be changed in the page."""
+    monkeypatch.setitem(maskgit.GAMMAS, "steep", lambda r, N: (1 - r) ** 3)
+    monkeypatch.setattr(lib.sampling, "make_order", lambda *arguments: by_chance())
+    lib.orders.ORDERS.append("strange")
+    maskgit.SCHEDULES.append("steep")
+    try:
+        page = open_page(server)
+        page.select_option("[name=order]", "strange")
+        page.select_option("[name=schedule]", "steep")
+        page.wait_for_function("() => result.settings.order === 'strange' && result.settings.schedule === 'steep'")
+        finished(page)
+        go_to(page, 4)
+        page.locator("#confidence").focus()
+        page.keyboard.press("ArrowDown")
+        page.wait_for_selector("#token:has-text('row 2, column 1, step 4')")
+        text = page.text_content("body")
+        assert "the order “strange” gives its confidence" in text and "= 8." in text           # ⌊(1 − 4/8)³ · 64⌋
+        assert "undefined" not in text and "NaN" not in text
+    finally:
+        lib.orders.ORDERS.remove("strange")
+        maskgit.SCHEDULES.remove("steep")

@@ -1,0 +1,771 @@
+'use strict';
+
+// The page of demo.py: draws images, shows each step of decoding (§3.3), looks into one token, edits
+// a picture with a brush, and compares the parallel decoder with the sequential one.
+
+// ------------------------------------------------------------------------------------------ state
+
+const byId = id => document.getElementById(id);
+const form = byId('form');
+const field = name => form.elements[name];
+
+let about = null;           // what the server says of its run; null until it has answered
+let side = 0;               // how many tokens are along a side of an image
+let stride = 0;             // how many pixels are along a side of a token
+
+// What was drawn: the answer to /draw, with `images`, a list of Image elements for each step.
+let result = null;          // by the parallel decoder, with all its steps
+let sequential = null;      // in Compare: by the sequential decoder, with its last step only
+let chosenImage = 0;
+let chosenToken = null;     // its place in raster order
+
+let photo = null;           // in Edit: {image, number}; the number of a validation image, or null
+let region = [];            // in Edit: for each token whether it is painted over
+let brushPlace = 0;
+let brushing = false;
+
+let drawing = null;         // the AbortController of the last request for images
+let looking = null;         // the AbortController of the last request for a token
+let film = null;            // the timer of the player while it plays
+let delay = null;           // the timer of a change that is not drawn yet
+
+const mode = () => field('mode').value;
+const isEditing = () => mode() === 'edit';
+const numberOfSteps = () => result.masked.length;
+const shownPass = () => Number(byId('time').value);
+const shownStep = () => Math.min(shownPass(), numberOfSteps());
+
+// Which tokens of an image are masked after a step; after step 0, those masked at the start.
+const maskedAfter = (step, image) => step ? result.masked[step - 1][image] : result.unknown;
+const imageAfter = (step, image) => step ? result.images[step - 1]?.[image] : result.photo;
+const count = flags => flags.filter(Boolean).length;
+
+// The form's values by the names of flags, without the mode and the class, which are no flags.
+function settings() {
+  const {mode: _, class: __, ...values} = Object.fromEntries(new FormData(form));
+  return values;
+}
+
+function makeElement(tag, properties, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+// ----------------------------------------------------------------------------------------- server
+
+// Asks the server and yields its answer, line by line. Every answer is read here: a line in which
+// the server says that it is busy with another request is shown, and is no part of the answer.
+async function* ask(path, body, signal) {
+  try {
+    const headers = about ? {'X-Run': about.run_id} : {};
+    const response = await fetch(path, {method: 'POST', headers, body, signal});
+    for await (const line of readLines(response.body)) {
+      const news = JSON.parse(line);
+      byId('waiting').hidden = !news.waits;
+      if (news.error) throw Error(news.error);
+      if (!news.waits) yield news;
+    }
+  } catch (error) {
+    // fetch() and its stream raise a TypeError when the connection fails.
+    const failed = error instanceof TypeError;
+    throw failed ? Error('the server does not answer: is demo.py still running?') : error;
+  } finally {
+    byId('waiting').hidden = true;
+  }
+}
+
+async function* readLines(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = '';
+  while (true) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split('\n');
+    rest = lines.pop();
+    yield* lines;
+  }
+}
+
+// Asks for an answer of one line.
+async function askOnce(path, body, signal) {
+  let answer;
+  for await (const news of ask(path, body, signal)) answer = news;
+  return answer;
+}
+
+async function loadImage(url) {
+  const image = makeElement('img', {src: url});
+  await image.decode();
+  return image;
+}
+
+// Draws, edits or compares as the form says. A call stops the one before it.
+async function run() {
+  drawing?.abort();
+  drawing = new AbortController();
+  const {signal} = drawing;
+  clearTimeout(delay);
+  keepLink();
+  if (isEditing() && !photo) return say('Drop a photo into the page, or take a validation image.');
+  if (isEditing() && !region.includes(true)) return say('Paint over what is to go.');
+  const classIndex = field('class').value;
+  const request = {settings: settings(), label: classIndex === '' ? null : Number(classIndex)};
+  if (isEditing()) {
+    request.picture = photo.image.src;
+    request.region = region;
+  }
+  pause();
+  say('starting …', true);
+  try {
+    await draw(request, signal);
+    if (mode() === 'compare') {
+      request.settings.decoder = 'autoregressive';
+      await draw(request, signal);
+    }
+    say(summary(request.label));
+  } catch (error) {
+    if (signal !== drawing.signal) return;          // a later call has taken over
+    const stopped = error.name === 'AbortError';
+    say(stopped ? 'stopped' : '');
+    if (!stopped) complain(error);
+  }
+}
+
+// Fetches images, and shows them as they come.
+async function draw(request, signal) {
+  let drawn = null;
+  for await (const news of ask('/draw', JSON.stringify(request), signal)) {
+    if (news.done) {
+      say(`pass ${news.done} of ${news.of}`, true);
+      byId('bar').value = news.done / news.of;
+    } else if (news.sampled) {
+      drawn = {...news, images: [], photo: null, texts: request.settings};
+      if (request.picture) drawn.photo = photo.image;
+      show(drawn);
+    } else {
+      drawn.images[news.step - 1] = await Promise.all(news.images.map(loadImage));
+      showStep();
+    }
+  }
+}
+
+// Puts what was drawn into the page.
+function show(drawn) {
+  if (drawn.settings.decoder === 'autoregressive') {
+    sequential = drawn;
+  } else {
+    result = drawn;
+    sequential = null;
+    chosenImage = Math.min(chosenImage, drawn.labels.length - 1);
+  }
+  const passes = sequential ? about.tokens : numberOfSteps();
+  byId('time').max = passes;
+  byId('time').value = passes;
+  byId('play').disabled = false;
+  byId('save').disabled = false;
+  showThumbnails(byId('images'), result);
+  showThumbnails(byId('sequential-images'), sequential);
+  showStep();
+  look();
+}
+
+function summary(askedLabel) {
+  let classes = 'each class in turn';
+  if (askedLabel !== null) classes = about.classes[askedLabel];
+  else if (result.photo) classes = `${about.classes[result.labels[0]]}, the class that fits best`;
+  const images = result.labels.length === 1 ? '1 image' : `${result.labels.length} images`;
+  const time = `${numberOfSteps()} passes: ${result.seconds.toFixed(2)} s`;
+  if (!sequential) return `${images} (${classes}) in ${time}`;
+  const sequentialTime = `${about.tokens} passes: ${sequential.seconds.toFixed(2)} s`;
+  return `${images} (${classes}) in ${time}; token by token in ${sequentialTime}`;
+}
+
+// Shows the state of the work.
+function say(text, busy = false) {
+  byId('status').textContent = text;
+  byId('problem').hidden = true;
+  byId('stop').disabled = !busy;
+  byId('bar').hidden = !busy;
+}
+
+// Shows an error below the state of the work.
+function complain(error) {
+  byId('problem').textContent = error.message;
+  byId('problem').hidden = false;
+}
+
+// --------------------------------------------------------------------------------------- canvases
+
+const MASK_COLOUR = '#808080';
+const FRAME_COLOUR = '#ff5a00';
+
+// Makes a canvas `scale` times as large as an image, grey, and returns its context.
+function prepare(canvas, scale) {
+  canvas.width = about.size * scale;
+  canvas.height = about.size * scale;
+  const context = canvas.getContext('2d');
+  context.imageSmoothingEnabled = !document.body.classList.contains('small-images');
+  context.fillStyle = MASK_COLOUR;
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  return context;
+}
+
+// By how much an image is enlarged to be about so many pixels wide.
+const scaleTo = width => Math.max(1, Math.round(width / about.size));
+
+// Paints an image with a grey of this opacity over its masked tokens.
+function paint(canvas, image, masked, scale, opacity) {
+  const context = prepare(canvas, scale);
+  if (!image) return;
+  context.drawImage(image, 0, 0, canvas.width, canvas.height);
+  masked.forEach((isMasked, place) => {
+    if (isMasked) fillToken(context, place, scale, `rgb(128 128 128 / ${opacity})`);
+  });
+}
+
+function fillToken(context, place, scale, colour) {
+  const width = stride * scale;
+  context.fillStyle = colour;
+  context.fillRect(place % side * width, Math.floor(place / side) * width, width, width);
+}
+
+function outlineToken(context, place, scale, colour, lineWidth) {
+  const left = place % side * stride * scale;
+  const top = Math.floor(place / side) * stride * scale;
+  const width = stride * scale - lineWidth;
+  context.strokeStyle = colour;
+  context.lineWidth = lineWidth;
+  context.strokeRect(left + lineWidth / 2, top + lineWidth / 2, width, width);
+}
+
+// Fills a container with small pictures of what was drawn; each is a button that chooses its image.
+function showThumbnails(container, drawn) {
+  container.replaceChildren();
+  if (!drawn) return;
+  drawn.labels.forEach((label, index) => {
+    const name = about.classes[label];
+    const button = makeElement('button', {
+      type: 'button',
+      className: 'thumbnail',
+      title: name,
+      ariaLabel: `image ${index + 1}, ${name}`,
+    }, makeElement('canvas'), name);
+    button.onclick = () => {
+      chosenImage = index;
+      showStep();
+      look();
+    };
+    container.append(button);
+  });
+}
+
+// Shows the step that the player is at, in all pictures and panels.
+function showStep() {
+  if (!result) return;
+  const step = shownStep();
+  showTime(step);
+  const small = scaleTo(96);
+  [...byId('images').children].forEach((button, index) => {
+    button.ariaPressed = index === chosenImage;
+    paint(button.firstChild, imageAfter(step, index), maskedAfter(step, index), small, 0.85);
+  });
+  const notDecoded = region.map((_, place) => place >= shownPass());
+  [...byId('sequential-images').children].forEach((button, index) => {
+    button.ariaPressed = index === chosenImage;
+    paint(button.firstChild, sequential.images[0]?.[index], notDecoded, small, 1);
+  });
+  const large = scaleTo(320);
+  const image = imageAfter(step, chosenImage);
+  const masked = maskedAfter(step, chosenImage);
+  paint(byId('predicted'), image, masked, large, step ? 0 : 1);
+  paint(byId('masked'), image, masked, large, 0.85);
+  byId('masked-text').textContent = `still masked: ${count(masked)} of ${about.tokens} tokens`;
+  showConfidence(step, large);
+  showSchedule(step);
+  byId('sentences').replaceChildren(...sentences(step).map(text => makeElement('li', {}, text)));
+  if (chosenToken === null) return;
+  for (const id of ['predicted', 'masked', 'confidence']) {
+    outlineToken(byId(id).getContext('2d'), chosenToken, large, FRAME_COLOUR, 3);
+  }
+}
+
+function showTime(step) {
+  const passes = numberOfSteps();
+  byId('time-text').textContent =
+    sequential ? `pass ${shownPass()} of ${about.tokens}` : `t = ${step} of ${passes}`;
+  byId('parallel-title').hidden = byId('sequential-title').hidden = !sequential;
+  byId('parallel-title').textContent = `parallel: ${step} of ${passes} passes`;
+  byId('sequential-title').textContent = `token by token: ${shownPass()} of ${about.tokens} passes`;
+}
+
+// From dark blue for 0 to light yellow for 1.
+const heat = value => `hsl(${250 - 200 * value} 75% ${22 + 46 * value}%)`;
+
+// Shows the confidence of the tokens that were still masked before this step.
+function showConfidence(step, scale) {
+  const context = prepare(byId('confidence'), scale);
+  const caption = byId('confidence-text');
+  if (!step) {
+    caption.textContent = 'confidence: nothing is predicted yet';
+    return;
+  }
+  const before = maskedAfter(step - 1, chosenImage);
+  const after = maskedAfter(step, chosenImage);
+  const values = result.confidence[step - 1][chosenImage];
+  const shown = values.filter((_, place) => before[place]);
+  const low = Math.min(...shown);
+  const high = Math.max(...shown);
+  values.forEach((value, place) => {
+    if (!before[place]) return;
+    fillToken(context, place, scale, heat(high > low ? (value - low) / (high - low) : 1));
+    if (!after[place]) outlineToken(context, place, scale, '#fff', Math.max(2, scale / 3));
+  });
+  caption.textContent = `confidence, ${low.toFixed(1)} to ${high.toFixed(1)}; `
+    + 'white frame: kept at this step; grey: known before';
+}
+
+// The place of the token under the pointer; null outside of the canvas.
+function placeUnder(event) {
+  const box = event.currentTarget.getBoundingClientRect();
+  const column = Math.floor((event.clientX - box.left) / box.width * side);
+  const row = Math.floor((event.clientY - box.top) / box.height * side);
+  const inside = column >= 0 && column < side && row >= 0 && row < side;
+  return inside ? row * side + column : null;
+}
+
+const ARROWS = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]};
+
+// The place to which an arrow key leads from a place; null for other keys.
+function placeAfterKey(event, place) {
+  if (!(event.key in ARROWS)) return null;
+  event.preventDefault();
+  const [down, right] = ARROWS[event.key];
+  const inside = index => Math.max(0, Math.min(side - 1, index));
+  return inside(Math.floor(place / side) + down) * side + inside(place % side + right);
+}
+
+// ------------------------------------------------------------------- panels: the step in numbers
+
+// The scale of the noise in the choice of the tokens to keep; the other orders have none.
+function noiseAt(step) {
+  if (result.settings.order !== 'confidence') return 0;
+  return result.settings.choice_temperature * (1 - step / numberOfSteps());
+}
+
+// §3.3 in the numbers of this step.
+function sentences(step) {
+  const total = result.counts[0];
+  if (!step) return [`At the start ${total} of ${about.tokens} tokens are masked.`];
+  const before = result.counts[step - 1];
+  const after = result.counts[step];
+  const time = `${step}/${numberOfSteps()}`;
+  const gamma = result.gammas[step];
+  const scheduled = Math.floor(gamma * total);
+
+  const {order, choice_temperature: temperature} = result.settings;
+  let confidence = `the order “${order}” gives its confidence.`;
+  if (order === 'confidence') confidence = 'its confidence is log p, without noise.';
+  if (noiseAt(step)) {
+    confidence = `its confidence is log p plus ${temperature} · (1 − ${time}) = `
+      + `${noiseAt(step).toFixed(2)} times Gumbel noise.`;
+  }
+  let schedule = `n = ⌊γ(${time}) · ${total}⌋ = ⌊${gamma.toFixed(3)} · ${total}⌋ = ${scheduled}`;
+  if (scheduled === after) schedule += '.';
+  else schedule += `, but one fewer than before, and at least one until the end: ${after}.`;
+  let choice = `the ${after} least confident are masked again; ${before - after} are kept.`;
+  if (after === 0) choice = `none; the last ${before} are kept.`;
+  return [
+    `Predict: in one pass, the probabilities of ${about.codes} codes at each of ${before} masked `
+      + `places, from ${about.tokens - before} known tokens and the class.`,
+    `Sample: a token at each of these places; ${confidence}`,
+    `Mask schedule: ${schedule}`,
+    `Mask: ${choice}`,
+  ];
+}
+
+// Shows the curve of γ with this step on it.
+function showSchedule(step) {
+  const passes = numberOfSteps();
+  const gamma = result.gammas[step];
+  const left = ratio => 34 + 270 * ratio;
+  const top = value => 170 - 150 * value;
+  const points = result.curve.map((value, index) => `${left(index / 100)},${top(value)}`);
+  byId('curve').setAttribute('points', points.join(' '));
+  byId('guide').setAttribute('d', `M${left(step / passes)} 170V${top(gamma)}H34`);
+  byId('now').setAttribute('cx', left(step / passes));
+  byId('now').setAttribute('cy', top(gamma));
+  byId('steps').replaceChildren(...result.gammas.map((value, index) => {
+    const dot = document.createElementNS('http://www.w3.org/2000/svg', 'circle');
+    dot.setAttribute('cx', left(index / passes));
+    dot.setAttribute('cy', top(value));
+    dot.setAttribute('r', 2.5);
+    return dot;
+  }));
+  byId('ratio-text').textContent = `r = t / T = ${step} / ${passes}`;
+  byId('gamma-text').textContent =
+    `γ(r) = ${gamma.toFixed(3)}; masked: ${result.counts[step]} of ${result.counts[0]}`;
+}
+
+// ---------------------------------------------------------------------------- panels: one token
+
+// Asks what the model predicted for the chosen token at this step, and shows it.
+async function look() {
+  looking?.abort();
+  const panel = byId('token');
+  const step = result && shownStep();
+  panel.classList.remove('stale');
+  if (chosenToken === null) {
+    panel.replaceChildren('Point at a token in the pictures, or choose one with the arrow keys.');
+    return;
+  }
+  if (!step) {
+    panel.replaceChildren('Nothing is predicted yet.');
+    return;
+  }
+  looking = new AbortController();
+  panel.classList.add('stale');
+  const [drawn, image, place] = [result, chosenImage, chosenToken];
+  const wasMasked = maskedAfter(step - 1, image);
+  const before = drawn.sampled[Math.max(0, step - 2)][image];
+  const request = {
+    settings: drawn.texts,
+    label: drawn.labels[image],
+    step,
+    visible: before.map((code, index) => wasMasked[index] ? null : code),
+    sampled: drawn.sampled[step - 1][image],
+    place,
+  };
+  try {
+    const answer = await askOnce('/look', JSON.stringify(request), looking.signal);
+    panel.replaceChildren(makeElement('p', {}, tokenSentence(drawn, image, place, step, answer)));
+    panel.append(...codeRows(answer, request.sampled[place]));
+    panel.classList.remove('stale');
+  } catch (error) {
+    if (error.name !== 'AbortError') complain(error);
+  }
+}
+
+// A row for each code: the picture around it, its number, a bar and its probability.
+function codeRows(answer, sampledCode) {
+  const highest = Math.max(...answer.probabilities);
+  return answer.codes.map((code, index) => {
+    const probability = answer.probabilities[index];
+    const bar = makeElement('div', {className: 'probability'});
+    bar.style.width = `${100 * probability / highest}%`;
+    const patch = makeElement('img', {src: answer.patches[index], alt: `code ${code} in place`});
+    const percent = `${(100 * probability).toFixed(2)}%`;
+    const className = code === sampledCode ? 'code sampled' : 'code';
+    return makeElement('div', {className}, patch, code, bar, percent);
+  });
+}
+
+// What happened to a token at a step, in words.
+function tokenSentence(drawn, image, place, step, answer) {
+  const code = drawn.sampled[step - 1][image][place];
+  const row = Math.floor(place / side) + 1;
+  const start = `row ${row}, column ${place % side + 1}, step ${step}: `;
+  if (!drawn.unknown[place]) return start + 'a token of the picture, known from the start.';
+  const keptAt = drawn.masked.findIndex(masks => !masks[image][place]) + 1;
+  if (keptAt < step) {
+    return start + `code ${code}, kept at step ${keptAt}; what is predicted now is not used.`;
+  }
+  const logP = Math.log(answer.probabilities[answer.codes.indexOf(code)]);
+  const confidence = drawn.confidence[step - 1][image][place];
+  let text = `code ${code} was sampled, log p = ${logP.toFixed(2)}, `;
+  if (noiseAt(step)) text += `noise ${(confidence - logP).toFixed(2)}, `;
+  text += `confidence ${confidence.toFixed(2)}; `;
+  text += keptAt === step ? 'kept from now on.' : `masked again, and kept at step ${keptAt}.`;
+  return start + text;
+}
+
+function chooseToken(place) {
+  if (place === chosenToken || place === null || !result) return;
+  chosenToken = place;
+  showStep();
+  look();
+}
+
+for (const id of ['predicted', 'masked', 'confidence']) {
+  byId(id).onpointermove = event => chooseToken(placeUnder(event));
+  byId(id).onpointerdown = event => chooseToken(placeUnder(event));
+  byId(id).onkeydown = event => chooseToken(placeAfterKey(event, chosenToken ?? 0));
+}
+
+// ------------------------------------------------------------------------------ panels: the player
+
+function goTo(pass) {
+  byId('time').value = pass;
+  showStep();
+  look();
+}
+
+function play() {
+  if (film) return pause();
+  const last = Number(byId('time').max);
+  if (shownPass() >= last) goTo(0);
+  byId('play').textContent = '❚❚ Pause';
+  film = setInterval(() => {
+    if (shownPass() >= last) pause();
+    else goTo(shownPass() + 1);
+  }, sequential ? 120 : 500);
+}
+
+function pause() {
+  clearInterval(film);
+  film = null;
+  byId('play').textContent = '▶ Play';
+}
+
+function save() {
+  const image = imageAfter(shownStep(), chosenImage);
+  if (!image) return;
+  const download = `maskgit-${result.settings.seed}-${chosenImage + 1}.png`;
+  makeElement('a', {href: image.src, download}).click();
+}
+
+byId('play').onclick = play;
+byId('save').onclick = save;
+byId('time').oninput = () => {
+  pause();
+  goTo(shownPass());
+};
+
+// ------------------------------------------------------------------------------ panels: the editor
+
+// Takes the picture that the server answers with as the one to edit.
+async function takePicture(path, body, number) {
+  say('reading the picture …');
+  try {
+    const answer = await askOnce(path, body);
+    photo = {image: await loadImage(answer.picture), number};
+    field('mode').value = 'edit';
+  } catch (error) {
+    say('');
+    complain(error);
+    return;
+  }
+  await changeMode();
+}
+
+function upload(file) {
+  if (!file) return;
+  if (file.size > about.max_upload) {
+    complain(Error(`this file is larger than ${about.max_upload / 1e6} MB: reduce it`));
+    return;
+  }
+  takePicture('/photo', file, null);
+}
+
+function takeValidationImage(number) {
+  return takePicture('/validation', JSON.stringify({number}), number);
+}
+
+function takeChosenImage() {
+  const image = result && imageAfter(shownStep(), chosenImage);
+  if (!image) return;
+  photo = {image, number: null};
+  changeMode();
+}
+
+function showEditor() {
+  byId('photo').hidden = !photo;
+  if (!photo || !isEditing()) return;
+  const scale = scaleTo(320);
+  const context = prepare(byId('photo'), scale);
+  context.drawImage(photo.image, 0, 0, byId('photo').width, byId('photo').height);
+  region.forEach((isPainted, place) => {
+    if (isPainted) fillToken(context, place, scale, 'rgb(255 90 0 / 0.6)');
+  });
+  if (document.activeElement !== byId('photo')) return;
+  for (const place of brushedPlaces()) outlineToken(context, place, scale, FRAME_COLOUR, 2);
+}
+
+// The tokens under the brush.
+function brushedPlaces() {
+  const width = Number(byId('brush').value);
+  const left = brushPlace % side - Math.floor((width - 1) / 2);
+  const top = Math.floor(brushPlace / side) - Math.floor((width - 1) / 2);
+  const places = [];
+  for (let row = Math.max(0, top); row < Math.min(side, top + width); row++) {
+    for (let column = Math.max(0, left); column < Math.min(side, left + width); column++) {
+      places.push(row * side + column);
+    }
+  }
+  return places;
+}
+
+function brush() {
+  for (const place of brushedPlaces()) region[place] = !byId('erase').checked;
+  showEditor();
+}
+
+// Paints over the tokens for which isInside(column, row) is true, and over no others.
+function setRegion(isInside) {
+  region = region.map((_, place) => isInside(place % side, Math.floor(place / side)));
+  showEditor();
+  run();
+}
+
+function stopBrushing() {
+  if (!brushing) return;
+  brushing = false;
+  run();
+}
+
+byId('photo').onpointerdown = event => {
+  brushing = true;
+  byId('photo').setPointerCapture(event.pointerId);
+  brushPlace = placeUnder(event) ?? brushPlace;
+  brush();
+};
+byId('photo').onpointermove = event => {
+  brushPlace = placeUnder(event) ?? brushPlace;
+  if (brushing) brush();
+  else showEditor();
+};
+byId('photo').onpointerup = stopBrushing;
+byId('photo').onpointercancel = stopBrushing;
+byId('photo').onkeydown = event => {
+  brushPlace = placeAfterKey(event, brushPlace) ?? brushPlace;
+  showEditor();
+  if (event.key !== ' ') return;
+  event.preventDefault();
+  brush();
+  runSoon();
+};
+byId('photo').onfocus = showEditor;
+byId('photo').onblur = showEditor;
+
+const margin = () => Math.floor(side / 4);
+const isCentral = index => index >= margin() && index < side - margin();
+
+byId('open').onclick = () => byId('file').click();
+byId('file').onchange = () => {
+  upload(byId('file').files[0]);
+  byId('file').value = '';
+};
+byId('validation').onclick = () => takeValidationImage((photo?.number ?? -1) + 1);
+byId('take').onclick = takeChosenImage;
+byId('centre').onclick = () => setRegion((column, row) => isCentral(column) && isCentral(row));
+byId('right-half').onclick = () => setRegion(column => column >= Math.floor(side / 2));
+byId('clear').onclick = () => setRegion(() => false);
+byId('feather').oninput = runSoon;
+
+document.ondragover = event => {
+  event.preventDefault();
+  document.body.classList.add('drop');
+};
+document.ondragleave = () => document.body.classList.remove('drop');
+document.ondrop = event => {
+  event.preventDefault();
+  document.body.classList.remove('drop');
+  upload(event.dataTransfer.files[0]);
+};
+
+// --------------------------------------------------- panels: the form, and the link that holds it
+
+function changeMode() {
+  byId('editor').hidden = !isEditing();
+  byId('go').textContent = {draw: 'Draw', edit: 'Paint', compare: 'Compare'}[mode()];
+  field('class').options[0].text = isEditing() ? 'the likeliest' : 'each in turn';
+  showEditor();
+  return run();
+}
+
+// Draws when nothing has changed for a moment.
+function runSoon() {
+  clearTimeout(delay);
+  delay = setTimeout(run, 250);
+}
+
+form.oninput = event => {
+  if (event.target.name === 'mode') changeMode();
+  else runSoon();
+};
+form.onsubmit = event => {
+  event.preventDefault();
+  run();
+};
+byId('stop').onclick = () => drawing?.abort();
+byId('new-seed').onclick = () => {
+  field('seed').value = Math.floor(Math.random() * 1e6);
+  run();
+};
+byId('copy-link').onclick = async () => {
+  try {
+    await navigator.clipboard.writeText(location.href);
+    byId('copy-link').textContent = 'Copied';
+  } catch {
+    say('The link is in the address bar.');
+  }
+  setTimeout(() => { byId('copy-link').textContent = 'Copy link'; }, 1500);
+};
+
+// Writes the form into the address: mode, class, settings, and in Edit the validation image.
+function keepLink() {
+  const link = new URLSearchParams({mode: mode(), class: field('class').value, ...settings()});
+  if (isEditing() && photo?.number != null) {
+    link.set('photo', photo.number);
+    link.set('region', region.map(Number).join('').replace(/0+$/, ''));
+  }
+  history.replaceState(null, '', `#${link}`);
+}
+
+// Sets the form as the address says, and draws.
+async function readLink() {
+  const link = new URLSearchParams(location.hash.slice(1));
+  for (const [name, value] of link) {
+    if (field(name)) setField(name, value);
+  }
+  if (mode() === 'compare' && byId('compare').hidden) field('mode').value = 'draw';
+  const painted = link.get('region') ?? '';
+  region = Array.from({length: about.tokens}, (_, place) => painted[place] === '1');
+  const number = parseInt(link.get('photo'));
+  if (isEditing() && number >= 0) await takeValidationImage(number);
+  else await changeMode();
+}
+
+// Sets a field, unless it is a choice that does not exist.
+function setField(name, value) {
+  const input = field(name);
+  const choices = [...input.options ?? []].map(option => option.value);
+  if (input.tagName !== 'SELECT' || choices.includes(value)) input.value = value;
+}
+
+// Fills the form with what the server says of its run: choices, limits and defaults.
+function fillForm() {
+  byId('about').textContent = `${about.run} on ${about.device}: ${side} × ${side} tokens of `
+    + `${about.codes} codes, images of ${about.size} pixels`;
+  field('class').append(new Option('', ''));
+  about.classes.forEach((name, index) => field('class').append(new Option(name, index)));
+  for (const schedule of about.schedules) field('schedule').append(new Option(schedule));
+  for (const order of about.orders) field('order').append(new Option(order));
+  field('steps').max = about.tokens;
+  field('num').max = about.max_images;
+  field('top-k').max = about.codes;
+  for (const [name, value] of Object.entries(about.defaults)) {
+    if (field(name) && value !== null) setField(name, String(value));
+  }
+  byId('guidance').hidden = !about.guidance;
+  byId('compare').hidden = !about.decoders.includes('autoregressive');
+}
+
+async function start() {
+  try {
+    about = await askOnce('/about', '{}');
+    side = Math.sqrt(about.tokens);
+    stride = about.size / side;
+    document.body.classList.toggle('small-images', about.size < 128);
+    const stops = [0, 0.25, 0.5, 0.75, 1].map(heat);
+    byId('heat-scale').style.background = `linear-gradient(90deg, ${stops})`;
+    fillForm();
+    window.onhashchange = readLink;
+    await readLink();
+  } catch (error) {
+    say('');
+    complain(error);
+  }
+}
+
+start();
