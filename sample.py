@@ -1,88 +1,148 @@
-"""Draws images with a trained run: parallel decoding (§3.3) of tokens, then the tokenizer's decoder.
+"""Draws images by class with a trained run: parallel decoding of tokens (§3.3), then the tokenizer.
 
-    python sample.py --steps 8 --schedule cosine                # the newest run, a row for each class
+    python sample.py --steps 8 --schedule cosine            # the newest run, one row for each class
     python sample.py --run runs/shapes --class heart 3 --num 12 --seed 1
-    python sample.py --film                                     # also the decoding steps, as a strip and a GIF
+    python sample.py --film                                 # also the steps, as a strip and a GIF
 
-edit.py does the same with a photo of which a part is kept; demo.py shows each step, and both decoders side by side.
+edit.py draws into a photo of which a part is kept; demo.py shows the decoding in a browser.
 """
 import argparse
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from lib import flags, runtime
+from lib import flags, pictures, runtime
 from lib.data import find_class
-from lib.pictures import grid, picture_path, restore, save_film, save_image
-from lib.sampling import add_run_flags, add_sampler_flags, load_run, sampler_options
+from lib.sampling import add_run_flags, add_sampler_flags, load_run, sampler_of, sampler_options
 from lib.terminal import Progress
-from maskgit import SCHEDULES, MaskGIT, decode, decode_sequential
+from maskgit import MaskGIT
+from sequential import CausalTransformer
 from vqgan import VQGAN, as_grid
+
+FLAGS = {
+    "class": ({"nargs": "+", "metavar": "NAME_OR_ID", "dest": "classes"}, None,
+              "classes to draw, one row each (default: the first ten)"),
+    "num": (flags.count, 8, "images of each class"),
+    "film": ({"action": "store_true"}, None,
+             "also write the decoding steps, of one image of each class, as a strip and a GIF"),
+    "out": (str, None, "the picture to write (default: samples.png in the run's folder)"),
+}
+BATCH = 64                      # images that are decoded at once
+SEQUENTIAL_FRAMES = 8           # of a film, if the tokens are decoded one by one
+
+
+def film_moments(transformer: MaskGIT, steps: int) -> list[int]:
+    """Returns the steps t at which a film has a frame: each of the parallel decoder's T = `steps`,
+    or evenly spaced ones of the sequential decoder's N."""
+    if not isinstance(transformer, CausalTransformer):
+        return list(range(1, steps + 1))
+    tokens = transformer.config.num_tokens
+    return [round(i * tokens / SEQUENTIAL_FRAMES) for i in range(1, SEQUENTIAL_FRAMES + 1)]
 
 
 @torch.no_grad()
-def draw(tokenizer, transformer, labels, batch=64, film=False, **options):
-    """Tokens of the classes asked for, then their images, `batch` at a time.
+def draw(
+    tokenizer: VQGAN, transformer: MaskGIT, labels: Tensor, options: dict,
+    moments: Sequence[int] = (),
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Draws an image for each label, BATCH at a time.
 
-    labels: (n,) int64. options: as for decode(), or for decode_sequential() where the transformer is causal. Returns
-    images (n, 3, H, W) in [0, 1] and a list of frames of the same shape, the last of which are these images. With film,
-    those before it show what is predicted after each step, the tokens that stay masked greyed out."""
-    frames_of_batches, progress = [], Progress("drawing", len(labels))
-    for number, part in enumerate(labels.split(batch), 1):
-        if transformer.config.causal:
-            # As decode() returns its steps, at eight moments: the tokens, and which of them are not decoded yet.
-            tokens, grey = decode_sequential(transformer, part, **options), 1.0
-            places = torch.arange(tokens.shape[1], device=tokens.device)
-            steps = [(tokens, (places >= round(i * len(places) / 8)).expand_as(tokens), None) for i in range(1, 9)]
-        else:
-            steps, grey = decode(transformer, part, return_steps=True, **options)[1], 0.85
-        frames_of_batches.append([restore(tokenizer, as_grid(predicted), as_grid(masked), grey)
-                                  for predicted, masked, _ in (steps if film else steps[-1:])])
-        if len(labels) > batch:
-            progress.show(min(number * batch, len(labels)))
-    frames = [torch.cat(parts) for parts in zip(*frames_of_batches)]
-    return frames[-1], frames
+    labels: (n,) int64. options: of the transformer's decoder. moments: steps t to keep for a film.
+    Returns the images (n, 3, H, W) in [0, 1], on the CPU; and for each moment the tokens that were
+    sampled and a mask of those that are masked again, both (n, N)."""
+    sampled_at = {t: [] for t in moments}               # by step: one tensor for each batch
+    masked_at = {t: [] for t in moments}
+
+    def keep(t: int, sampled: Tensor, masked: Tensor, confidence: Tensor) -> None:
+        if t in sampled_at:
+            sampled_at[t].append(sampled)
+            masked_at[t].append(masked)
+
+    sampler = sampler_of(transformer)
+    progress = Progress("drawing", len(labels))
+    images = []
+    for batch in labels.split(BATCH):
+        tokens = sampler(transformer, batch, on_step=keep, **options)
+        images.append(tokenizer.decode(as_grid(tokens)).float().cpu())
+        if len(labels) > BATCH:
+            progress.show(sum(len(drawn) for drawn in images))
+    steps = [(torch.cat(sampled_at[t]), torch.cat(masked_at[t])) for t in sampled_at]
+    return torch.cat(images), steps
 
 
-def sample(args, machine):
-    """Draws a row of images for each class. Every rank draws the same, and the first one writes it."""
-    folder, tokenizer, transformer, checkpoint = load_run(args.run, machine, VQGAN, MaskGIT, args.vqgan, args.decoder)
-    out, names = picture_path(args.out or folder / "samples.png"), checkpoint["classes"]
-    classes = [find_class(text, names) for text in args.classes] if args.classes else list(range(min(10, len(names))))
-    steps = args.steps or transformer.config.default_steps
-    how = "token by token" if transformer.config.causal else f"{steps} steps, {args.schedule} schedule"
+@torch.no_grad()
+def draw_step(tokenizer: VQGAN, sampled: Tensor, masked: Tensor, opacity: float) -> Tensor:
+    """Returns a step of the decoder as images (n, 3, H, W): sampled tokens, grey where masked.
+
+    sampled, masked: (n, N). opacity: of the grey."""
+    images = []
+    for tokens, mask in zip(sampled.split(BATCH), masked.split(BATCH), strict=True):
+        shown = pictures.grey_out(tokenizer.decode(as_grid(tokens)), as_grid(mask), opacity)
+        images.append(shown.float().cpu())
+    return torch.cat(images)
+
+
+def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
+    """Draws a row of images for each class. Every rank draws the same, and the first one writes."""
+    folder, tokenizer, transformer, checkpoint = load_run(
+        args.run, machine, args.vqgan, args.decoder)
+    names = checkpoint["classes"]
+    classes = list(range(min(10, len(names))))
+    if args.classes:
+        classes = [find_class(text, names) for text in args.classes]
+    captions = [names[label] for label in classes]
+    options = sampler_options(args, transformer)
+    out = pictures.picture_path(args.out, folder, "samples.png")
+    check_size(args.num, out, captions, checkpoint["image_size"])
+
+    method = "token by token"
+    if "steps" in options:
+        method = f"{options['steps']} steps, {args.schedule} schedule"
     if machine.leads:
-        print(f"{folder}: samples, {how}, seed {args.seed}, on {machine.device}", flush=True)
-    # Floats, while they are drawn, copied and made one picture; with --film at each step.
-    size = 40 * len(classes) * args.num * checkpoint["image_size"] ** 2 * (9 if args.film else 1)
-    flags.check_memory(size, f"--num {args.num}")
-    labels, started = torch.tensor(classes).repeat_interleave(args.num), time.time()
+        print(f"{folder}: samples, {method}, seed {args.seed}, on {machine.device}", flush=True)
+    started = time.time()
+    labels = torch.tensor(classes).repeat_interleave(args.num)
+    options["generator"] = machine.generator(args.seed)
+    moments = film_moments(transformer, options.get("steps", 0)) if args.film else []
     with machine.autocast():
-        _, frames = draw(tokenizer, transformer, machine.put(labels), film=args.film,
-                         generator=machine.generator(args.seed), **sampler_options(args, transformer.config))
+        images, steps = draw(tokenizer, transformer, machine.put(labels), options, moments)
+        # The sequential decoder has nothing to show where it has not been yet.
+        opacity = 1.0 if isinstance(transformer, CausalTransformer) else 0.85
+        frames = [draw_step(tokenizer, sampled[::args.num], masked[::args.num], opacity)
+                  for sampled, masked in steps]                     # one image of each class
     machine.sync()
-    frames = [frame.cpu() for frame in frames]
     if not machine.leads:
         return
-    save_image(out, grid(frames[-1].split(args.num), [names[label] for label in classes]))
+    pictures.save_image(out, pictures.grid(images.split(args.num), captions))
     print(f"wrote {out}: {len(labels)} images in {time.time() - started:.1f} s")
     if args.film:
-        save_film(out, [frame[::args.num] for frame in frames])                      # it shows one image of each class
+        unit = "{} tokens" if isinstance(transformer, CausalTransformer) else "step {}"
+        pictures.save_film(out, frames, [unit.format(t) for t in moments])
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def check_size(num: int, out: Path, captions: Sequence[str], image_size: int) -> None:
+    """Raises UserError if the picture is too large for its format, or for the memory."""
+    layout = pictures.GridLayout(num, len(captions), (image_size, image_size), captions)
+    pictures.check_picture(out, layout.size, "a lower --num")
+    width, height = layout.size
+    floats = 3 * image_size ** 2 * num * len(captions)
+    # The images as floats of 4 bytes, once more while their batches are joined, and the grid.
+    flags.check_memory(2 * 4 * floats + 3 * width * height, f"--num {num}")
+
+
+def main() -> None:
+    """Parses the flags and draws."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser)
-    flags.add_flags(parser, {
-        "class": ({"nargs": "+", "metavar": "NAME_OR_ID", "dest": "classes"}, None,
-                  "classes to draw, a row each (default: the first ten)"),
-        "num": (flags.count, 8, "images of each class"),
-        "film": ({"action": "store_true"}, None, "also write the decoding steps as a film strip and a GIF"),
-        "out": (str, None, "the picture to write (default: samples.png in the run's folder)")})
-    add_sampler_flags(parser.add_argument_group("the sampler"), SCHEDULES, ORDERS)
+    flags.add_flags(parser, FLAGS)
+    add_sampler_flags(parser.add_argument_group("the sampler"))
     flags.add_machine_flags(parser, compiles=False)
     runtime.launch(sample, parser.parse_args())
 
 
 if __name__ == "__main__":
-    flags.command_line(main)
+    flags.command_line(main, interrupted="stopped by Ctrl-C: nothing was written")

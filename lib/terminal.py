@@ -1,56 +1,89 @@
-"""What a person reads on the terminal: progress lines and tables."""
+"""Prints what a person reads on the terminal: progress lines and tables."""
 import os
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import TextIO
 
 
-def time_left(amount, speed):
-    """What is to be done, and how much of it in a second (0 or None: not known yet) -> "1:02:05 left"."""
-    return f"{timedelta(seconds=int(amount / speed)) if speed else '?'} left"
+def time_left(amount: float, speed: float | None) -> str:
+    """Returns how long the rest of a task takes, such as "1:02:05 left".
+
+    amount: what is left to do. speed: how much is done in a second; 0 or None if not known yet."""
+    if not speed:
+        return "? left"
+    return f"{timedelta(seconds=int(amount / speed))} left"
 
 
-def show_line(text, last=False, stream=None):
-    """Prints a line of progress: on a terminal over the one before it, unless that was the `last` of its task."""
+def show_line(text: str, last: bool = False, stream: TextIO | None = None) -> None:
+    """Prints a line of progress, which on a terminal replaces the line before it.
+
+    last: the task is done, so the line stays. stream: None is stdout."""
     stream = stream or sys.stdout
-    if stream.isatty():
-        width = os.get_terminal_size(stream.fileno()).columns - 1
-        print("\r" + text[:width].ljust(width), end="\n" if last else "", file=stream, flush=True)
-    else:
+    if not stream.isatty():
         print(text, file=stream, flush=True)
+        return
+    width = os.get_terminal_size(stream.fileno()).columns - 1
+    end = "\n" if last else ""
+    print("\r" + text[:width].ljust(width), end=end, file=stream, flush=True)
 
 
 class Progress:
-    """A line that says how far a long task is and how much time is left.
+    """Shows how far a long task is and how much time is left.
 
-    what: the task. total, unit: how much there is to do. done: how much was done before. stream: None is stdout."""
+    task: its name. total: how much there is to do, in `unit`. done: how much was done before.
+    stream: None is stdout."""
 
-    def __init__(self, what, total, unit="images", done=0, stream=None):
-        self.what, self.total, self.unit, self.first, self.stream = what, total, unit, done, stream or sys.stdout
-        self.started = self.shown = time.time()
+    def __init__(self, task: str, total: float, unit: str = "images", done: float = 0,
+                 stream: TextIO | None = None):
+        self.task = task
+        self.total = total
+        self.unit = unit
+        self.done_before = done
+        self.stream = stream or sys.stdout
+        self.started = time.time()
+        self.shown = self.started                           # when the latest line was printed
 
-    def show(self, done):
-        """done: of `total`. The last line, where done reaches it, is always shown."""
-        now, last = time.time(), done >= self.total
-        if not last and now - self.shown < (0.2 if self.stream.isatty() else 10):
+    def show(self, done: float) -> None:
+        """Prints a line if the latest one is old enough, or if `done` reaches the total."""
+        now = time.time()
+        last = done >= self.total
+        seconds_between_lines = 0.2 if self.stream.isatty() else 10
+        if not last and now - self.shown < seconds_between_lines:
             return
         self.shown = now
-        speed = (done - self.first) / max(now - self.started, 1e-9)
-        amounts = f"{done:.4g} of {self.total:.4g}" if isinstance(done, float) else f"{done} of {self.total}"
+        speed = (done - self.done_before) / max(now - self.started, 1e-9)
+        amounts = f"{done} of {self.total}"
+        if isinstance(done, float):
+            amounts = f"{done:.4g} of {self.total:.4g}"
         left = time_left(self.total - done, speed)
-        show_line(f"{self.what}: {amounts} {self.unit}, {speed:.4g}/s, {left}", last, self.stream)
+        show_line(f"{self.task}: {amounts} {self.unit}, {speed:.4g}/s, {left}", last, self.stream)
 
 
-def print_table(title, rows, columns=None):
-    """Prints {name of the row: {column: number or text}}. columns: those to show (None: all with a number or text)."""
+def format_cell(value: float | str) -> str:
+    """Returns a number with four digits, and text as it is."""
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def print_table(title: str, rows: dict[str, dict], columns: Sequence[str] | None = None) -> None:
+    """Prints a table with a row for each entry of `rows`, and '-' where a row lacks a column.
+
+    rows: {name of the row: {column: number or text}}. columns: those to show, in this order;
+    None: all that hold numbers or text."""
     if columns is None:
-        columns = dict.fromkeys(column for row in rows.values() for column, value in row.items()
-                                if not isinstance(value, (dict, list)))
-    cells = [["", *columns]]
+        columns = []
+        for row in rows.values():
+            for column, value in row.items():
+                if column not in columns and not isinstance(value, (dict, list)):
+                    columns.append(column)
+    lines = [["", *columns]]
     for name, row in rows.items():
-        values = [row.get(column, "-") for column in columns]
-        cells.append([name, *(value if isinstance(value, str) else f"{value:.4g}" for value in values)])
-    widths = [max(map(len, column)) for column in zip(*cells)]
+        cells = [format_cell(row.get(column, "-")) for column in columns]
+        lines.append([name, *cells])
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     print(f"\n{title}")
-    for first, *others in cells:
-        print("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]), flush=True)
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        cells[0] = line[0].ljust(widths[0])
+        print("  ".join(cells), flush=True)
