@@ -26,9 +26,9 @@ class UserError(ValueError):
 def command_line(main: Callable[[], None], interrupted: str = "stopped by Ctrl-C"):
     """Runs a script's main() and ends the process if it fails.
 
-    A UserError, or a lack of memory, becomes one line on stderr and exit status 2; TRACEBACK=1 in
-    the environment shows where it came from. Every other exception keeps its traceback. Ctrl-C
-    prints `interrupted` and ends with status 130."""
+    A UserError, a lack of memory, or the end of another rank becomes one line on stderr and exit
+    status 2; with TRACEBACK=1 in the environment a UserError shows where it came from. Every other
+    exception keeps its traceback. Ctrl-C prints `interrupted` and ends with status 130."""
     try:
         main()
     except KeyboardInterrupt:
@@ -38,6 +38,8 @@ def command_line(main: Callable[[], None], interrupted: str = "stopped by Ctrl-C
         message = " ".join(str(error).split())
         if out_of_memory(error):
             message = OUT_OF_MEMORY
+        elif lost_another_rank(error):
+            message = "another process of this run has ended: its own message says why"
         elif not isinstance(error, UserError) or os.environ.get("TRACEBACK"):
             end_readers()
             if not dist.is_initialized():
@@ -69,6 +71,11 @@ def end_readers():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)     # torch's handler raises for each reader
     for reader in readers:
         reader.kill()
+
+
+def lost_another_rank(error: Exception) -> bool:
+    """Returns True for gloo's error in a collective that another rank has left."""
+    return isinstance(error, RuntimeError) and "gloo" in str(error) and "by peer" in str(error)
 
 
 # ---- memory
