@@ -1,4 +1,6 @@
 import atexit
+import csv
+import importlib
 import multiprocessing
 import os
 import shutil
@@ -8,17 +10,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lib import flags, runtime
-
-# The scripts that tests start compute on the CPU, where resuming is bit-exact, whatever the machine has.
-GPUS = {name: value for name, value in os.environ.items() if name == "CUDA_VISIBLE_DEVICES"}
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
 import pytest
 import torch
 
+from lib import flags, runtime
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+
+# The tests compute on the CPU, where resuming is bit-exact, even if there is a GPU; only test_cuda.py uses that.
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 torch.set_num_threads(1)      # the models are tiny: a second thread would only wait
 os.environ["MASKGIT_CACHE"] = tempfile.mkdtemp(prefix="maskgit-tests-")
@@ -33,12 +34,12 @@ TINY_TRANSFORMER = ["--cache-tokens", 0, "--dropout", 0.1, "--dim", 16, "--depth
 
 @pytest.fixture(autouse=True)
 def float32(monkeypatch):
-    """What is compared is compared in float32, also on a CPU that would compute in bfloat16."""
+    """Makes all tests compute in float32, even on a CPU with bfloat16 instructions."""
     monkeypatch.setattr(runtime, "computes_bfloat16", lambda: False)
 
 
 def run(script, *arguments, code=0, env=None, **options):
-    """Runs a script as a user would, but in float32 -> stdout + stderr. `code`: the exit status it must have."""
+    """Runs a script as a user would, but in float32. Returns stdout + stderr. code: the exit status it must have."""
     if script != "pretrained.py" and "--bf16" not in arguments:
         arguments = (*arguments, "--bf16", "no")
     result = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True,
@@ -52,7 +53,7 @@ def run(script, *arguments, code=0, env=None, **options):
 
 
 def refused(script, *arguments, says, **options):
-    """Runs a script that must end with status 2 and one line on stderr that holds each of the words `says`."""
+    """Runs a script that must end with status 2 and a line on stderr that holds each of the words `says`. Returns it."""
     output = run(script, *arguments, code=2, **options)
     last = output.strip().splitlines()[-1]
     for word in [says] if isinstance(says, str) else says:
@@ -60,11 +61,24 @@ def refused(script, *arguments, says, **options):
     return last
 
 
+def wait_for_step(process, step):
+    """Reads a training's stdout until it has logged a step."""
+    for line in process.stdout:
+        if line.startswith(f"step {step}/"):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def read_log(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.fixture
 def call_main(monkeypatch, capsys):
-    """Calls a script's main() in this process (a new one takes seconds to start), in a folder -> what it printed.
+    """Returns a function that calls a script's main() in this process, since a new one takes seconds to start.
 
-    Where a code is expected, it must end with that: -> its last line on stderr."""
+    It returns what main() prints; or, if it must end with a `code`, the last line on stderr."""
     def call(script, folder, *arguments, code=0):
         monkeypatch.chdir(folder)
         monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, arguments)])
@@ -81,17 +95,23 @@ def call_main(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A finished toy run of both stages, made by the real scripts. Not to be changed: copy it first."""
+    """Makes a toy run of both stages by the real scripts. A test that changes it must copy it first."""
     folder = tmp_path_factory.mktemp("trained") / "shapes"
-    run("train_vq.py", "--run", folder, *TINY_VQ)
-    run("train_transformer.py", "--run", folder, *TINY_TRANSFORMER)
+    assert on_ranks(call_script, "train_vq", "--run", folder, *TINY_VQ, world=1) == [0]
+    assert on_ranks(call_script, "train_transformer", "--run", folder, *TINY_TRANSFORMER, world=1) == [0]
     return folder
 
 
-def on_ranks(function, *arguments, world=2):
-    """Calls function(*arguments) in processes that are set up as torchrun does it (world 1: as one alone).
+def call_script(name, *arguments):
+    """Calls a script's main() as its command line would."""
+    sys.argv = [f"{name}.py", *map(str, arguments)]
+    flags.command_line(importlib.import_module(name).main)
 
-    They are forked, which takes no time. Returns their exit statuses."""
+
+def on_ranks(function, *arguments, world=2):
+    """Calls function(*arguments) in forked processes, which start at once. Returns their exit statuses.
+
+    world: how many. Several are set up as torchrun does it. A process that hangs has the status None."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -110,5 +130,5 @@ def on_ranks(function, *arguments, world=2):
         process.join(60)
     statuses = [process.exitcode for process in processes]
     for process in processes:
-        process.kill()              # one that still runs has the status None
+        process.kill()
     return statuses

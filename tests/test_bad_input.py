@@ -62,6 +62,8 @@ OTHERS = [
     (train_vq, "--run NEW --bf16 maybe", "yes or no"),
     (train_vq, "--run NEW --device abacus", "cpu"),
     (train_vq, "--run NEW --data nowhere", "nowhere"),
+    (train_vq, "--run NEW --data imagenet", "n01440764"),
+    (train_vq, "--run NEW --data places2", "365"),
     (train_vq, "--run NEW --data EMPTY", "no images"),
     (train_vq, "--run NEW --data TEXT", "TEXT"),
     (train_vq, "--run NEW --image-size 64", "32 pixels"),

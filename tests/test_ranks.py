@@ -1,0 +1,286 @@
+"""Several processes (ranks): what they exchange, how they end, and how many there may be."""
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+
+import pytest
+import torch
+import torch._dynamo  # noqa: F401 (DistributedDataParallel imports it: once here, and not in every process)
+from conftest import (
+    ROOT,
+    TINY_TRANSFORMER,
+    TINY_VQ,
+    call_script,
+    on_ranks,
+    read_log,
+    run,
+    wait_for_step,
+)
+from torch import nn
+
+from lib import flags, runtime
+from lib.data import loader
+
+CPU = Namespace(device="cpu", bf16=False)
+# Entropy loss and codebook start look at whole batches: without them stage 1 is the same however a batch is split.
+SPLITTABLE = [*TINY_VQ, "--codebook-lr", 1, "--entropy", 0, "--gan-start", 0.4]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def assert_close(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=2e-3, rtol=0, msg=name)
+
+
+# ---- what ranks exchange
+
+def gradients_by_micro_batch(machine):
+    """Takes a step in two micro-batches, as the training scripts do. Returns the gradient after each."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    wrapped = machine.wrap(model)
+    images = torch.arange(24.0).view(8, 3).chunk(machine.world)[machine.rank]
+    first, last = images.chunk(2)
+    with machine.exchange_gradients(wrapped, last=False):
+        (wrapped(first).square().mean() / 2).backward()
+    before = model.weight.grad.clone()
+    with machine.exchange_gradients(wrapped, last=True):
+        (wrapped(last).square().mean() / 2).backward()
+    return before, model.weight.grad
+
+
+def test_ranks_exchange_gradients_in_the_last_micro_batch_only(tmp_path):
+    def on_a_rank():
+        machine = runtime.Machine("cpu", bf16=False)
+        torch.save(gradients_by_micro_batch(machine), tmp_path / f"{machine.rank}.pt")
+        runtime.leave_ranks()
+    assert on_ranks(on_a_rank) == [0, 0]
+    _, alone = gradients_by_micro_batch(runtime.Machine("cpu", bf16=False))
+    before_0, after_0 = torch.load(tmp_path / "0.pt")
+    before_1, after_1 = torch.load(tmp_path / "1.pt")
+    assert not torch.allclose(before_0, before_1)
+    torch.testing.assert_close(after_0, after_1)
+    torch.testing.assert_close(after_0, alone)
+
+
+def test_two_ranks_train_the_tokenizer_of_one(tmp_path):
+    assert on_ranks(call_script, "train_vq", "--run", tmp_path / "1", *SPLITTABLE, world=1) == [0]
+    assert on_ranks(call_script, "train_vq", "--run", tmp_path / "2", *SPLITTABLE, "--micro-batch", 1) == [0, 0]
+    assert_close(weights(tmp_path / "1" / "vqgan.pt"), weights(tmp_path / "2" / "vqgan.pt"))
+
+
+def test_two_ranks_train_the_transformer_of_one(trained, tmp_path):
+    """The autoregressive one, since the masks of the other are drawn on each rank for its own images."""
+    command = ["--vqgan", trained / "vqgan.pt", "--decoder", "autoregressive", *TINY_TRANSFORMER, "--dropout", 0]
+    assert on_ranks(call_script, "train_transformer", "--run", tmp_path / "1", *command, world=1) == [0]
+    assert on_ranks(call_script, "train_transformer", "--run", tmp_path / "2", *command, "--micro-batch", 1) == [0, 0]
+    assert_close(weights(tmp_path / "1" / "autoregressive.pt"), weights(tmp_path / "2" / "autoregressive.pt"))
+
+
+def test_micro_batches_add_up(tmp_path):
+    assert on_ranks(call_script, "train_vq", "--run", tmp_path / "whole", *SPLITTABLE, world=1) == [0]
+    assert on_ranks(call_script, "train_vq", "--run", tmp_path / "split", *SPLITTABLE, "--micro-batch", 2, "--recompute", "yes",
+                    world=1) == [0]
+    assert_close(weights(tmp_path / "whole" / "vqgan.pt"), weights(tmp_path / "split" / "vqgan.pt"))
+
+
+# ---- torchrun
+
+def torchrun(script, *arguments):
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",    # on a free port
+            "--", str(ROOT / script), *map(str, arguments)]           # "--", or torchrun takes our --run for its own
+
+
+def one_process(script, *arguments):
+    return [sys.executable, str(ROOT / script), *map(str, arguments)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first, then", [(torchrun, one_process), (one_process, torchrun)])
+def test_a_run_moves_from_two_processes_to_one_and_back(first, then, tmp_path):
+    run("train_vq.py", "--run", tmp_path / "alone", *SPLITTABLE)
+    command = ["train_vq.py", "--run", tmp_path / "moved", *SPLITTABLE]
+    process = subprocess.Popen(first(*command), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
+                               start_new_session=True)
+    wait_for_step(process, 3)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    result = subprocess.run(then(*command, "--resume"), capture_output=True, text=True, env=ENVIRONMENT, timeout=120,
+                            check=False)
+    assert result.returncode == 0, result.stderr
+    assert_close(weights(tmp_path / "alone" / "vqgan.pt"), weights(tmp_path / "moved" / "vqgan.pt"))
+    rows = read_log(tmp_path / "moved" / "vqgan.log.csv")
+    assert [row["step"] for row in rows] == list("123456")
+    # The logged loss is the mean over the ranks: that of the whole batch.
+    for row, alone in zip(rows, read_log(tmp_path / "alone" / "vqgan.log.csv"), strict=True):
+        assert float(row["reconstruction"]) == pytest.approx(float(alone["reconstruction"]), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_two_machines(tmp_path):
+    """Two agents with a process each, as on two machines with a shared folder, end with the weights of one process."""
+    run("train_vq.py", "--run", tmp_path / "alone", *SPLITTABLE)
+    port = 27000 + os.getpid() % 1000
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
+               "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--local_addr", "127.0.0.1", "--",
+               str(ROOT / "train_vq.py"), "--run", str(tmp_path / "both"), *map(str, SPLITTABLE)]
+    agents = [subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+              for _ in range(2)]
+    for agent in agents:
+        output, _ = agent.communicate(timeout=240)
+        assert agent.returncode == 0, output
+    assert_close(weights(tmp_path / "alone" / "vqgan.pt"), weights(tmp_path / "both" / "vqgan.pt"))
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_others(tmp_path):
+    process = subprocess.Popen(torchrun("train_vq.py", "--run", tmp_path, *TINY_VQ, "--steps", 100000), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    wait_for_step(process, 2)
+    children = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(process.pid)], text=True).split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    started = time.time()
+    process.communicate(timeout=60)
+    assert process.returncode not in (0, None) and time.time() - started < 60
+
+
+# ---- how ranks end
+
+class Zeros:
+    """A data set whose reader processes go on for ever."""
+    workers = 0
+
+    def __getitem__(self, index):
+        return torch.zeros(10)
+
+
+def fail_beside_readers(error, failing_rank):
+    """Reads with two workers, meets the other ranks at every step, and fails on one rank at step 3."""
+    def loop(args, machine):
+        if machine.world > 1:
+            threading.Thread(target=threading.Event().wait).start()     # never ends, as NCCL's may not
+        stream = iter(loader(Zeros(), range(10_000), Zeros, workers=2))
+        for step in range(1000):
+            next(stream)
+            if step == 3 and machine.rank == failing_rank:
+                raise error
+            machine.any(False)
+
+    def main():
+        runtime.launch(loop, CPU)
+    flags.command_line(main)
+
+
+ERRORS = [
+    (flags.UserError("the disk is full: free some space"), 2, "error: the disk is full: free some space\n"),
+    (ZeroDivisionError("a bug"), 1, "ZeroDivisionError: a bug\n"),
+    (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
+]
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+@pytest.mark.parametrize("error, status, message", ERRORS)
+def test_an_error_on_one_rank_ends_all(error, status, message, failing_rank, capfd):
+    started = time.time()
+    statuses = on_ranks(fail_beside_readers, error, failing_rank)
+    assert time.time() - started < 10
+    assert statuses[failing_rank] == status
+    assert statuses[1 - failing_rank] == 2
+    printed = capfd.readouterr().err
+    assert message in printed
+    assert "another process of this run has ended" in printed
+
+
+@pytest.mark.parametrize("error, status, message", ERRORS)
+def test_an_error_beside_readers_ends_one_process(error, status, message, capfd):
+    started = time.time()
+    assert on_ranks(fail_beside_readers, error, 0, world=1) == [status]
+    assert time.time() - started < 10
+    assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("ending", [SystemExit(143), None])
+def test_ranks_leave_together_after_a_signal_and_at_the_end(ending):
+    """Otherwise NCCL complains at exit, and gloo's threads may abort the process."""
+    def on_a_rank():
+        def loop(args, machine):
+            assert torch.distributed.is_initialized()
+            if ending:
+                raise ending
+        try:
+            runtime.launch(loop, CPU)
+        finally:
+            assert not torch.distributed.is_initialized()
+    assert on_ranks(on_a_rank) == ([143, 143] if ending else [0, 0])
+
+
+# ---- how many ranks, and where
+
+def test_readers_are_shared_among_the_ranks(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(192), raising=False)
+    assert runtime.cores() == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "24")
+    assert runtime.cores() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "400")
+    assert runtime.cores() == 1
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(flags.UserError, match="process 2 has no GPU of its own.*--nproc_per_node"):
+        runtime.Machine("cuda")
+
+
+@pytest.fixture
+def gpu_without_cuda(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(runtime.Path, "exists", lambda path: str(path) == "/proc/driver/nvidia")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("cuda, reason", [(None, "a build for CPUs"), ("13.0", "CUDA 13.0 needs a newer driver")])
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_gpu_that_torch_cannot_use_is_named(name, cuda, reason, gpu_without_cuda, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(flags.UserError, match=f"{reason}.*--device cpu"):
+        runtime.Machine(name)
+    assert runtime.Machine("cpu").device.type == "cpu"
+
+
+def test_a_gpu_that_is_hidden_is_not_asked_for(gpu_without_cuda, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert runtime.Machine("auto").device.type == "cpu"
+
+
+def test_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runtime.Machine("auto").device.type == "cpu"
+    with pytest.raises(flags.UserError, match="NVIDIA.*--device cpu"):
+        runtime.Machine("cuda")
+
+
+def test_torch_xla_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_xla", None)
+    with pytest.raises(flags.UserError, match="torch-xla.*pip install"):
+        runtime.Machine("xla")
+
+
+def test_upsampling_for_torch_xla_gives_the_same_pixels():
+    """torch-xla's own has no backward pass."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Upsample(scale_factor=2), nn.Sequential(nn.Upsample(scale_factor=2)))
+    images = torch.rand(2, 3, 5, 7)
+    expected = model(images)
+    runtime.replace_upsampling(model)
+    assert not any(isinstance(module, nn.Upsample) for module in model.modules())
+    assert torch.equal(model(images), expected)
