@@ -28,11 +28,12 @@ def command_line(main: Callable[[], None], interrupted: str = "stopped by Ctrl-C
 
     A UserError, a lack of memory, or the end of another rank becomes one line on stderr and exit
     status 2; with TRACEBACK=1 in the environment a UserError shows where it came from. Every other
-    exception keeps its traceback. Ctrl-C prints `interrupted` and ends with status 130."""
+    exception keeps its traceback. Ctrl-C prints the interrupt's own text or `interrupted`, and ends
+    with status 130."""
     try:
         main()
-    except KeyboardInterrupt:
-        print(f"\n{interrupted}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{str(interrupt) or interrupted}", file=sys.stderr)
         leave(130)
     except Exception as error:
         message = " ".join(str(error).split())
@@ -85,14 +86,18 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
+def memory() -> float:
+    """Returns this computer's memory in bytes; infinity where Python cannot tell."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_memory(size: float, flag: str):
     """Raises UserError if `size` bytes, which `flag` asks for, are more than this computer has."""
-    if not hasattr(os, "sysconf"):
-        return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > memory:
+    if size > memory():
         raise UserError(f"{flag} would take {size / 1e9:.4g} GB of memory, and this computer has "
-                        f"{memory / 1e9:.4g}: ask for fewer images")
+                        f"{memory() / 1e9:.4g}: ask for fewer images")
 
 
 # ---- types

@@ -1,98 +1,150 @@
-"""Images as tokens: encoded as they come, or once for all (--cache-tokens), each in several augmented views."""
+"""Images as tokens: encoded as they come, or once in several augmented views (--cache-tokens)."""
 import functools
-import json
+import hashlib
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lib.data import loader
 from lib.files import fingerprint, rebuild, write_atomically
 from lib.flags import UserError
-from lib.runtime import hashed_uniform
+from lib.loader import DataSet, interruptible, loader
+from lib.runtime import Machine, hashed_uniform
 from lib.terminal import Progress
 
 
 class FrozenTokenizer:
-    """A trained tokenizer as stage 2 uses it. path, model_class: as for rebuild(). image_size: of the images to come;
-    None: of those it was trained on. at_once: how many of them it sees. Raises as rebuild() does, and ValueError where
-    its stride does not divide the size. Attributes: model, image_size, num_tokens, codebook_size, fingerprint."""
+    """A trained tokenizer as stage 2 uses it.
 
-    def __init__(self, path, model_class, image_size, at_once, machine):
+    path, model_class: as for rebuild(). image_size: of the images to come; None: of those that it
+    was trained on. at_once: how many of them it encodes at a time.
+    Attributes: model, image_size, num_tokens, codebook_size, fingerprint.
+    Raises UserError as rebuild() does, and if the tokenizer's stride does not divide the size."""
+
+    def __init__(self, path: str | Path, model_class: type, image_size: int | None, at_once: int,
+                 machine: Machine):
         model, checkpoint = rebuild(path, "vqgan", model_class)
-        self.fingerprint, self.image_size = fingerprint(model), image_size or checkpoint["image_size"]
-        stride, self.codebook_size = model.config.stride, model.config.codebook_size
+        stride = model.config.stride
+        self.image_size = image_size or checkpoint["image_size"]
         if self.image_size % stride:
-            raise UserError(f"--image-size {self.image_size} is not divisible by the tokenizer's stride {stride}")
-        self.num_tokens, self.at_once, self.machine = (self.image_size // stride) ** 2, at_once, machine
-        self.model = machine.freeze(model.to(machine.device, memory_format=machine.layout))
-        self.compiled = machine.compile(self.model.encode)
+            raise UserError(f"--image-size {self.image_size} is not divisible by the tokenizer's "
+                            f"stride {stride}: choose a multiple of {stride}")
+        self.num_tokens = (self.image_size // stride) ** 2
+        self.codebook_size = model.config.codebook_size
+        self.fingerprint = fingerprint(model)
+        self.at_once = at_once
+        self.machine = machine
+        self.model = machine.freeze(machine.place(model))
+        self.compiled_encode = machine.compile(self.model.encode)
 
     @torch.no_grad()
-    def encode(self, images, own_share=False):
-        """(n, 3, S, S) uint8 -> tokens (n, N), on the device. own_share: as for Machine.put."""
+    def encode(self, images: torch.Tensor, own_share: bool = False) -> torch.Tensor:
+        """Returns the tokens (n, N) of images (n, 3, S, S) uint8, on the device.
+
+        own_share: as for Machine.put()."""
+        tokens = []
         with self.machine.autocast():
-            parts = self.machine.to_floats(images, own_share).split(self.at_once)
-            return torch.cat([self.compiled(part).flatten(1) for part in parts])
+            for some in self.machine.to_floats(images, own_share).split(self.at_once):
+                tokens.append(self.compiled_encode(some).flatten(1))
+        return torch.cat(tokens)
 
 
 class CachedTokens:
-    """Every training image as tokens, encoded once in several augmented views; `batch` gives (tokens (B, N), labels).
+    """All training images as tokens, encoded once in several augmented views: a data set of tokens.
 
-    folder: holds index.json and chunks NNNNN.npy of uint16; a row is the N tokens and the label of one view of one
-    image. A chunk has CHUNK rows, or more where there would be over FILES chunks, as each stays open. BATCH rows are
-    encoded together. data: the images. Raises ValueError where the folder holds other data or number of views."""
-    CHUNK, FILES, BATCH, workers = 4096, 256, 256, 0
+    A row is the N tokens and the label of one view of one image; the first views of all images come
+    first. The rows are in chunks, files NNNNN-HASH.npy of uint16 in `folder`. The hash is of what
+    was encoded (DataSet.signatures), so chunks of images that have changed are encoded anew.
+    data: the images. num_tokens: N."""
 
-    def __init__(self, folder, data, views, num_tokens):
-        self.folder, self.data, self.views, self.rows = Path(folder), data, views, len(data) * views
-        self.chunk = max(self.CHUNK, math.ceil(self.rows / self.FILES))
-        self.paths = [self.folder / f"{i:05}.npy" for i in range(math.ceil(self.rows / self.chunk))]
-        index = {"images": len(data), "views": views, "tokens": num_tokens, "classes": list(data.classes),
-                 "chunk": self.chunk}
-        path = self.folder / "index.json"
-        if not path.exists():
-            write_atomically(path, lambda file: file.write(json.dumps(index).encode()))
-        found = json.loads(path.read_text())
-        for key, value in index.items():
-            if found.get(key) != value:
-                raise UserError(f"the tokens in {folder} are stale, with another value of {key}: rm -r '{folder}', "
-                                 f"then run this again to encode anew")
+    ROWS = 4096              # of a chunk; more if there would be over FILES chunks,
+    FILES = 256              # as each stays open
+    # Rows that a reader process reads at once: with 8 ranks of 16 readers, two batches each are on
+    # the way, which at 256 pixels is 3 GB of shared memory.
+    BATCH = 64
 
-    def __len__(self):
+    workers = 0
+
+    def __init__(self, folder: str | Path, data: DataSet, views: int, num_tokens: int):
+        self.folder = Path(folder)
+        self.data = data
+        self.views = views
+        rows = len(data) * views
+        self.chunk_rows = max(self.ROWS, math.ceil(rows / self.FILES))
+        self.chunks = [range(rows)[first:first + self.chunk_rows]
+                       for first in range(0, rows, self.chunk_rows)]
+        signatures = data.signatures()
+        self.paths = []
+        for number, chunk in enumerate(self.chunks):
+            digest = hashlib.md5(f"{num_tokens} {chunk} {len(data)}".encode())
+            digest.update(signatures[np.arange(chunk.start, chunk.stop) % len(data)].tobytes())
+            self.paths.append(self.folder / f"{number:05}-{digest.hexdigest()[:16]}.npy")
+
+    def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, rows):
-        """Images and labels of a range of rows, for `encode`."""
+    def __getitem__(self, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the images and labels of some rows, for encode()."""
         rows = np.arange(rows.start, rows.stop)
         return self.data.batch(rows % len(self.data), rows + (1 << 50))
 
-    def encode(self, tokenize, rank=0, world=1):
-        """Writes the chunks that are missing, each rank its share, and each whole or not at all, so an interrupted
-        encoding goes on where it stopped. tokenize: images (n, 3, S, S) uint8 -> tokens (n, N)."""
-        missing = {path: range(self.rows)[i * self.chunk:(i + 1) * self.chunk]
-                   for i, path in enumerate(self.paths) if i % world == rank and not path.exists()}
-        parts = [rows[i:i + self.BATCH] for rows in missing.values() for i in range(0, len(rows), self.BATCH)]
-        stream, done = iter(loader(self, parts, self.data)), 0
-        progress = Progress(f"encoding {self.rows} views into {self.folder}", sum(map(len, parts)), stream=sys.stderr)
-        for path, rows in missing.items():
-            batches = []
-            for _ in rows[::self.BATCH]:
-                images, labels = next(stream)
-                batches.append(torch.cat([tokenize(images).cpu(), labels[:, None]], 1))
-                done += len(labels)
-                if rank == 0:
-                    progress.show(done)
-            write_atomically(path, functools.partial(np.save, arr=torch.cat(batches).numpy().astype(np.uint16)))
+    def encode(self, tokenize: Callable[[torch.Tensor], torch.Tensor], rank: int = 0,
+               world: int = 1) -> None:
+        """Writes the chunks that are missing, and removes those of other images.
+
+        tokenize: images (n, 3, S, S) uint8 -> tokens (n, N). Each rank writes its share of the
+        chunks, and each of them whole or not at all, so an interrupted encoding can go on. Raises
+        UserError as data.batch() does, KeyboardInterrupt on Ctrl-C."""
+        if rank == 0:
+            self.remove_others()
+        missing = [number for number in range(rank, len(self.paths), world)
+                   if not self.paths[number].exists()]
+        pieces = [piece for number in missing for piece in self.pieces(number)]
+        images_of_pieces = loader(self, pieces, self.data)
+        total = sum(len(piece) for piece in pieces)
+        progress = Progress(f"encoding views into {self.folder}", total, stream=sys.stderr)
+        done = 0
+        with interruptible("stopped while encoding images: the same command with --resume goes on"):
+            for number in missing:
+                rows = []
+                for _ in self.pieces(number):
+                    images, labels = next(images_of_pieces)
+                    rows.append(torch.cat([tokenize(images).cpu(), labels[:, None]], 1))
+                    done += len(labels)
+                    if rank == 0:
+                        progress.show(done)
+                rows = torch.cat(rows).numpy().astype(np.uint16)
+                write_atomically(self.paths[number], functools.partial(np.save, arr=rows))
+
+    def pieces(self, number: int) -> list[range]:
+        """Returns the rows of a chunk in pieces of up to BATCH rows."""
+        chunk = self.chunks[number]
+        return [chunk[first:first + self.BATCH] for first in range(0, len(chunk), self.BATCH)]
+
+    def remove_others(self) -> None:
+        """Deletes the chunks of other images, or of these before they changed, and says so."""
+        others = [path for path in self.folder.glob("*.npy") if path not in self.paths]
+        if others:
+            print(f"{len(others)} files in {self.folder} hold tokens of other images or of other "
+                  f"versions of them: they are removed, and what is missing is encoded anew",
+                  file=sys.stderr)
+        for path in others:
+            path.unlink()
 
     @functools.cached_property
-    def chunks(self):
+    def arrays(self) -> list[np.ndarray]:
+        """The chunks, which the system reads from the disk as they are needed."""
         return [np.load(path, mmap_mode="r") for path in self.paths]
 
-    def batch(self, indices, draws):
-        """A view of each image, chosen by its draw: tokens (B, N) int32, labels (B,) int64."""
-        view = (hashed_uniform(5, draws, 1)[:, 0] * self.views).astype(np.int64)
-        rows = np.stack([self.chunks[row // self.chunk][row % self.chunk] for row in view * len(self.data) + indices])
-        return torch.from_numpy(rows[:, :-1].astype(np.int32)), torch.from_numpy(rows[:, -1].astype(np.int64))
+    def batch(self, indices: np.ndarray, draws: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns tokens (B, N) int32 and labels (B,) int64, in the views that the draws choose."""
+        views = (hashed_uniform(5, draws, 1)[:, 0] * self.views).astype(np.int64)
+        numbers = views * len(self.data) + indices
+        chunks, places = np.divmod(numbers, self.chunk_rows)
+        pairs = zip(chunks, places, strict=True)
+        rows = np.stack([self.arrays[chunk][place] for chunk, place in pairs])
+        labels = torch.from_numpy(rows[:, -1].astype(np.int64))
+        return torch.from_numpy(rows[:, :-1].astype(np.int32)), labels

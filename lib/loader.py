@@ -1,0 +1,153 @@
+"""The endless stream of shuffled batches for training, and the processes that read ahead for it."""
+import atexit
+import contextlib
+import functools
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from lib.flags import UserError, end_readers
+from lib.runtime import Machine
+
+atexit.register(end_readers)
+
+ImagesAndLabels = tuple[torch.Tensor, torch.Tensor]     # (B, 3, S, S) uint8, (B,) int64
+
+
+class DataSet(Protocol):
+    """A training or validation set.
+
+    classes: names by label. image_size: S. workers: how many processes should read ahead; 0 if
+    images are in memory or drawn."""
+
+    classes: list[str]
+    image_size: int
+    workers: int
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> ImagesAndLabels:
+        """Returns a batch as a pure function of the arguments.
+
+        draws: an integer for each image, which seeds its augmentation; None: no augmentation."""
+
+    def signatures(self) -> np.ndarray:
+        """Returns a number (uint64) for each image, which changes if it or its label does."""
+
+
+@functools.lru_cache(maxsize=1)
+def shuffled(seed: int, epoch: int, length: int) -> np.ndarray:
+    """Returns the indices of an epoch in its random order."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(length)
+
+
+def augmentation_draws(seed: int, places: np.ndarray) -> np.ndarray:
+    """Returns the integer that seeds the augmentation of each place in the stream.
+
+    The lower 40 bits are the place; the 22 bits above come from the seed, so that two differ."""
+    return places + (seed % (1 << 22) << 40)
+
+
+class Steps:
+    """Batch number `step` of an endless stream of shuffled epochs: a pure function of (seed, step).
+
+    size: images in a batch. Each of `world` ranks gets its own part of every batch, so that all
+    ranks together get the batch of one process."""
+
+    def __init__(self, data: DataSet, size: int, seed: int, rank: int = 0, world: int = 1):
+        self.data = data
+        self.size = size
+        self.seed = seed
+        self.rank = rank
+        self.size_of_rank = size // world
+
+    def __getitem__(self, step: int) -> ImagesAndLabels:
+        first = step * self.size + self.rank * self.size_of_rank
+        places = range(first, first + self.size_of_rank)             # in the stream of all epochs
+        length = len(self.data)
+        indices = [shuffled(self.seed, place // length, length)[place % length] for place in places]
+        return self.data.batch(np.array(indices), augmentation_draws(self.seed, np.array(places)))
+
+
+def batches(data: DataSet, size: int, seed: int, first: int, last: int,
+            workers: int | None = None,
+            machine: Machine | None = None) -> Iterator[ImagesAndLabels]:
+    """Iterates over the batches of steps first .. last - 1 of the stream.
+
+    size: B, over all ranks. workers: processes that read ahead; None: as many as suit the data.
+    machine: whose rank and device the batches are for; None: one process on the CPU. Raises
+    UserError as data.batch() does."""
+    if machine is None:
+        return loader(Steps(data, size, seed), range(first, last), data, workers)
+    steps = Steps(data, size, seed, machine.rank, machine.world)
+    on_cuda = machine.device.type == "cuda"
+    return loader(steps, range(first, last), data, workers, pin_memory=on_cuda)
+
+
+def loader(dataset: object, keys: Iterable, data: DataSet, workers: int | None = None,
+           pin_memory: bool = False) -> Iterator:
+    """Iterates over dataset[key] for every key, read ahead by processes.
+
+    workers: how many; None: data.workers. Raises UserError if dataset[key] does, or a reader dies.
+    """
+    readers = torch.utils.data.DataLoader(
+        ErrorsAsValues(dataset), batch_size=None, sampler=keys, pin_memory=pin_memory,
+        num_workers=data.workers if workers is None else workers, worker_init_fn=ignore_signals)
+    try:
+        for item in readers:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"a process that reads images died ({error}): lower --workers, or give the "
+                        f"machine more (shared) memory, in Docker with --ipc=host") from error
+
+
+class ErrorsAsValues:
+    """A data set that returns a UserError where another one raises it.
+
+    What a reader process raises, torch re-raises with a traceback in its text."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key):
+        try:
+            return self.dataset[key]
+        except UserError as error:
+            return error
+
+
+def ignore_signals(worker: int) -> None:
+    """Makes a reader process ignore Ctrl-C and SIGTERM, which torchrun sends to the whole group.
+
+    The training loop answers them by a last step, for which it may need its readers. They end with
+    it (flags.end_readers); if it is killed, torch's watchdog ends them within five seconds."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def interruptible(message: str) -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM end a long task at once, with a KeyboardInterrupt of this message.
+
+    Training answers them only at the end of a step (lib.run), which may be hours away."""
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(message)
+
+    if threading.current_thread() is not threading.main_thread():     # others cannot set handlers
+        yield
+        return
+    on_interrupt = signal.signal(signal.SIGINT, stop)
+    on_terminate = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
+        signal.signal(signal.SIGTERM, on_terminate)
