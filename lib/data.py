@@ -149,16 +149,13 @@ def spread(data: DataSet, count: int) -> ImagesAndLabels:
 
 
 def find_class(text: str, classes: list[str]) -> int:
-    """Returns the label of a class: of that name, of that number, or with this in its name.
+    """Returns the label of the class with this name, this number, or this in its name alone.
 
-    If names are numbers themselves, no other number names a class. Raises UserError."""
+    A number means a label only if no class has a number for its name. Raises UserError."""
     if text in classes:
         return classes.index(text)
-    if text.isdecimal() and not any(name.isdecimal() for name in classes):
-        if int(text) < len(classes):
-            return int(text)
-        last = len(classes) - 1
-        raise UserError(f"class {text} does not exist: this run has classes 0 to {last}")
+    if text.isdecimal():
+        return find_label(int(text), classes)
     same = [name for name in classes if name.lower() == text.lower()]
     similar = same or [name for name in classes if text.lower() in name.lower()]
     if len(similar) == 1:
@@ -166,6 +163,16 @@ def find_class(text: str, classes: list[str]) -> int:
     if similar:
         raise UserError(f"class '{text}' fits several: {first_names(similar)}")
     raise UserError(f"class '{text}' does not exist: this run has {first_names(classes)}")
+
+
+def find_label(number: int, classes: list[str]) -> int:
+    """Returns a number if it is a label. Raises UserError if not, or if numbers name the classes."""
+    if any(name.isdecimal() for name in classes):
+        raise UserError(f"class '{number}' does not exist: this run has {first_names(classes)}")
+    if number >= len(classes):
+        raise UserError(f"class {number} does not exist: this run has classes 0 to "
+                        f"{len(classes) - 1}")
+    return number
 
 
 def first_names(names: list[str]) -> str:

@@ -94,19 +94,22 @@ def loader(dataset: object, keys: Iterable, data: DataSet, workers: int | None =
 
     workers: how many; None: data.workers. Raises UserError if dataset[key] does, or a reader dies.
     """
+    if workers is None:
+        workers = data.workers
     readers = torch.utils.data.DataLoader(
-        ErrorsAsValues(dataset), batch_size=None, sampler=keys, pin_memory=pin_memory,
-        num_workers=data.workers if workers is None else workers, worker_init_fn=ignore_signals)
+        ErrorsAsValues(dataset), batch_size=None, sampler=keys, num_workers=workers,
+        pin_memory=pin_memory, worker_init_fn=ignore_signals)
     try:
         for item in readers:
             if isinstance(item, UserError):
                 raise item
             yield item
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        if workers == 0 or str(error).startswith("Caught "):       # an error of dataset[key] itself
             raise
-        raise UserError(f"a process that reads images died ({error}): lower --workers, or give the "
-                        f"machine more (shared) memory, in Docker with --ipc=host") from error
+        raise UserError(f"a process that reads images died ({type(error).__name__} {error}): lower "
+                        f"--workers, or provide more (shared) memory, in Docker with --ipc=host"
+                        ) from error
 
 
 class ErrorsAsValues:

@@ -1,0 +1,191 @@
+"""The token cache: each view of each image once, and encoded anew when an image changes."""
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_TRANSFORMER, run
+from PIL import Image
+from test_data import ends, make_folder, start
+
+from lib.data import open_data
+from lib.runtime import hashed_uniform
+from lib.tokens import CachedTokens
+
+
+class Images:
+    """The "tokens" of an image are its index and the draw of its augmentation."""
+
+    classes = ["even", "odd"]
+    workers = 0
+
+    def __init__(self, count=50):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def batch(self, indices, draws):
+        return torch.tensor(np.stack([indices, draws % 1000], 1)), torch.tensor(indices % 2)
+
+    def signatures(self):
+        return np.arange(self.count, dtype=np.uint64)
+
+
+class Tokenize:
+    """Stands for the tokenizer: every image its own tokens, by its own pixels. Counts the images that it sees."""
+
+    def __init__(self):
+        self.seen = 0
+
+    def __call__(self, images):
+        self.seen += len(images)
+        return images[:, :, ::16, ::16].flatten(1).long()
+
+
+def encode(cached, rank=0, world=1):
+    """How many views of images had to be encoded."""
+    tokenize = Tokenize()
+    cached.encode(tokenize, rank, world)
+    return tokenize.seen
+
+
+def test_cached_tokens_hold_each_view_of_each_image_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(CachedTokens, "ROWS", 40)
+    monkeypatch.setattr(CachedTokens, "BATCH", 16)
+    cached, encoded = CachedTokens(tmp_path, Images(), 4, 2), []
+    for rank, rows in ((0, 120), (1, 80)):                  # three of the five chunks, then the other two
+        cached.encode(lambda images: encoded.append(images) or images, rank, 2)
+        assert sum(map(len, encoded)) == rows and max(map(len, encoded)) == 16
+        encoded.clear()
+    indices = np.arange(50).repeat(40)
+    tokens, labels = cached.batch(indices, np.arange(2000))
+    assert np.array_equal(tokens[:, 0], indices) and np.array_equal(labels, indices % 2)
+    for index in range(50):                                 # all four views are drawn, and no two are augmented alike
+        assert len(tokens[indices == index, 1].unique()) == 4
+    assert torch.equal(cached.batch(indices, np.arange(2000))[0], tokens)
+
+
+def test_cached_tokens_are_those_encoded_on_the_fly(tmp_path, monkeypatch):
+    make_folder(tmp_path / "images", {"a": 12, "b": 9})
+    train, _ = open_data(str(tmp_path / "images"), 32)
+    monkeypatch.setattr(CachedTokens, "ROWS", 16)
+    cached = CachedTokens(tmp_path / "tokens", train, 3, 12)
+    assert encode(cached, 0, 2) + encode(cached, 1, 2) == 3 * len(train)     # ranks share the chunks
+    indices = [0, len(train) - 1, 5]
+    tokens, labels = cached.batch(indices, [3, 4, 5])
+    assert torch.equal(labels, train.batch(indices)[1]) and tokens.shape == (3, 12)
+    view = int(hashed_uniform(5, [3], 1)[0, 0] * 3)
+    again = train.batch([0], [view * len(train) + (1 << 50)])[0]
+    assert torch.equal(tokens[0].long(), Tokenize()(again)[0])
+    os.remove(cached.paths[1])                              # a half-written cache goes on: what is there stays
+    assert encode(CachedTokens(tmp_path / "tokens", train, 3, 12)) == 16
+
+
+def change_colour(path):
+    """Replaces a picture by one of the same size."""
+    status = os.stat(path)
+    Image.new("RGB", (40, 30), "blue").save(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+
+
+def test_images_that_change_are_encoded_anew(tmp_path, monkeypatch, capsys):
+    """Replaced, moved to another class, more, in other views: what is in the cache is that of the images."""
+    root = tmp_path / "images"
+    make_folder(root, {"a": 40, "b": 40})
+    monkeypatch.setattr(CachedTokens, "ROWS", 16)
+
+    def encoded(views=2, num_tokens=12):
+        train, _ = open_data(str(root), 32)
+        cached = CachedTokens(tmp_path / "tokens", train, views, num_tokens)
+        count = encode(cached)
+        everything = np.concatenate(cached.arrays)
+        assert len(everything) == views * len(train)
+        for row in (0, 7, len(train) - 1, len(everything) - 1):
+            image, label = cached[range(row, row + 1)]
+            assert np.array_equal(everything[row], [*Tokenize()(image)[0], label[0]])
+        said = capsys.readouterr().err
+        assert ("encoded anew" in said) == (len(list((tmp_path / "tokens").iterdir())) > 0 and count > 0 and told)
+        return count, len(everything), train
+
+    told = False                                            # the first time there is nothing to remove
+    count, rows, train = encoded()
+    assert count == rows
+    assert encoded()[0] == 0                                # the same images
+    told = True
+    change_colour(train.files[3])
+    assert encoded()[0] == 32                               # one chunk of each view
+    changed = root / "b" / "moved.png"
+    os.rename(train.files[0], changed)
+    assert encoded()[0] > rows - 16 * 3
+    make_folder(root, {"0": 1})                             # a new class: all labels change
+    count, rows, _ = encoded()
+    assert count == rows
+    assert encoded(num_tokens=13)[0] == rows                # of another image size, say
+    count, more, _ = encoded(views=3, num_tokens=13)
+    assert more - rows <= count < more - rows + 16          # the views that are there stay
+    os.utime(root / "b" / "005.png")
+    assert encoded(views=3, num_tokens=13)[0] >= 48
+
+
+def test_a_cache_of_an_older_version_is_removed(tmp_path, capsys):
+    np.save(tmp_path / "00000.npy", np.zeros((50, 3), np.uint16))
+    encode_all = CachedTokens(tmp_path, Images(), 1, 2)
+    encode_all.encode(lambda images: images)
+    assert "1 files" in capsys.readouterr().err
+    assert list(tmp_path.glob("*.npy")) == encode_all.paths
+
+
+def test_files_that_never_change_are_known_by_path_and_class(tmp_path):
+    """The times of ImageNet's million files would take minutes to read from a network disk."""
+    for split in ("train", "val"):
+        make_folder(tmp_path / "imagenet" / split, {"a": 3, "b": 3})
+    before = open_data("imagenet", 32, tmp_path)[0].signatures()
+    os.utime(tmp_path / "imagenet" / "train" / "a" / "000.png", (1, 1))
+    assert np.array_equal(open_data("imagenet", 32, tmp_path)[0].signatures(), before)
+    os.rename(tmp_path / "imagenet" / "train" / "a" / "000.png", tmp_path / "imagenet" / "train" / "b" / "000.png.png")
+    after = open_data("imagenet", 32, tmp_path)[0].signatures()
+    assert len(np.intersect1d(before, after)) == 5
+
+
+def test_the_token_cache_holds_few_files_open(tmp_path):
+    cached = CachedTokens(tmp_path, Images(1_281_167), 10, 256)
+    assert len(cached.paths) <= 256 and cached.chunk_rows * len(cached.paths) >= 12_811_670
+
+
+def test_readers_need_little_shared_memory():
+    """Eight ranks of sixteen readers, each two batches ahead, at 256 pixels: 3.2 GB."""
+    assert 8 * 16 * 2 * CachedTokens.BATCH * 3 * 256 ** 2 < 4e9
+
+
+@pytest.mark.parametrize("size", [8, 80])                   # from memory, and by readers
+def test_encoding_is_stopped_by_ctrl_c(size, tmp_path):
+    make_folder(tmp_path / "images", {"a": 100})
+    process = start(tmp_path, f"""
+import signal
+train, val = open_data({str(tmp_path / "images")!r}, {size})
+def tokenize(images):
+    print("encoding", flush=True)
+    time.sleep(0.1)
+    return images[:, 0, 0, :2].long()
+for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda number, frame: None)
+CachedTokens({str(tmp_path / "tokens")!r}, train, 1000, 2).encode(tokenize)
+""", data_="shapes")
+    process.stdout.readline()
+    time.sleep(0.2)
+    process.send_signal(2)
+    assert "stopped while encoding images" in ends(process, 10, code=130)
+
+
+def test_training_from_cached_tokens(trained, tmp_path):
+    """A folder of tokens for each tokenizer, in the run; another number of views is encoded beside them."""
+    make_folder(tmp_path / "images", {"a": 12, "b": 9})
+    flags = ["--data", tmp_path / "images", "--vqgan", trained / "vqgan.pt", *TINY_TRANSFORMER]
+    run("train_transformer.py", "--run", tmp_path / "cached", *flags, "--cache-tokens", 2)
+    assert len(list((tmp_path / "cached" / "tokens").glob("*/00000-*.npy"))) == 1
+    shutil.copytree(tmp_path / "cached" / "tokens", tmp_path / "other" / "tokens")
+    output = run("train_transformer.py", "--run", tmp_path / "other", *flags, "--cache-tokens", 3)
+    assert "encoded anew" in output
+    assert len(list((tmp_path / "other" / "tokens").glob("*/00000-*.npy"))) == 1
