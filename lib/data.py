@@ -166,7 +166,7 @@ def find_class(text: str, classes: list[str]) -> int:
 
 
 def find_label(number: int, classes: list[str]) -> int:
-    """Returns a number if it is a label. Raises UserError if not, or if numbers name the classes."""
+    """Returns a number if it is a label. Raises UserError if not, or if names are numbers."""
     if any(name.isdecimal() for name in classes):
         raise UserError(f"class '{number}' does not exist: this run has {first_names(classes)}")
     if number >= len(classes):

@@ -125,7 +125,7 @@ def test_batches_visit_every_image_once_an_epoch_and_start_anywhere():
     assert not torch.equal(order[:10], order[10:20])
     assert len(set(torch.cat([draws for _, draws in whole]).tolist())) == 40
     later = list(batches(Indices(), 4, 7, 6, 10))
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(whole[6:], later))
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(whole[6:], later, strict=True))
     other = list(batches(Indices(), 4, 8, 0, 10))
     assert not torch.equal(order, torch.cat([indices for indices, _ in other]))
     draws, others = (set(torch.cat([draws for _, draws in stream]).tolist()) for stream in (whole, other))
