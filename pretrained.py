@@ -1,292 +1,291 @@
-"""What others trained: the authors' released tokenizer and transformer, and the tokenizer's PyTorch port.
+"""Converts the authors' released models, and a PyTorch port of the tokenizer, to runs and back.
 
-    python pretrained.py imagenet256                    # or imagenet512: fetches both models, writes runs/imagenet256
+    python pretrained.py imagenet256            # or imagenet512: fetches both models, writes a run
     python sample.py --run runs/imagenet256 --class tench "golden retriever"
     python pretrained.py --tokenizer FILE [--transformer FILE] --run DIR    # from files at hand
-    python pretrained.py --export DIR RUN               # a run's two models in the released format
-    python pretrained.py --half DIR RUN                 # a run in float16, half the size, to hand on
+    python pretrained.py --export DIR RUN       # a run's two models in the released format
+    python pretrained.py --half DIR RUN         # a run in float16: half the size
 
-Files are fetched into the cache folder (lib/downloads.py). Nothing that is loaded can run code.
+Fetched files are kept in the cache folder, ~/.cache/maskgit. No file that is read can run code.
 """
 import argparse
 import math
 import re
-from collections import Counter
+import shlex
+from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lib import files
 from lib.data import IMAGENET_CLASSES
-from lib.files import download
 from lib.flags import UserError, command_line
+from lib.flax import import_msgpack, read_arrays, write_arrays
+from lib.layouts import port_arrays, released_arrays
 from maskgit import MaskGIT
 from vqgan import VQGAN
 
 URL = "https://storage.googleapis.com/maskgit-public/checkpoints/"
 MODELS = ["imagenet256", "imagenet512"]
-KINDS = ["vqgan", "transformer", "autoregressive", "classifier"]            # what a run may hold, the tokenizer first
-# The transformer's layers, around and inside its blocks: {our name: the names of the released ones that it unites}.
-AROUND_THE_BLOCKS = {"token_embedding": ["Embed_0/word_embeddings"],
-                     "position_embedding": ["Embed_0/position_embeddings"], "norm": ["Embed_0/embeddings_ln"],
-                     "head.0": ["MlmLayer_0/mlm_dense"], "head.2": ["MlmLayer_0/mlm_ln"]}
-TRANSFORMER_BLOCK = {"attention.qkv": [f"Attention_0/self_attention/{part}" for part in ("query", "key", "value")],
-                     "attention.out": ["Attention_0/self_attention/out"], "norm1": ["Attention_0/attention_output_ln"],
-                     "mlp.0": ["Mlp_0/intermediate_output"], "mlp.2": ["Mlp_0/layer_output"],
-                     "norm2": ["Mlp_0/layer_output_ln"]}
+STAGES = ["vqgan", "transformer", "autoregressive", "classifier"]       # what a run may hold
+PORT = "maskgit-vqgan-imagenet-f16-256.bin"             # the tokenizer in open-muse, 1d-tokenizer
+READABLE = (f"--tokenizer reads the authors' released file (Flax msgpack) and its PyTorch port "
+            f"({PORT}); it does not read safetensors files or Lightning checkpoints (.ckpt)")
 
 
-def tokenizer_layers(model):
-    """The same of a VQGAN: {our name: [the released name]}, also of what holds no weights but has layers in it.
+# ------------------------------------------------------------------------------- file -> our model
 
-    Flax numbers the layers of each kind as they are called, which is the order in which ours are defined."""
-    names, counts = {"quantizer": "quantizer", "encoder.layers": "encoder", "decoder.layers": "decoder"}, Counter()
-    for ours, layer in model.named_modules():
-        parent = ours.rpartition(".")[0]
-        if parent in names:
-            kind = f"{names[parent]}/{type(layer).__name__.removesuffix('2d')}"
-            names[ours] = f"{kind}_{counts[kind]}"
-            counts[kind] += 1
-    return {ours: [name] for ours, name in names.items()}
+class ReleasedFile:
+    """The arrays of a file by name, each of which is to be used once. path: for messages."""
 
+    def __init__(self, path: Path | str, arrays: dict[str, Tensor]):
+        self.path = path
+        self.arrays = arrays
 
-def released_arrays(model):
-    """Every array of a released file, of a VQGAN or MaskGIT: (its name, our weights that it stands for).
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of an array. Raises UserError if there is none."""
+        if name not in self.arrays:
+            raise UserError(f"{self.path}: parameter {name} is missing: this is another model, or "
+                            f"a part of one; {READABLE}")
+        return tuple(self.arrays[name].shape)
 
-    These are views of the model's weights in the shape of the released array, to be read, or to be written into."""
-    if isinstance(model, VQGAN):
-        layers = tokenizer_layers(model)
-    else:
-        yield "MlmLayer_0/mlm_bias/bias", model.head_bias.detach()
-        layers = AROUND_THE_BLOCKS | {f"blocks.{i}.{ours}": [f"TransformerLayer_{i}/{name}" for name in names]
-                                      for i in range(model.config.depth) for ours, names in TRANSFORMER_BLOCK.items()}
-    for ours, names in layers.items():
-        layer = model.get_submodule(ours)
-        weight = {nn.Conv2d: "kernel", nn.Linear: "kernel", nn.Embedding: "embedding"}.get(type(layer), "scale")
-        for kind, united in layer.named_parameters(recurse=False):
-            kind = weight if kind == "weight" else kind
-            for name, array in zip(names, united.detach().chunk(len(names)), strict=True):
-                if kind == "kernel":                        # ours begin with (out, in), theirs end with (in, out)
-                    array = array.movedim((1, 0), (-2, -1))
-                if name.endswith(("query", "key", "value")):                # what comes out is split by head
-                    array = array.unflatten(-1, (model.config.heads, -1))
-                elif name.endswith("self_attention/out") and kind == "kernel":          # so is what goes in here
-                    array = array.unflatten(0, (model.config.heads, -1))
-                yield f"{name}/{kind}", array
+    def count(self, start: str) -> int:
+        """Returns how many different numbers follow `start` in the names."""
+        numbers = set()
+        for name in self.arrays:
+            if name.startswith(start):
+                numbers.add(re.match(r"\d*", name.removeprefix(start)).group())
+        return len(numbers)
 
+    def build(self, model_class: type, config: object, layout: Callable) -> nn.Module:
+        """Returns a model with these arrays, in eval mode.
 
-def port_arrays(model):
-    """As released_arrays, for the PyTorch port of the tokenizer, whose arrays are laid out as ours."""
-    levels, blocks = range(len(model.config.multipliers)), range(model.config.res_blocks)
-    down = [f"down.{level}.block.{i}" for level in levels for i in blocks]
-    middle = [f"mid.{i}" for i in blocks]
-    up = []
-    for level in reversed(levels):                          # in the port the finest resolution is 0 on the way up too
-        up += [f"up.{level}.block.{i}" for i in blocks] + [f"up.{level}.upsample_conv"] * (level > 0)
-    yield "quantize.embedding.weight", model.quantizer.codebook.detach()
-    for tower, names in (("encoder", [*down, *middle]), ("decoder", [*middle, *up])):
-        layers = [layer for layer in getattr(model, tower).layers if list(layer.parameters())]
-        for path, layer in zip(["conv_in", *names, "norm_out", "conv_out"], layers, strict=True):
-            for name, array in layer.state_dict().items():
-                yield f"{tower}.{path}.{name}".replace("shortcut", "nin_shortcut"), array
+        layout: released_arrays or port_arrays. Raises UserError if the file has too few, too many
+        or misshapen arrays."""
+        with torch.device("meta"):                      # takes no time for a random start
+            model = model_class(config)
+        model = model.to_empty(device="cpu")
+        for name, ours in layout(model):
+            shape = self.shape(name)
+            if shape != tuple(ours.shape):
+                raise UserError(f"{self.path}: parameter {name} has shape {shape}, but "
+                                f"{tuple(ours.shape)} is expected: this is another model")
+            ours.copy_(self.arrays.pop(name))
+        if self.arrays:
+            raise UserError(f"{self.path}: parameter {next(iter(self.arrays))} is unexpected: this "
+                            f"is another model")
+        return model.eval()
 
 
-def import_msgpack():
+def vqgan_from_jax(path: Path | str) -> VQGAN:
+    """Returns the tokenizer of the authors' released file or of its PyTorch port, in eval mode.
+
+    Its configuration is read off the shapes. Raises UserError if the file cannot be read, is
+    damaged, or has a parameter too many or too few, which it names."""
     try:
-        import msgpack
-    except ImportError:
-        raise UserError("the released files are in the msgpack format: pip install msgpack") from None
-    return msgpack
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}: check its name") from error
+    if start[4:] == b"\0\0\0\0{":                       # the length of a header, then JSON
+        raise UserError(f"{path} is a safetensors file: {READABLE}")
+    if start.startswith((b"PK", b"\x80\x02")):          # torch.save: a zip archive, or a pickle
+        return vqgan_from_port(path)
+    file = ReleasedFile(path, read_arrays(path))
+    codebook_size, codebook_dim = file.shape("quantizer/codebook")
+    filters = file.shape("encoder/Conv_0/kernel")[-1]
+    file.shape("decoder/Conv_0/kernel")                 # raises if there is no decoder
+    levels = file.count("decoder/Conv_") - 1            # into it, up between levels, and out of it
+    res_blocks = file.count("encoder/ResBlock_") // (levels + 1)
+    widths = []
+    for level in range(levels):
+        widths.append(file.shape(f"encoder/ResBlock_{level * res_blocks}/Conv_0/kernel")[-1])
+    config = tokenizer_config(path, codebook_size, codebook_dim, filters, widths, res_blocks)
+    return file.build(VQGAN, config, released_arrays)
 
 
-def flatten(tree, path=""):
-    """The arrays in nested dicts, each with its name: its path below whatever the parameters are wrapped in."""
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from flatten(value, "" if key == "params" else f"{path}/{key}".lstrip("/"))
-    elif torch.is_tensor(tree) and tree.is_floating_point():                # other arrays are no parameters
-        yield path, tree
-
-
-def read_released(path):
-    """The arrays of a Flax msgpack file by name, such as encoder/Conv_0/kernel.
-    Raises OSError, or ValueError for a file that is truncated, of another format, or ambiguous."""
-    msgpack = import_msgpack()
-
-    def unpack(code, data):                                 # extension type 1 is an array, others are single numbers
-        if code == 1:
-            shape, dtype, buffer = msgpack.unpackb(data, raw=True)
-            return torch.frombuffer(bytearray(buffer), dtype=getattr(torch, dtype.decode())).reshape(shape)
-
-    data = Path(path).read_bytes()
+def vqgan_from_port(path: Path | str) -> VQGAN:
+    """Returns the tokenizer of the PyTorch port, as vqgan_from_jax() does."""
     try:
-        found = list(flatten(msgpack.unpackb(data, ext_hook=unpack)))
-    except Exception as error:                              # msgpack raises a dozen kinds on what it does not expect
-        raise UserError(f"{path} is no Flax msgpack file, or truncated ({type(error).__name__}: {error})") from error
-    for name, times in Counter(name for name, _ in found).items():
-        if times > 1:
-            raise UserError(f"{path} holds parameter {name} twice; leave one set of parameters in it")
-    return dict(found)
+        arrays = files.load_tensors(path)
+    except UserError as error:                          # Lightning's often cannot be loaded safely
+        raise UserError(f"{error}; {READABLE}") from error
+    file = ReleasedFile(path, arrays)
+    codebook_size, codebook_dim = file.shape("quantize.embedding.weight")
+    filters = file.shape("encoder.conv_in.weight")[0]
+    widths = []
+    for level in range(file.count("encoder.down.")):
+        widths.append(file.shape(f"encoder.down.{level}.block.0.conv1.weight")[0])
+    res_blocks = file.count("encoder.mid.")
+    config = tokenizer_config(path, codebook_size, codebook_dim, filters, widths, res_blocks)
+    return file.build(VQGAN, config, port_arrays)
 
 
-def shape_of(path, arrays, name):
-    if name not in arrays:
-        raise UserError(f"{path}: parameter {name} is missing: this is no released model or port, or not a whole one")
-    return tuple(arrays[name].shape)
+def tokenizer_config(
+    path: Path | str, codebook_size: int, codebook_dim: int, filters: int, widths: list[int],
+    res_blocks: int,
+) -> VQGAN.Config:
+    """Returns the configuration of a released tokenizer. Raises UserError if there can be none.
+
+    widths: channels at each resolution, the finest first. GroupNorm has 32 groups as released: the
+    shapes do not tell how many."""
+    if not widths or not res_blocks or filters % 32:
+        raise UserError(f"{path} is not a tokenizer as released: it has {len(widths)} resolutions, "
+                        f"{res_blocks} residual blocks and {filters} filters; {READABLE}")
+    multipliers = tuple(width // filters for width in widths)
+    return VQGAN.Config(codebook_size, codebook_dim, filters, multipliers, res_blocks)
 
 
-def count(arrays, start):
-    """How many different numbers follow `start` in the names."""
-    return len({re.match(r"\d*", name.removeprefix(start)).group() for name in arrays if name.startswith(start)})
+def maskgit_from_jax(path: Path | str, codebook_size: int = 1024) -> MaskGIT:
+    """Returns the transformer of the authors' released file, in eval mode.
 
-
-def build(model_class, config, arrays, layout, path):
-    """A model in eval mode from a file's arrays, each used exactly once. layout: released_arrays or port_arrays."""
-    with torch.device("meta"):                              # no time for a random start
-        model = model_class(config)
-    for name, own in layout(model.to_empty(device="cpu")):
-        found, expected = shape_of(path, arrays, name), tuple(own.shape)
-        if found != expected:
-            raise UserError(f"{path}: parameter {name} has shape {found} where {expected} is expected")
-        own.copy_(arrays.pop(name))
-    for name in arrays:
-        raise UserError(f"{path}: parameter {name} is unexpected")
-    return model.eval()
-
-
-def vqgan_from_jax(path):
-    """The authors' released tokenizer file, or its PyTorch port, which is maskgit-vqgan-imagenet-f16-256.bin of
-    open-muse and 1d-tokenizer -> VQGAN in eval mode, its configuration read off the shapes.
-
-    Raises OSError, or ValueError for a damaged file, and for a parameter too many or too few, which it names."""
-    with open(path, "rb") as file:
-        is_port = file.read(2) in (b"PK", b"\x80\x02")      # the port is a zip archive, or a bare pickle
-    arrays = files.load_tensors(path) if is_port else read_released(path)
-    shape = partial(shape_of, path, arrays)
-    if is_port:
-        codebook, filters = shape("quantize.embedding.weight"), shape("encoder.conv_in.weight")[0]
-        levels, res_blocks = count(arrays, "encoder.down."), count(arrays, "encoder.mid.")
-        widths = [shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
-    else:
-        codebook, filters = shape("quantizer/codebook"), shape("encoder/Conv_0/kernel")[-1]
-        shape("decoder/Conv_0/kernel")                      # raises where there is no decoder to count in
-        levels = count(arrays, "decoder/Conv_") - 1         # into the decoder, up at each level but the finest, and out
-        res_blocks = count(arrays, "encoder/ResBlock_") // (levels + 1)
-        widths = [shape(f"encoder/ResBlock_{level * res_blocks}/Conv_0/kernel")[-1] for level in range(levels)]
-    if not widths or not res_blocks or filters % 32:        # shapes do not tell the groups of GroupNorm: 32 as released
-        raise UserError(f"{path} is no tokenizer as released: it has {len(widths)} resolutions, {res_blocks} residual "
-                         f"blocks and {filters} filters")
-    config = VQGAN.Config(*codebook, filters, tuple(width // filters for width in widths), res_blocks)
-    return build(VQGAN, config, arrays, port_arrays if is_port else released_arrays, path)
-
-
-def maskgit_from_jax(path, codebook_size=1024):
-    """The authors' released transformer file -> MaskGIT in eval mode, its configuration read off the shapes.
-
-    codebook_size: of its tokenizer; the rest of the table is classes and [MASK]. Raises as vqgan_from_jax does, and
-    ValueError where the table is too small for the codebook."""
-    arrays = read_released(path)
-    shape = partial(shape_of, path, arrays)
-    rows, dim = shape("Embed_0/word_embeddings/embedding")
+    Its configuration is read off the shapes. codebook_size: of its tokenizer; the other rows of the
+    embedding are classes and [MASK]. Raises UserError as vqgan_from_jax() does, and if the
+    embedding is too small for the codebook."""
+    file = ReleasedFile(path, read_arrays(path))
+    rows, dim = file.shape("Embed_0/word_embeddings/embedding")
     if rows < codebook_size + 2:
-        raise UserError(f"{path} has a vocabulary of {rows}, too small for {codebook_size} codes, the classes and "
-                         f"[MASK]: it was trained with another tokenizer")
-    positions, _ = shape("Embed_0/position_embeddings/embedding")
-    _, heads, _ = shape("TransformerLayer_0/Attention_0/self_attention/query/kernel")
-    _, mlp_dim = shape("TransformerLayer_0/Mlp_0/intermediate_output/kernel")
-    depth = count(arrays, "TransformerLayer_")
-    config = MaskGIT.Config(codebook_size, rows - codebook_size - 1, positions - 1, dim, depth, heads, mlp_dim)
-    return build(MaskGIT, config, arrays, released_arrays, path)
+        raise UserError(f"{path} has a vocabulary of {rows}, too small for {codebook_size} codes, "
+                        f"the classes and [MASK]: it was trained with another tokenizer")
+    positions, _ = file.shape("Embed_0/position_embeddings/embedding")
+    _, heads, _ = file.shape("TransformerLayer_0/Attention_0/self_attention/query/kernel")
+    _, mlp_dim = file.shape("TransformerLayer_0/Mlp_0/intermediate_output/kernel")
+    config = MaskGIT.Config(
+        codebook_size=codebook_size, num_classes=rows - codebook_size - 1,
+        num_tokens=positions - 1, dim=dim, depth=file.count("TransformerLayer_"), heads=heads,
+        mlp_dim=mlp_dim)
+    return file.build(MaskGIT, config, released_arrays)
 
 
-def write_released(model, path):
-    """Writes a VQGAN or MaskGIT as the authors released theirs. Raises OSError, or ValueError where that cannot be."""
-    msgpack = import_msgpack()
-    if getattr(model.config, "groups", 32) != 32:
-        raise UserError(f"the released format means 32 groups in each GroupNorm, not {model.config.groups}")
-    if getattr(model.config, "null_class", False):
-        raise UserError("the released format has no null class, and this transformer was trained with --class-dropout")
-    tree = {}
-    for name, array in released_arrays(model):
-        *folders, last = f"params/{name}".split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = array
+# ------------------------------------------------------------------------------- our model -> file
 
-    def pack(array):
-        array = array.contiguous().numpy()
-        return msgpack.ExtType(1, msgpack.packb((array.shape, array.dtype.name, array.tobytes())))
+def write_released(model: VQGAN | MaskGIT, path: Path | str) -> None:
+    """Writes a model as the authors released theirs.
 
-    files.write_atomically(path, lambda file: msgpack.pack(tree, file, default=pack))
+    Raises UserError if the format has no place for something in it."""
+    config = model.config
+    if isinstance(model, VQGAN) and config.groups != 32:
+        raise UserError(f"the released format means 32 groups in each GroupNorm, but this "
+                        f"tokenizer has {config.groups}: it cannot be exported")
+    if isinstance(model, VQGAN) and config.quantizer != "vq":
+        raise UserError(f"the released format has a codebook, but this tokenizer was trained with "
+                        f"--quantizer {config.quantizer}: it cannot be exported")
+    if isinstance(model, MaskGIT) and config.null_class:
+        raise UserError("the released format has no null class, but this transformer was trained "
+                        "with --class-dropout: it cannot be exported")
+    write_arrays(dict(released_arrays(model)), path)
 
 
-def convert(args, folder):
-    """Writes vqgan.pt and, where there is a transformer, transformer.pt of a run: from the released files that args
-    names, and for what it does not name from those of args.model."""
-    files = [args.tokenizer, args.transformer]
+# ------------------------------------------------------------------------------------- the commands
+
+def convert(args: argparse.Namespace, folder: Path) -> None:
+    """Writes a run from the released files that the flags name, or from those of args.model.
+
+    Without a transformer, the run holds only the tokenizer, for which one can be trained."""
+    tokenizer_file = args.tokenizer
+    transformer_file = args.transformer
     if args.model:
-        import_msgpack()                                    # without it, there is no use in fetching
-        names = [f"{kind}_{args.model}_checkpoint" for kind in ("tokenizer", "maskgit")]
-        files = [file or download(URL + name, name, offline=args.offline) for file, name in zip(files, names)]
-    tokenizer, side, classes = vqgan_from_jax(files[0]), 16, IMAGENET_CLASSES
-    models = {"vqgan": tokenizer}
-    if files[1]:
-        models["transformer"] = maskgit_from_jax(files[1], tokenizer.config.codebook_size)
-        config = models["transformer"].config
+        import_msgpack()                                # before 1 GB is fetched in vain
+        if not tokenizer_file:
+            name = f"tokenizer_{args.model}_checkpoint"
+            tokenizer_file = files.download(URL + name, name, offline=args.offline)
+        if not transformer_file:
+            name = f"maskgit_{args.model}_checkpoint"
+            transformer_file = files.download(URL + name, name, offline=args.offline)
+    tokenizer = vqgan_from_jax(tokenizer_file)
+    classes = IMAGENET_CLASSES
+    side = 16                                           # tokens along each side
+    transformer = None
+    if transformer_file:
+        transformer = maskgit_from_jax(transformer_file, tokenizer.config.codebook_size)
+        config = transformer.config
         side = math.isqrt(config.num_tokens)
         if side * side != config.num_tokens:
-            raise UserError(f"{files[1]} draws {config.num_tokens} tokens, which are no square image")
+            raise UserError(f"{transformer_file} draws {config.num_tokens} tokens, which are no "
+                            f"square image: only square ones can be drawn")
         if config.num_classes != len(classes):
             classes = [str(i) for i in range(config.num_classes)]
-    for (kind, model), source in zip(models.items(), files):
-        checkpoint = {"kind": kind, "step": 0, "settings": {"source": str(source)}, "config": asdict(model.config),
-                      "model": model.state_dict(), "data": "imagenet", "image_size": side * tokenizer.config.stride,
-                      "classes": classes}
-        if kind == "transformer":
-            checkpoint["tokenizer"] = files.fingerprint(tokenizer)
-        files.save_checkpoint(folder / f"{kind}.pt", checkpoint)
-        (folder / f"{kind}.resume.pt").unlink(missing_ok=True)             # of the run that --overwrite replaces
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"wrote {folder}/{kind}.pt: {size:.2f} M parameters, {model.config}")
-    print(f"next: python {'sample.py' if files[1] else 'train_transformer.py --data imagenet'} --run {folder}")
+
+    about = {"data": "imagenet", "image_size": side * tokenizer.config.stride, "classes": classes}
+    save_model(folder, "vqgan", tokenizer, tokenizer_file, about)
+    quoted = shlex.quote(str(folder))
+    if transformer:
+        about["tokenizer"] = files.fingerprint(tokenizer)
+        save_model(folder, "transformer", transformer, transformer_file, about)
+        print(f"Next: python sample.py --run {quoted}")
+    else:
+        print(f"Next: python train_transformer.py --data imagenet --run {quoted}")
 
 
-def export(run, targets):
-    """Writes both models of a run as released. targets: the files of the tokenizer and of the transformer."""
-    for kind, model_class, target in zip(("vqgan", "transformer"), (VQGAN, MaskGIT), targets, strict=True):
-        model, _ = files.rebuild(run / f"{kind}.pt", kind, model_class)
-        write_released(model, target)
-        print(f"wrote {target}")
+def save_model(folder: Path, stage: str, model: nn.Module, source: Path | str, about: dict) -> None:
+    """Writes a converted model to a run. about: what its file holds besides the model."""
+    checkpoint = {
+        "kind": stage,
+        "step": 0,
+        "settings": {"source": str(source)},
+        "config": asdict(model.config),
+        "model": model.state_dict(),
+        **about,
+    }
+    path = folder / f"{stage}.pt"
+    files.save_checkpoint(path, checkpoint)
+    (folder / f"{stage}.resume.pt").unlink(missing_ok=True)         # of a run that is replaced
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"wrote {path}: {size:.2f} M parameters, {model.config}")
 
 
-def halve(run, folder):
-    """Writes the models of a run to a folder in float16. Every script takes that run, and computes in float32."""
-    for kind in KINDS:
-        source, target = run / f"{kind}.pt", folder / f"{kind}.pt"
-        if kind != "vqgan" and not source.exists():
+def export(run: Path, tokenizer_file: Path, transformer_file: Path) -> None:
+    """Writes both models of a run as the authors released theirs."""
+    tokenizer, _ = files.rebuild(run / "vqgan.pt", "vqgan", VQGAN)
+    transformer, _ = files.rebuild(run / "transformer.pt", "transformer", MaskGIT)
+    write_released(tokenizer, tokenizer_file)
+    print(f"wrote {tokenizer_file}")
+    write_released(transformer, transformer_file)
+    print(f"wrote {transformer_file}")
+
+
+def halve(run: Path, folder: Path) -> None:
+    """Writes the models of a run to a folder in float16, which every script reads as float32."""
+    for stage in STAGES:
+        source = run / f"{stage}.pt"
+        if stage != "vqgan" and not source.exists():
             continue
-        checkpoint = files.load_checkpoint(source, kind)
-        checkpoint["model"] = {name: value.half() if value.is_floating_point() else value
-                               for name, value in checkpoint["model"].items()}
-        if "tokenizer" in checkpoint:                       # rounded, it is another one, with other tokens
+        checkpoint = files.load_checkpoint(source, stage)
+        weights = checkpoint["model"]
+        for name, value in weights.items():
+            if value.is_floating_point():
+                weights[name] = value.half()
+        if "tokenizer" in checkpoint:                   # a rounded one gives other tokens
             tokenizer, _ = files.rebuild(folder / "vqgan.pt", "vqgan", VQGAN)
             checkpoint["tokenizer"] = files.fingerprint(tokenizer)
+        target = folder / f"{stage}.pt"
         files.save_checkpoint(target, checkpoint)
         print(f"wrote {target}: {target.stat().st_size / 1e6:.2f} MB")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="imagenet256 or imagenet512, to be fetched")
-    parser.add_argument("--tokenizer", metavar="FILE", help="a released tokenizer that is at hand, or its PyTorch port")
-    parser.add_argument("--transformer", metavar="FILE", help="a released transformer that is at hand")
-    parser.add_argument("--run", metavar="DIR", help="the run to write (default: runs/NAME, after the model)")
+def refuse_to_replace(paths: list[Path], overwrite: bool) -> None:
+    """Raises UserError if a file is there already and --overwrite is not given."""
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} is already there: use --overwrite to replace it, or name "
+                            f"another folder")
+
+
+def main() -> None:
+    """Parses the flags and runs the command that they ask for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="imagenet256 or imagenet512, which is fetched")
+    parser.add_argument("--tokenizer", metavar="FILE",
+                        help=f"a released tokenizer, or its PyTorch port ({PORT})")
+    parser.add_argument("--transformer", metavar="FILE", help="a released transformer")
+    parser.add_argument("--run", metavar="DIR",
+                        help="the run to write (default: runs/NAME, after the model)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    parser.add_argument("--offline", action="store_true", help="never use the network, only the cache folder")
+    parser.add_argument("--offline", action="store_true",
+                        help="use only what is in the cache folder, never the network")
     pair = {"nargs": 2, "type": Path, "metavar": ("DIR", "RUN")}
     parser.add_argument("--export", **pair, help="write RUN's models to DIR as released")
     parser.add_argument("--half", **pair, help="write RUN's models to DIR in float16")
@@ -294,23 +293,25 @@ def main():
 
     if args.half:
         folder, run = args.half
-        targets, command = [folder / f"{kind}.pt" for kind in KINDS], partial(halve, run, folder)
+        refuse_to_replace([folder / f"{stage}.pt" for stage in STAGES], args.overwrite)
+        halve(run, folder)
     elif args.export:
         folder, run = args.export
-        targets = [folder / f"{kind}_{run.resolve().name}_checkpoint" for kind in ("tokenizer", "maskgit")]
-        command = partial(export, run, targets)
-    elif args.model in MODELS or args.model is None and args.tokenizer and args.run:
+        name = run.resolve().name
+        targets = [folder / f"tokenizer_{name}_checkpoint", folder / f"maskgit_{name}_checkpoint"]
+        refuse_to_replace(targets, args.overwrite)
+        export(run, *targets)
+    elif args.model in MODELS or (not args.model and args.tokenizer and args.run):
         folder = Path(args.run or Path("runs", args.model))
-        targets = [folder / f"{kind}.{ending}" for kind in KINDS[:2] for ending in ("pt", "resume.pt")]
-        command = partial(convert, args, folder)
+        names = ["vqgan.pt", "vqgan.resume.pt", "transformer.pt", "transformer.resume.pt"]
+        refuse_to_replace([folder / name for name in names], args.overwrite)
+        convert(args, folder)
     else:
         problem = f"unknown model '{args.model}'" if args.model else "no model was named"
-        raise UserError(f"{problem}: name one of {', '.join(MODELS)}, or give --tokenizer, --transformer and --run")
-    for path in targets:
-        if path.exists() and not args.overwrite:
-            raise UserError(f"{path} is already there: use --overwrite to replace it, or name another folder")
-    command()
+        raise UserError(f"{problem}: name one of {', '.join(MODELS)}, or give --tokenizer, "
+                        f"--transformer and --run")
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, interrupted="stopped by Ctrl-C: run it again; files that were fetched whole "
+                                   "are kept")
