@@ -8,12 +8,17 @@ import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from lib import flags, runtime
+from lib import files, flags, runtime
+from lib.shapes import Shapes
+from maskgit import MaskGIT, MaskGITConfig
+from sequential import CausalTransformer
+from vqgan import VQGAN, VQGANConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,3 +137,23 @@ def on_ranks(function, *arguments, world=2):
     for process in processes:
         process.kill()
     return statuses
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory):
+    """A run as `trained`, but made in a moment: what it draws is noise, and each code looks different. Not to be changed."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("untrained") / "shapes"
+    tokenizer = VQGAN(VQGANConfig(32, 4, filters=8, multipliers=(1, 1, 2), res_blocks=1, groups=2)).eval()
+    transformer = MaskGIT(MaskGITConfig(32, 10, 64, dim=16, depth=1, heads=2, mlp_dim=64)).eval()
+    sequential = CausalTransformer(transformer.config).eval()
+    models = {"vqgan": tokenizer, "transformer": transformer, "autoregressive": sequential}
+    for model in models.values():
+        for parameter in model.parameters():        # far from where training starts, so that predictions differ
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    about = {"step": 0, "settings": {}, "data": "shapes", "image_size": 32, "classes": list(Shapes("val").classes),
+             "tokenizer": files.fingerprint(tokenizer)}
+    for stage, model in models.items():
+        checkpoint = {"kind": stage, "config": asdict(model.config), "model": model.state_dict(), **about}
+        files.save_checkpoint(folder / f"{stage}.pt", checkpoint)
+    return folder

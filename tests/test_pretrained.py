@@ -1,28 +1,33 @@
 """What others trained: the released format both ways, the tokenizer's PyTorch port, LPIPS; bad networks."""
-import copy
 import csv
 import hashlib
 import os
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_TRANSFORMER, TINY_VQ, refused, run
-from test_parity import DATA, close, load
 
+import pretrained
+import sample
 from lib.data import IMAGENET_CLASSES
 from lib.files import download, load_checkpoint
 from lib.flags import UserError
+from lib.flax import read_arrays, write_arrays
+from lib.layouts import port_arrays
 from lib.lpips import LPIPS, load_lpips
 from lib.runtime import Machine
 from lib.sampling import load_run
 from maskgit import MaskGIT, MaskGITConfig
-from pretrained import maskgit_from_jax, port_arrays, vqgan_from_jax, write_released
+from pretrained import maskgit_from_jax, vqgan_from_jax, write_released
 from vqgan import VQGAN, VQGANConfig
 
+DATA = Path(__file__).parent / "data"
 TOKENIZER, TRANSFORMER = DATA / "tokenizer_tiny.msgpack", DATA / "transformer_tiny.msgpack"
 
 
@@ -31,9 +36,13 @@ def msgpack():
     return pytest.importorskip("msgpack")
 
 
-def tree_of(msgpack, path):
-    """The file as nested dicts, every array still packed."""
-    return msgpack.unpackb(path.read_bytes())
+def reference(name):
+    """What the authors' code computed with these weights: arrays by name, as tensors."""
+    return {key: torch.from_numpy(value) for key, value in np.load(DATA / f"{name}.npz").items()}
+
+
+def close(ours, theirs, atol=1e-4):
+    torch.testing.assert_close(ours, torch.as_tensor(theirs), atol=atol, rtol=0)
 
 
 def says(error, *words):
@@ -43,11 +52,22 @@ def says(error, *words):
         assert str(word) in message, f"'{word}' is not in: {message}"
 
 
+def refuses(read, path, *words):
+    """The file is refused with one line that names it and holds these words."""
+    with pytest.raises(UserError) as error:
+        read(path)
+    says(error, path, *words)
+
+
+def maskgit_of_64(path):
+    return maskgit_from_jax(path, 64)
+
+
 # ---- the released files
 
 @torch.no_grad()
 def test_released_tokenizer(msgpack):
-    ref, _ = load("tokenizer_tiny")
+    ref = reference("tokenizer_tiny")
     model = vqgan_from_jax(TOKENIZER)
     assert not model.training
     assert model.config == VQGANConfig(codebook_size=64, codebook_dim=16, filters=32, multipliers=(1, 1, 2),
@@ -60,164 +80,217 @@ def test_released_tokenizer(msgpack):
 
 @torch.no_grad()
 def test_released_transformer(msgpack):
-    ref, _ = load("transformer_tiny")
-    model = maskgit_from_jax(TRANSFORMER, 64)
+    ref = reference("transformer_tiny")
+    model = maskgit_of_64(TRANSFORMER)
     assert not model.training
     assert model.config == MaskGITConfig(64, num_classes=10, num_tokens=16, dim=32, depth=2, heads=4, mlp_dim=64)
     ids = ref["input_ids"].long()
     close(model(torch.where(ids[:, 1:] < 0, model.mask_id, ids[:, 1:]), ids[:, 0] - 64), ref["logits"][:, 1:, :64])
 
 
-def test_export_gives_the_released_file_again(msgpack, tmp_path):
-    for path, model in ((TOKENIZER, vqgan_from_jax(TOKENIZER)), (TRANSFORMER, maskgit_from_jax(TRANSFORMER, 64))):
-        write_released(model, tmp_path / "file")
-        assert tree_of(msgpack, tmp_path / "file") == tree_of(msgpack, path)
+@pytest.mark.parametrize("path, read", [(TOKENIZER, vqgan_from_jax), (TRANSFORMER, maskgit_of_64)])
+def test_export_gives_the_released_file_again(msgpack, path, read, tmp_path):
+    write_released(read(path), tmp_path / "file")
+    assert msgpack.unpackb((tmp_path / "file").read_bytes()) == msgpack.unpackb(path.read_bytes())
 
 
-@pytest.mark.parametrize("model", [
-    lambda: VQGAN(VQGANConfig(codebook_size=20, codebook_dim=6, filters=32, multipliers=(1, 2, 3), res_blocks=2)),
-    lambda: VQGAN(VQGANConfig(codebook_size=20, codebook_dim=6, filters=32, multipliers=(2,), res_blocks=3)),
-    lambda: MaskGIT(MaskGITConfig(codebook_size=64, num_classes=5, num_tokens=9, dim=24, depth=3, heads=2, mlp_dim=40)),
+@pytest.mark.parametrize("config", [
+    VQGANConfig(codebook_size=20, codebook_dim=6, filters=32, multipliers=(1, 2, 3), res_blocks=2),
+    VQGANConfig(codebook_size=20, codebook_dim=6, filters=32, multipliers=(2,), res_blocks=3),
+    MaskGITConfig(codebook_size=64, num_classes=5, num_tokens=9, dim=24, depth=3, heads=2, mlp_dim=40),
 ])
-def test_export_and_import_change_no_bit(msgpack, model, tmp_path):
-    model = model()
+def test_export_and_import_change_no_bit(msgpack, config, tmp_path):
+    model, read = (VQGAN(config), vqgan_from_jax) if isinstance(config, VQGANConfig) else (MaskGIT(config), maskgit_of_64)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     write_released(model, tmp_path / "file")
-    found = vqgan_from_jax(tmp_path / "file") if isinstance(model, VQGAN) else maskgit_from_jax(tmp_path / "file", 64)
-    assert found.config == model.config
-    assert found.state_dict().keys() == model.state_dict().keys()
+    again = read(tmp_path / "file")
+    assert again.config == config
+    assert again.state_dict().keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
-        assert torch.equal(found.state_dict()[name], value) and found.state_dict()[name].is_contiguous(), name
+        assert torch.equal(again.state_dict()[name], value) and again.state_dict()[name].is_contiguous(), name
 
 
-def test_wrappings_and_other_types(msgpack, tmp_path):
-    """Parameters bare or wrapped, and bfloat16."""
-    expected, tree = maskgit_from_jax(TRANSFORMER, 64).state_dict(), tree_of(msgpack, TRANSFORMER)
-    bias = tree["params"]["MlmLayer_0"]["mlm_dense"]
-    halved = torch.from_numpy(np.frombuffer(msgpack.unpackb(bias["bias"].data)[2], np.float32).copy()).bfloat16()
-    buffer = halved.view(torch.int16).numpy().tobytes()
-    bias["bias"] = msgpack.ExtType(1, msgpack.packb((halved.shape, "bfloat16", buffer)))
+def test_parameters_are_read_bare_or_wrapped(msgpack, tmp_path):
+    tree = msgpack.unpackb(TRANSFORMER.read_bytes())
+    expected = maskgit_of_64(TRANSFORMER).state_dict()
     step = msgpack.ExtType(3, msgpack.packb(((), "int32", b"\0\0\0\1")))
-    for i, wrapped in enumerate((tree, tree["params"], {"step": step, "params": tree}, {"target": tree, "step": 7})):
+    for wrapped in (tree["params"], {"step": step, "params": tree}, {"target": tree, "step": 7}):
         (tmp_path / "file").write_bytes(msgpack.packb(wrapped))
-        for name, value in maskgit_from_jax(tmp_path / "file", 64).state_dict().items():
-            assert torch.equal(value, halved.float() if name == "head.0.bias" else expected[name]), (i, name)
+        for name, value in maskgit_of_64(tmp_path / "file").state_dict().items():
+            assert torch.equal(value, expected[name]), name
     (tmp_path / "file").write_bytes(msgpack.packb({"a": tree, "b": tree}))
-    with pytest.raises(ValueError) as error:
-        maskgit_from_jax(tmp_path / "file", 64)
-    says(error, tmp_path / "file", "twice")
+    refuses(maskgit_of_64, tmp_path / "file", "twice")
 
 
-def leaves(tree, path=()):
-    for key, value in tree.items():
-        yield from leaves(value, (*path, key)) if isinstance(value, dict) else [(*path, key)]
+def test_bfloat16_is_read(msgpack, tmp_path):
+    numbers = torch.randn(3, 2).bfloat16()
+    packed = msgpack.packb(((3, 2), "bfloat16", numbers.view(torch.int16).numpy().tobytes()))
+    (tmp_path / "file").write_bytes(msgpack.packb({"params": {"a": {"b": msgpack.ExtType(1, packed)}}}))
+    arrays = read_arrays(tmp_path / "file")
+    assert list(arrays) == ["a/b"] and torch.equal(arrays["a/b"], numbers)
 
 
-@pytest.mark.parametrize("path, read", [(TOKENIZER, vqgan_from_jax),
-                                        (TRANSFORMER, lambda path: maskgit_from_jax(path, 64))])
-def test_a_parameter_too_few_too_many_or_misshapen_is_named(msgpack, path, read, tmp_path):
-    file, tree = tmp_path / "file", tree_of(msgpack, path)
-    for *folders, last in leaves(tree["params"]):
-        changed = copy.deepcopy(tree)
-        node, name = changed["params"], "/".join((*folders, last))
-        for folder in folders:
-            node = node[folder]
-        value = node.pop(last)
-        file.write_bytes(msgpack.packb(changed))
-        with pytest.raises(ValueError) as error:
-            read(file)
-        says(error, file, name, "missing")
-        node[last], node["more"] = value, value
-        file.write_bytes(msgpack.packb(changed))
-        with pytest.raises(ValueError) as error:
-            read(file)
-        says(error, file, "/".join((*folders, "more")), "unexpected")
-        if last in ("bias", "scale"):                       # nothing is read off these
-            del node["more"]
-            node[last] = msgpack.ExtType(1, msgpack.packb(((5,), "float32", bytes(20))))
-            file.write_bytes(msgpack.packb(changed))
-            with pytest.raises(ValueError) as error:
-                read(file)
-            says(error, file, name, "(5,)")
+# ---- damaged files
+
+@pytest.mark.parametrize("path, read", [(TOKENIZER, vqgan_from_jax), (TRANSFORMER, maskgit_of_64)])
+def test_a_missing_parameter_is_named(msgpack, path, read, tmp_path):
+    arrays = read_arrays(path)
+    for name in arrays:
+        write_arrays({other: array for other, array in arrays.items() if other != name}, tmp_path / "file")
+        refuses(read, tmp_path / "file", name, "missing")
 
 
-def test_damaged_files(msgpack, tmp_path):
-    file, whole = tmp_path / "file", TRANSFORMER.read_bytes()
-    for data in (b"", b"not a checkpoint at all", whole[:20], whole[:50_000], whole[:-1], whole + b"x",
-                 b"\x93\x01\x02\x03", whole.replace(b"float32", b"complex"),
-                 whole.replace(b"\x92\x20\x04\x08", b"\x92\x20\x04\x09")):
-        file.write_bytes(data)
-        for read in (maskgit_from_jax, vqgan_from_jax):
-            with pytest.raises(ValueError) as error:
-                read(file)
-            says(error, file)
-    with pytest.raises(OSError):
-        maskgit_from_jax(tmp_path / "none")
+@pytest.mark.parametrize("path, read, name", [
+    (TOKENIZER, vqgan_from_jax, "decoder/Conv_1/bias"),
+    (TRANSFORMER, maskgit_of_64, "TransformerLayer_0/Mlp_0/layer_output/bias")])
+def test_a_parameter_too_many_or_misshapen_is_named(msgpack, path, read, name, tmp_path):
+    arrays = read_arrays(path)
+    write_arrays(arrays | {"decoder/more": torch.zeros(2)}, tmp_path / "file")
+    refuses(read, tmp_path / "file", "decoder/more", "unexpected")
+    write_arrays(arrays | {name: torch.zeros(5)}, tmp_path / "file")
+    refuses(read, tmp_path / "file", name, "(5,)")
+
+
+WHOLE = TRANSFORMER.read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint at all", WHOLE[:20], WHOLE[:50_000], WHOLE + b"x"],
+                         ids=["empty", "text", "start", "half", "longer"])
+def test_a_truncated_file_says_what_to_do(msgpack, content, tmp_path):
+    (tmp_path / "file").write_bytes(content)
+    for read in (vqgan_from_jax, maskgit_from_jax):
+        refuses(read, tmp_path / "file", "delete it and run again")
+
+
+def test_an_array_that_does_not_fill_its_shape(msgpack, tmp_path):
+    packed = msgpack.packb(((3,), "float32", bytes(8)))
+    (tmp_path / "file").write_bytes(msgpack.packb({"params": {"a": msgpack.ExtType(1, packed)}}))
+    refuses(maskgit_from_jax, tmp_path / "file", "not a whole")
+
+
+def test_a_file_that_is_not_there(msgpack, tmp_path):
+    for read in (vqgan_from_jax, maskgit_from_jax):
+        refuses(read, tmp_path / "none", "No such file")
+
+
+def test_other_formats_are_told_from_what_is_read(tmp_path):
+    """A safetensors file, a Lightning checkpoint, the weights of another model."""
+    header = b'{"weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    refuses(vqgan_from_jax, tmp_path / "model.safetensors", "safetensors", "Flax msgpack", "maskgit-vqgan-imagenet-f16-256")
+    lightning = {"pytorch-lightning_version": "2.0", "state_dict": {"encoder.conv_in.weight": torch.zeros(2)}}
+    torch.save(lightning, tmp_path / "last.ckpt")
+    refuses(vqgan_from_jax, tmp_path / "last.ckpt", "Lightning", "Flax msgpack")
+    torch.save(lightning | {"callbacks": Path()}, tmp_path / "last.ckpt")        # cannot be loaded safely
+    refuses(vqgan_from_jax, tmp_path / "last.ckpt", "Lightning", "Flax msgpack")
+    torch.save({"conv1.weight": torch.zeros(2)}, tmp_path / "resnet.pth")
+    refuses(vqgan_from_jax, tmp_path / "resnet.pth", "quantize.embedding.weight", "Flax msgpack")
 
 
 def test_a_vocabulary_that_does_not_fit(msgpack):
-    with pytest.raises(ValueError) as error:
-        maskgit_from_jax(TRANSFORMER)
-    says(error, TRANSFORMER, "vocabulary of 75", 1024)
+    refuses(maskgit_from_jax, TRANSFORMER, "vocabulary of 75", 1024)
 
 
-def test_msgpack_is_optional(trained, tmp_path, monkeypatch):
-    (tmp_path / "msgpack.py").write_text("raise ImportError")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    refused("pretrained.py", "imagenet256", "--run", tmp_path / "run", says="pip install msgpack")
-    refused("pretrained.py", "--export", tmp_path / "out", trained, says="pip install msgpack")
-    assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
+def test_msgpack_is_optional(untrained, call, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "msgpack", None)
+    for flags in (["imagenet256", "--run", "run"], ["--export", "out", untrained]):
+        assert "pip install msgpack" in call(*flags, code=2)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- runs
 
-def test_conversion_makes_a_run_to_sample_from(msgpack, tmp_path):
-    folder = tmp_path / "run"
-    command = ["pretrained.py", "--tokenizer", TOKENIZER, "--transformer", TRANSFORMER, "--run", folder]
-    run(*command)
-    run("sample.py", "--run", folder, "--steps", 3, "--class", "7", "0", "--num", 2, "--device", "cpu")
+@pytest.fixture
+def call(call_main, tmp_path):
+    """Calls pretrained.py's main in tmp_path -> what it printed."""
+    def call(*flags, code=0):
+        return call_main(pretrained, tmp_path, *flags, code=code)
+    return call
+
+
+def test_conversion_makes_a_run_to_sample_from(msgpack, call, call_main, tmp_path):
+    command = ["--tokenizer", TOKENIZER, "--transformer", TRANSFORMER, "--run", "a run"]
+    assert "Next: python sample.py --run 'a run'" in call(*command)
+    call_main(sample, tmp_path, "--run", "a run", "--steps", 3, "--class", "7", "0", "--num", 2)
+    folder = tmp_path / "a run"
     assert (folder / "samples.png").exists()
-    found = load_checkpoint(folder / "transformer.pt", "transformer")
-    assert found["image_size"] == 16 and found["data"] == "imagenet" and found["classes"] == list("0123456789")
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    refused(*command, says=[str(folder), "--overwrite"])
-    assert before == {path: path.read_bytes() for path in folder.iterdir()}
-    (folder / "vqgan.resume.pt").write_text("of a run that was replaced")
-    run(*command, "--overwrite")
+    checkpoint = load_checkpoint(folder / "transformer.pt", "transformer")
+    assert checkpoint["image_size"] == 16 and checkpoint["data"] == "imagenet"
+    assert checkpoint["classes"] == list("0123456789")
+    line = call(*command, code=2)
+    assert str(Path("a run", "vqgan.pt")) in line and "--overwrite" in line
+    (folder / "vqgan.resume.pt").write_text("of a run that is replaced")
+    call(*command, "--overwrite")
     assert not (folder / "vqgan.resume.pt").exists()
 
-    run("pretrained.py", "--export", tmp_path / "out", folder)
-    assert tree_of(msgpack, tmp_path / "out" / "tokenizer_run_checkpoint") == tree_of(msgpack, TOKENIZER)
-    assert tree_of(msgpack, tmp_path / "out" / "maskgit_run_checkpoint") == tree_of(msgpack, TRANSFORMER)
-    refused("pretrained.py", "--export", tmp_path / "out", folder, says=["tokenizer_run_checkpoint", "--overwrite"])
+    call("--export", "out", "a run")
+    for name, path in (("tokenizer", TOKENIZER), ("maskgit", TRANSFORMER)):
+        exported = (tmp_path / "out" / f"{name}_a run_checkpoint").read_bytes()
+        assert msgpack.unpackb(exported) == msgpack.unpackb(path.read_bytes())
+    assert "--overwrite" in call("--export", "out", "a run", code=2)
 
 
-def test_a_damaged_file_makes_no_run(msgpack, tmp_path):
+def test_a_tokenizer_alone_makes_a_run_to_train_in(msgpack, call, tmp_path):
+    printed = call("--tokenizer", TOKENIZER, "--run", "mine")
+    assert "Next: python train_transformer.py --data imagenet --run mine" in printed
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["vqgan.pt"]
+
+
+def test_a_damaged_file_makes_no_run(msgpack, call, tmp_path):
     (tmp_path / "cut").write_bytes(TRANSFORMER.read_bytes()[:1000])
-    refused("pretrained.py", "--tokenizer", TOKENIZER, "--transformer", tmp_path / "cut", "--run", tmp_path / "run",
-            says=str(tmp_path / "cut"))
+    assert "cut" in call("--tokenizer", TOKENIZER, "--transformer", "cut", "--run", "run", code=2)
     assert not (tmp_path / "run").exists()
 
 
-def test_what_the_released_format_cannot_hold(msgpack, trained, tmp_path):
-    refused("pretrained.py", "--export", tmp_path, trained, says="groups")
-    with pytest.raises(ValueError) as error:
-        write_released(MaskGIT(MaskGITConfig(64, 5, 9, 24, 1, 2, 40, null_class=True)), tmp_path / "file")
-    says(error, "null class")
+def test_a_truncated_download_is_named(msgpack, call, monkeypatch, tmp_path):
+    monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path))
+    path = tmp_path / "tokenizer_imagenet256_checkpoint"
+    path.write_bytes(TOKENIZER.read_bytes()[:1000])
+    (tmp_path / "maskgit_imagenet256_checkpoint").write_bytes(TRANSFORMER.read_bytes())
+    line = call("imagenet256", "--run", "run", code=2)
+    assert str(path) in line and "delete it and run again" in line
+
+
+def test_what_the_released_format_cannot_hold(msgpack, tmp_path):
+    cases = {"groups": VQGAN(VQGANConfig(20, 6, 32, (1,), 1, groups=8)),
+             "--quantizer fsq": VQGAN(VQGANConfig(15, 2, 32, (1,), 1, quantizer="fsq", levels=(5, 3))),
+             "--class-dropout": MaskGIT(MaskGITConfig(64, 5, 9, 24, 1, 2, 40, null_class=True))}
+    for word, model in cases.items():
+        with pytest.raises(UserError) as error:
+            write_released(model, tmp_path / "file")
+        says(error, word, "cannot be exported")
     assert not list(tmp_path.iterdir())
 
 
-def test_model_names(tmp_path):
-    refused("pretrained.py", "imagenet1024", says=["imagenet1024", "imagenet256, imagenet512"])
-    refused("pretrained.py", "--transformer", TRANSFORMER, "--run", tmp_path / "run", says="--tokenizer")
-    assert not (tmp_path / "run").exists()
+def test_model_names(call, tmp_path):
+    line = call("imagenet1024", code=2)
+    assert "imagenet1024" in line and "imagenet256, imagenet512" in line
+    assert "--tokenizer" in call("--transformer", TRANSFORMER, "--run", "run", code=2)
+    assert not list(tmp_path.iterdir())
 
 
-def test_offline_without_the_files(msgpack, tmp_path):
-    refused("pretrained.py", "imagenet256", "--offline", "--run", tmp_path / "run",
-            says=["tokenizer_imagenet256_checkpoint", "not there"])
-    assert not (tmp_path / "run").exists()
+def test_offline_without_the_files(msgpack, call, tmp_path):
+    line = call("imagenet256", "--offline", "--run", "run", code=2)
+    assert "tokenizer_imagenet256_checkpoint" in line and "--offline" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_in_half_the_size(untrained, call, call_main, tmp_path):
+    call("--half", "half", untrained)
+    for stage in ("vqgan", "transformer"):
+        whole = load_checkpoint(untrained / f"{stage}.pt", stage)["model"]
+        half = load_checkpoint(tmp_path / "half" / f"{stage}.pt", stage)["model"]
+        for name, value in whole.items():
+            assert half[name].dtype == torch.float16 and torch.equal(half[name], value.half())
+    _, tokenizer, transformer, _ = load_run(tmp_path / "half", Machine("cpu"))
+    for model in (tokenizer, transformer):
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    call_main(sample, tmp_path, "--run", "half", "--num", 1)
+    line = call("--half", "half", untrained, code=2)
+    assert "vqgan.pt" in line and "already there" in line and "--overwrite" in line
+    line = call("--half", "other", ".", code=2)
+    assert "vqgan.pt" in line and "does not exist" in line
 
 
 def test_imagenet_classes():
@@ -356,11 +429,12 @@ def test_lpips(monkeypatch, tmp_path):
 
 def test_lpips_without_its_files(monkeypatch, tmp_path):
     monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path))
-    with pytest.raises(OSError) as error:
+    with pytest.raises(UserError) as error:
         load_lpips(offline=True)
     says(error, tmp_path, "vgg16-397923af.pth", "lpips-vgg.pth", "--perceptual none")
 
 
+@pytest.mark.slow
 def test_training_with_the_perceptual_loss(tmp_path):
     save_lpips_weights(tmp_path)
     command = ["train_vq.py", "--run", tmp_path / "run", *TINY_VQ, "--steps", 2, "--perceptual", "lpips"]
@@ -375,6 +449,7 @@ def test_training_with_the_perceptual_loss(tmp_path):
     refused("train_vq.py", "--run", tmp_path / "other", "--perceptual", "l2", says=["l2", "lpips", "none"])
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_run(trained, tmp_path):
     """--init takes weights and sizes over, the rows of classes only where both have the same."""
     output = run("train_transformer.py", "--run", tmp_path / "same", "--vqgan", trained / "vqgan.pt", "--init", trained,
@@ -449,17 +524,3 @@ def test_what_cannot_be_fetched_leaves_no_file(server, monkeypatch, tmp_path):
     monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path / "occupied" / "cache"))
     with pytest.raises(UserError, match="occupied"):
         download(server.url, "file")
-
-
-def test_a_run_in_half_the_size(trained, tmp_path):
-    run("pretrained.py", "--half", tmp_path / "half", trained)
-    for stage in ("vqgan", "transformer"):
-        whole, half = (torch.load(folder / f"{stage}.pt", weights_only=True)["model"]
-                       for folder in (trained, tmp_path / "half"))
-        for name, value in whole.items():
-            assert half[name].dtype == torch.float16 and torch.equal(half[name], value.half())
-    _, tokenizer, transformer, _ = load_run(tmp_path / "half", Machine("cpu"), VQGAN, MaskGIT)
-    assert {p.dtype for model in (tokenizer, transformer) for p in model.parameters()} == {torch.float32}
-    run("sample.py", "--run", tmp_path / "half", "--num", 1)
-    refused("pretrained.py", "--half", tmp_path / "half", trained, says=["vqgan.pt", "already there", "--overwrite"])
-    refused("pretrained.py", "--half", tmp_path / "other", tmp_path, says=["vqgan.pt", "does not exist"])
