@@ -32,6 +32,9 @@ def command_line(main: Callable[[], None], interrupted: str = "stopped by Ctrl-C
     with status 130."""
     try:
         main()
+    except SystemExit:
+        end_readers()
+        raise
     except KeyboardInterrupt as interrupt:
         print(f"\n{str(interrupt) or interrupted}", file=sys.stderr)
         leave(130)

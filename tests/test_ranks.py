@@ -208,6 +208,25 @@ def test_an_error_beside_readers_ends_one_process(error, status, message, capfd)
     assert message in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_stop_that_all_ranks_agree_on_ends_the_readers(world):
+    """A run that a signal stops ends in this way."""
+    started = time.time()
+    assert on_ranks(stop_beside_readers, world=world) == [143] * world
+    assert time.time() - started < 10
+
+
+def stop_beside_readers():
+    def loop(args, machine):
+        stream = iter(loader(Zeros(), range(10_000), Zeros, workers=2))
+        next(stream)
+        sys.exit(143)
+
+    def main():
+        runtime.launch(loop, CPU)
+    flags.command_line(main)
+
+
 @pytest.mark.parametrize("ending", [SystemExit(143), None])
 def test_ranks_leave_together_after_a_signal_and_at_the_end(ending):
     """Otherwise NCCL complains at exit, and gloo's threads may abort the process."""
