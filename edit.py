@@ -166,8 +166,8 @@ def chosen_region(args: argparse.Namespace, photo: Image.Image, size: int, side:
     else:
         mask = read_image(args.mask)
         if mask.size != photo.size:
-            raise UserError(f"the mask {args.mask} is {mask.width} x {mask.height} pixels, but "
-                            f"{args.photo} is {photo.width} x {photo.height}: scale it")
+            raise UserError(f"the mask {args.mask} is {mask.width} x {mask.height} pixels, "
+                            f"{args.photo} {photo.width} x {photo.height}: make it the same size")
         region = mask_region(mask, args.fit, size, side)
     if not region.any():
         raise UserError(f"nothing of {args.photo} is left to repaint after --fit {args.fit}: is "

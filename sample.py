@@ -65,7 +65,7 @@ def draw(
     progress = Progress("drawing", len(labels))
     images = []
     for batch in labels.split(BATCH):
-        tokens = sampler(transformer, batch, on_step=keep, **options)
+        tokens = sampler(transformer, batch, on_step=keep if moments else None, **options)
         images.append(tokenizer.decode(as_grid(tokens)).float().cpu())
         if len(labels) > BATCH:
             progress.show(sum(len(drawn) for drawn in images))

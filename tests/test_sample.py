@@ -1,16 +1,20 @@
-"""sample.py as a user runs it, every bad input of its own, and the sequential decoder beside the parallel one."""
+"""sample.py as a user runs it: what is drawn, how, and where it is written."""
 import os
+import runpy
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_TRANSFORMER, TINY_VQ, refused, run
+from conftest import ROOT, run
 from PIL import Image
 
 import sample
-from lib.pictures import picture_path, save_image
-from maskgit import MaskGIT, MaskGITConfig, decode, decode_sequential
+from lib import pictures, runtime
+from lib.flags import UserError
+from maskgit import MaskGIT, MaskGITConfig, decode
+from sequential import CausalTransformer, decode_sequential
 from vqgan import as_grid, to_pixels
 
 
@@ -22,63 +26,131 @@ class Tiles:
         return to_pixels(tokens[:, None].float() / 24, 2).repeat(1, 3, 1, 1)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["parallel", "sequential"])
-def toy(request):
+@pytest.fixture(scope="module", params=[MaskGIT, CausalTransformer])
+def model(request):
     """An untrained transformer of 4 x 4 tokens, whose logits are far from equal."""
     torch.manual_seed(0)
-    config = MaskGITConfig(codebook_size=24, num_classes=3, num_tokens=16, dim=32, depth=2, heads=4, mlp_dim=64,
-                           causal=request.param)
-    model = MaskGIT(config).eval()
+    config = MaskGITConfig(codebook_size=24, num_classes=3, num_tokens=16, dim=32, depth=2, heads=4, mlp_dim=64)
+    model = request.param(config).eval()
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-    return model.double()
+    return model
 
 
 @pytest.fixture
 def call(call_main, tmp_path):
-    """Calls sample.py's main in tmp_path: -> what it printed."""
+    """Calls sample.py's main in tmp_path -> what it printed."""
     def call(*flags, code=0):
         return call_main(sample, tmp_path, *flags, code=code)
     return call
 
 
-def test_newest_run_grid_and_film(trained, tmp_path):
+def change_classes(run_folder, names):
+    """Gives the transformer of a run other class names."""
+    for stage in ("transformer", "autoregressive"):
+        checkpoint = torch.load(run_folder / f"{stage}.pt", weights_only=True)
+        checkpoint["classes"] = names
+        torch.save(checkpoint, run_folder / f"{stage}.pt")
+
+
+# ------------------------------------------------------------------------------------------------ as a user runs it
+
+def test_newest_run_grid_and_film(untrained, call, tmp_path):
     for name in ("older", "newer"):
-        shutil.copytree(trained, tmp_path / "runs" / name)
-    os.utime(tmp_path / "runs" / "older" / "transformer.pt", (1, 1))
+        shutil.copytree(untrained, tmp_path / "runs" / name)
+    for path in (tmp_path / "runs" / "older").iterdir():
+        os.utime(path, (1, 1))
     (tmp_path / "runs" / "unfinished").mkdir()
-    output = run("sample.py", "--steps", 4, "--schedule", "cosine", "--num", 3, "--film", cwd=tmp_path)
-    assert "runs/newer" in output
     newer = tmp_path / "runs" / "newer"
+    assert "runs/newer: samples, 4 steps, cosine schedule" in call("--steps", 4, "--num", 3, "--film")
     with Image.open(newer / "samples.png") as grid, Image.open(newer / "samples.film.gif") as gif:
         assert grid.height > 10 * 64 and grid.width > 3 * 64
         assert gif.n_frames >= 4
     assert (newer / "samples.film.png").exists()
 
 
-def test_classes_and_seeds(trained, call, tmp_path):
-    cases = {"a": ["--class", "heart", 3], "b": ["--class", "HEART", "fish"], "c": ["--class", "hea", "3", "--seed", 1]}
-    for name, flags in cases.items():
-        call("--run", trained, "--num", 2, "--out", f"{name}.png", *flags)
+def test_classes_and_seeds(untrained, call, tmp_path):
+    """A name in any case, a part of it, or a number; a seed gives the same images again."""
+    call("--run", untrained, "--num", 2, "--out", "a.png", "--class", "heart", 3)
+    call("--run", untrained, "--num", 2, "--out", "b.png", "--class", "HEART", "fish")
+    call("--run", untrained, "--num", 2, "--out", "c.png", "--class", "hea", "3", "--seed", 1)
     a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
     assert a == b != c
 
 
+def test_class_names_that_are_numbers(untrained, call, monkeypatch, tmp_path):
+    """--class 10 is the class of that name, not the eleventh."""
+    shutil.copytree(untrained, tmp_path / "run")
+    change_classes(tmp_path / "run", [str(number) for number in range(1, 11)])
+    captions = []
+
+    def recording_grid(rows, names):
+        captions.extend(names)
+        return Image.new("RGB", (8, 8))
+    monkeypatch.setattr(pictures, "grid", recording_grid)
+    call("--run", "run", "--num", 1, "--class", 10, 2)
+    assert captions == ["10", "2"]
+    assert "'12'" in call("--run", "run", "--class", 12, code=2)
+
+
 @pytest.mark.parametrize("flags", [["--order", "halton"], ["--order", "random"], ["--top-k", 3, "--temperature", 0.5],
                                    ["--temperature", 0]])
-def test_options(trained, call, tmp_path, flags):
+def test_options(untrained, call, tmp_path, flags):
     """Each changes what is drawn."""
-    call("--run", trained, "--num", 1, "--out", "a.png", *flags)
-    call("--run", trained, "--num", 1, "--out", "b.png")
+    call("--run", untrained, "--num", 1, "--out", "a.png", *flags)
+    call("--run", untrained, "--num", 1, "--out", "b.png")
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
-def test_guidance_needs_a_null_class(trained, call, tmp_path):
-    assert "--class-dropout" in call("--run", trained, "--cfg", 2, "--out", "a.png", code=2)
-    shutil.copy(trained / "vqgan.pt", tmp_path)
-    run("train_transformer.py", "--run", tmp_path, *TINY_TRANSFORMER, "--class-dropout", 0.5)
-    call("--run", tmp_path, "--cfg", 2, "--num", 1)
+def test_guidance(untrained, call, tmp_path):
+    """A run with a null class can be guided, and is by default; another cannot."""
+    for name, flags in {"a": [], "b": ["--cfg", 1], "c": ["--cfg", 0]}.items():
+        call("--run", ROOT / "example", "--class", "heart", "--num", 2, "--out", f"{name}.png", *flags)
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+    assert "--class-dropout" in call("--run", untrained, "--cfg", 2, "--out", "d.png", code=2)
 
+
+def test_nothing_trained_yet(call, tmp_path):
+    """The models in example/ draw, into the working folder; example/ stays as it is."""
+    before = sorted((ROOT / "example").iterdir())
+    printed = call("--steps", 2, "--num", 1, "--class", "heart")
+    assert f"{ROOT}/example: samples" in printed and "wrote samples.png" in printed
+    assert (tmp_path / "samples.png").exists() and sorted((ROOT / "example").iterdir()) == before
+
+
+@pytest.mark.slow
+def test_the_script_itself(untrained, tmp_path):
+    printed = run("sample.py", "--run", untrained, "--num", 1, "--class", "moon", "--out", "a.png", cwd=tmp_path)
+    assert "wrote a.png: 1 images in" in printed
+
+
+def test_a_run_with_both_decoders(untrained, call, tmp_path):
+    """A run that holds only the sequential one draws with it."""
+    shutil.copytree(untrained, tmp_path / "both")
+    assert "8 steps" in call("--run", "both", "--num", 1)
+    assert "token by token" in call("--run", "both", "--decoder", "autoregressive", "--num", 1, "--film", "--top-k", 3)
+    assert (tmp_path / "both" / "samples.film.gif").exists()
+    (tmp_path / "both" / "transformer.pt").unlink()
+    assert "token by token" in call("--run", "both", "--num", 1)
+
+
+@pytest.mark.parametrize("script", ["sample", "edit", "pretrained"])
+def test_ctrl_c_says_what_became_of_the_work(script, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(runtime, "launch", interrupt)
+    monkeypatch.setattr("lib.files.download", interrupt)
+    arguments = {"sample": [], "edit": ["photo.png", "--inpaint", "centre"], "pretrained": ["imagenet256"]}
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *arguments[script]])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    assert end.value.code == 130
+    expected = "files that were fetched whole are kept" if script == "pretrained" else "nothing was written"
+    assert expected in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("flags, says", [
     (["--schedule", "quartic"], ["quartic", "cosine", "logarithmic"]),
@@ -89,121 +161,170 @@ def test_guidance_needs_a_null_class(trained, call, tmp_path):
     (["--steps", 0], ["steps", "1"]),
     (["--steps", 65], ["steps", "64"]),
     (["--num", 0], ["--num"]),
-    (["--top-k", 33], ["codebook, 32", "33"]),
+    (["--num", 100_000_000], ["--num 100000000", "GB"]),
+    (["--top-k", 33], ["codebook", "32", "33"]),
     (["--run", "nowhere"], ["nowhere", "does not exist"]),
     (["--out", "picture.xyz"], ["picture.xyz", ".png"]),
+    (["--num", 1000, "--out", "wide.jpg"], ["wide.jpg", "65,500", ".png", "--num"]),
+    (["--num", 300, "--out", "wide.webp"], ["wide.webp", "16,383", ".png", "--num"]),
 ])
-def test_bad_flags(trained, call, tmp_path, flags, says):
-    line = call("--run", trained, "--out", "a.png", *flags, code=2)
+def test_bad_flags(untrained, call, tmp_path, monkeypatch, flags, says):
+    """They are refused before anything is drawn."""
+    monkeypatch.setattr(sample, "draw", None)
+    line = call("--run", untrained, "--out", "a.png", *flags, code=2)
     assert all(word in line for word in says), line
     assert not list(tmp_path.iterdir())
 
 
-def test_no_run_at_all(tmp_path):
-    """The example beside the scripts is drawn from, and nothing can be trained on."""
-    assert "/example: samples" in run("sample.py", "--steps", 2, "--num", 1, "--out", "a.png", cwd=tmp_path)
-    assert (tmp_path / "a.png").exists()
-    refused("train_transformer.py", says=["vqgan.pt", "does not exist"], cwd=tmp_path)
+@pytest.mark.parametrize("ending, longest", [(".jpg", 65_500), (".JPG", 65_500), (".webp", 16_383), (".gif", 65_535)])
+def test_the_longest_side_of_a_format_is_what_pillow_can_write(tmp_path, ending, longest):
+    pictures.save_image(tmp_path / f"a{ending}", Image.new("RGB", (longest, 1)))
+    with pytest.raises((OSError, ValueError, OverflowError)):
+        Image.new("RGB", (longest + 1, 1)).save(tmp_path / f"b{ending}")
+    if ending != ".gif":
+        pictures.check_picture(tmp_path / f"a{ending}", (1, longest), "fewer")
+        with pytest.raises(UserError, match="use .png, or fewer"):
+            pictures.check_picture(tmp_path / f"a{ending}", (1, longest + 1), "fewer")
 
 
 def test_pictures_of_every_kind(tmp_path):
     for ending in (".png", ".jpg", ".jpeg", ".webp", ".JPG"):
-        path = picture_path(tmp_path / f"a{ending}")
-        save_image(path, Image.new("RGB", (8, 8), "red"))
+        path = tmp_path / f"a{ending}"
+        pictures.check_picture(path, (8, 8), "fewer")
+        pictures.save_image(path, Image.new("RGB", (8, 8), "red"))
         with Image.open(path) as image:
             assert image.size == (8, 8)
 
 
-def test_an_unwritable_output(trained, call, tmp_path):
+def test_an_unwritable_output(untrained, call, tmp_path):
     (tmp_path / "file").write_text("")
-    line = call("--run", trained, "--num", 1, "--out", "file/a.png", code=2)
+    line = call("--run", untrained, "--num", 1, "--out", "file/a.png", code=2)
     assert "file" in line and "--out" in line
 
 
-def test_broken_checkpoints(trained, call, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(trained, folder)
-    good = (folder / "transformer.pt").read_bytes()
-    cases = {"truncated": good[:len(good) // 2], "a few bytes": good[:10], "empty": b"",
-             "text": b"these are no weights\n" * 50, "other stage": (folder / "vqgan.pt").read_bytes()}
-    for name, content in cases.items():
-        (folder / "transformer.pt").write_bytes(content)
-        line = call("--run", folder, code=2)
-        assert "transformer.pt" in line, line
-        assert ("holds a vqgan" if name == "other stage" else "not a checkpoint") in line, line
-    torch.save([1, 2], folder / "transformer.pt")
-    line = call("--run", folder, code=2)
-    assert "transformer.pt" in line and "not a checkpoint" in line
-    checkpoint = torch.load(trained / "transformer.pt", weights_only=True)
+@pytest.mark.parametrize("content, says", [
+    (b"", "not a checkpoint"), (b"these are no weights\n" * 50, "not a checkpoint"), (b"PK\3\4 cut", "not a checkpoint"),
+    ("half", "not a checkpoint"), ("vqgan.pt", "holds a vqgan")], ids=["empty", "text", "start", "half", "other stage"])
+def test_broken_checkpoints(untrained, call, tmp_path, content, says):
+    shutil.copytree(untrained, tmp_path / "run")
+    path = tmp_path / "run" / "transformer.pt"
+    if content == "half":
+        content = path.read_bytes()[:path.stat().st_size // 2]
+    elif content == "vqgan.pt":
+        content = (untrained / "vqgan.pt").read_bytes()
+    path.write_bytes(content)
+    line = call("--run", "run", code=2)
+    assert "transformer.pt" in line and says in line
+
+
+def test_checkpoints_that_lack_something(untrained, call, tmp_path):
+    shutil.copytree(untrained, tmp_path / "run")
+    torch.save([1, 2], tmp_path / "run" / "transformer.pt")
+    assert "not a checkpoint" in call("--run", "run", code=2)
+    checkpoint = torch.load(untrained / "transformer.pt", weights_only=True)
     del checkpoint["model"]["head_bias"]
-    torch.save(checkpoint, folder / "transformer.pt")
-    line = call("--run", folder, code=2)
+    torch.save(checkpoint, tmp_path / "run" / "transformer.pt")
+    line = call("--run", "run", code=2)
     assert "head_bias" in line and "missing" in line
-    (folder / "transformer.pt").write_bytes(good)
-    call("--run", folder, "--num", 1)
 
 
-def test_a_checkpoint_cannot_run_code(trained, tmp_path):
+def test_a_checkpoint_cannot_run_code(untrained, call, tmp_path):
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/was-here",)
-    folder = tmp_path / "run"
-    shutil.copytree(trained, folder)
-    torch.save({"kind": "transformer", "x": Evil()}, folder / "transformer.pt")
-    refused("sample.py", "--run", folder, says=["transformer.pt", "not a checkpoint"])
+    shutil.copytree(untrained, tmp_path / "run")
+    torch.save({"kind": "transformer", "x": Evil()}, tmp_path / "run" / "transformer.pt")
+    assert "not a checkpoint" in call("--run", "run", code=2)
     assert not (tmp_path / "was-here").exists()
 
 
-def test_another_codebook(trained, call, tmp_path):
-    checkpoint = torch.load(trained / "vqgan.pt", weights_only=True)
+def test_another_codebook(untrained, call, tmp_path):
+    checkpoint = torch.load(untrained / "vqgan.pt", weights_only=True)
     checkpoint["config"]["codebook_size"] = 16
     checkpoint["model"]["quantizer.codebook"] = checkpoint["model"]["quantizer.codebook"][:16]
     torch.save(checkpoint, tmp_path / "vqgan.pt")
-    line = call("--run", trained, "--vqgan", tmp_path / "vqgan.pt", code=2)
+    line = call("--run", untrained, "--vqgan", "vqgan.pt", code=2)
     assert "codebook of 32" in line and "16" in line
-
-
-def test_image_size_and_stride(tmp_path):
-    refused("train_vq.py", "--data", tmp_path, "--run", tmp_path, *TINY_VQ, "--image-size", 30,
-            says=["30", "stride 4"])
-    refused("train_vq.py", "--run", tmp_path, *TINY_VQ, "--image-size", 64, says=["shapes", "32"])
 
 
 # ------------------------------------------------------------------------------------------- what is drawn, and how
 
-def test_batches_share_one_generator(toy):
+def options_for(model):
+    return {} if isinstance(model, CausalTransformer) else {"steps": 3}
+
+
+def test_batches_share_one_generator(model, monkeypatch):
     """Images beyond the first batch are other images, in the order of their labels."""
-    labels = torch.tensor([0, 1, 0, 1, 2])
-    decoder, options = (decode_sequential, {}) if toy.config.causal else (decode, {"steps": 3})
-    images, _ = sample.draw(Tiles(), toy, labels, batch=2, generator=torch.Generator().manual_seed(5), **options)
+    monkeypatch.setattr(sample, "BATCH", 2)
+    labels, options = torch.tensor([0, 1, 0, 1, 2]), options_for(model)
+    decoder = decode_sequential if isinstance(model, CausalTransformer) else decode
+    images, _ = sample.draw(Tiles(), model, labels, options | {"generator": torch.Generator().manual_seed(5)})
     generator = torch.Generator().manual_seed(5)
-    tokens = torch.cat([decoder(toy, part, generator=generator, **options) for part in labels.split(2)])
+    tokens = torch.cat([decoder(model, batch, generator=generator, **options) for batch in labels.split(2)])
     assert torch.equal(images, Tiles().decode(as_grid(tokens)))
     assert not torch.equal(images[:2], images[2:4])
 
 
-def test_film(toy):
-    """Each frame shows what is predicted, greyed out where it stays masked (in raster order: what comes later)."""
-    labels, generators = torch.tensor([0, 1, 2]), [torch.Generator().manual_seed(5) for _ in range(2)]
-    if toy.config.causal:
-        images, frames = sample.draw(Tiles(), toy, labels, batch=2, film=True, generator=generators[0])
-        tokens = decode_sequential(toy, labels[:2], generator=generators[1])
-        steps = [(tokens, (torch.arange(16) >= 2 * known).expand(2, 16), None) for known in range(1, 9)]
-        share = 1.0
-    else:
-        images, frames = sample.draw(Tiles(), toy, labels, batch=2, film=True, steps=5, generator=generators[0])
-        tokens, steps = decode(toy, labels[:2], 5, generator=generators[1], return_steps=True)
-        share = 0.85
-    assert len(frames) == len(steps) and torch.equal(images, frames[-1])
-    for frame, (predicted, masked, _) in zip(frames, steps):
-        assert frame.shape == (3, 3, 8, 8)
-        masked = to_pixels(as_grid(masked), 2)[:, None].expand(2, 3, 8, 8)
-        shown = Tiles().decode(as_grid(predicted))
-        assert torch.equal(frame[:2][~masked], shown[~masked])
-        assert torch.allclose(frame[:2][masked], (shown * (1 - share) + 0.5 * share)[masked])
+def test_the_steps_of_a_film_are_what_the_decoder_tells(model, monkeypatch):
+    """At the moments asked for: the tokens that were sampled, and which are masked; of all batches."""
+    monkeypatch.setattr(sample, "BATCH", 2)
+    told = []
+    labels, options = torch.tensor([0, 1, 2]), options_for(model)
+    decoder = decode_sequential if isinstance(model, CausalTransformer) else decode
+    generator = torch.Generator().manual_seed(5)
+    for batch in labels.split(2):
+        decoder(model, batch, generator=generator, on_step=lambda *step: told.append(step), **options)
+    first, second = told[:len(told) // 2], told[len(told) // 2:]
+    generator.manual_seed(5)
+    _, steps = sample.draw(Tiles(), model, labels, options | {"generator": generator}, moments=[1, 3])
+    assert len(steps) == 2
+    for t, (sampled, masked) in zip([1, 3], steps, strict=True):
+        assert torch.equal(sampled, torch.cat([first[t - 1][1], second[t - 1][1]]))
+        assert torch.equal(masked, torch.cat([first[t - 1][2], second[t - 1][2]]))
+    assert steps[0][1].any()
 
 
-def test_what_the_decoder_is_asked_for(call, monkeypatch):
+def test_the_moments_of_a_film():
+    """Every step of the parallel decoder; about eight of the sequential one, evenly spaced, the last one included."""
+    config = MaskGITConfig(24, 3, 64, 16, 1, 2, 16)
+    assert sample.film_moments(MaskGIT(config), 5) == [1, 2, 3, 4, 5]
+    assert sample.film_moments(CausalTransformer(config), 0) == [8, 16, 24, 32, 40, 48, 56, 64]
+
+
+def test_a_step_is_shown_with_grey_over_what_is_masked():
+    sampled, masked = torch.arange(32).view(2, 16) % 24, torch.zeros(2, 16, dtype=torch.bool)
+    masked[0, 5] = masked[1, 15] = True
+    image = sample.draw_step(Tiles(), sampled, masked, opacity=0.75)
+    plain = Tiles().decode(as_grid(sampled))
+    grey = to_pixels(as_grid(masked), 2)[:, None].expand(2, 3, 8, 8)
+    assert grey.sum() == 2 * 3 * 4
+    assert torch.equal(image[~grey], plain[~grey])
+    torch.testing.assert_close(image[grey], 0.25 * plain[grey] + 0.75 * 0.5)
+
+
+@pytest.mark.parametrize("decoder, titles", [
+    ("parallel", ["step 1", "step 2", "step 3", "step 4"]),
+    ("autoregressive", [f"{8 * i} tokens" for i in range(1, 9)])])
+def test_the_film_of_a_run(untrained, call, monkeypatch, decoder, titles):
+    """It shows the first image of each class; less and less of it is grey, and at last nothing."""
+    drawn = {}
+
+    def recording_grid(rows, captions):
+        drawn["rows"] = rows
+        return Image.new("RGB", (8, 8))
+
+    def recording_film(path, frames, titles):
+        drawn["frames"], drawn["titles"] = frames, titles
+    monkeypatch.setattr(pictures, "grid", recording_grid)
+    monkeypatch.setattr(pictures, "save_film", recording_film)
+    call("--run", untrained, "--decoder", decoder, "--num", 3, "--steps", 4, "--film", "--out", "a.png")
+    assert drawn["titles"] == titles and len(drawn["frames"]) == len(titles) and len(drawn["rows"]) == 10
+    result = torch.stack([row[0] for row in drawn["rows"]])
+    differs = [(frame != result).any(1).sum().item() for frame in drawn["frames"]]
+    assert differs == sorted(differs, reverse=True) and differs[0] > 0 and differs[-1] == 0
+
+
+def test_what_the_decoder_is_asked_for(untrained, call, monkeypatch):
     """A row for each class, 64 images at a time; the seed and the flags of the sampler arrive."""
     asked, rows = [], []
 
@@ -211,82 +332,51 @@ def test_what_the_decoder_is_asked_for(call, monkeypatch):
         asked.append((labels.tolist(), options))
         return decode(model, labels, **options)
 
-    def recording_grid(images, captions=(), **options):
+    def recording_grid(images, captions):
         rows.append((len(images), {len(row) for row in images}, captions))
         return Image.new("RGB", (8, 8))
-    monkeypatch.setattr(sample, "decode", recording_decode)
-    monkeypatch.setattr(sample, "grid", recording_grid)
-    flags = {"--steps": 2, "--schedule": "square", "--choice-temperature": 3, "--temperature": 0.9, "--top-k": 7,
-             "--order": "random", "--num": 40, "--seed": 5, "--out": "a.png"}
-    call("--run", ROOT / "example", "--class", "heart", 3, *[word for flag in flags.items() for word in flag])
+    monkeypatch.setattr(sample, "sampler_of", lambda model: recording_decode)
+    monkeypatch.setattr(pictures, "grid", recording_grid)
+    flags = {"--steps": 2, "--schedule": "square", "--temperature": 0.9, "--top-k": 7, "--num": 40, "--seed": 5,
+             "--out": "a.png"}
+    call("--run", untrained, "--class", "heart", 3, *[word for flag in flags.items() for word in flag])
     assert [labels for labels, _ in asked] == [[6] * 40 + [3] * 24, [3] * 16]
     assert rows == [(2, {40}, ["heart", "fish"])]
-    generators = [options.pop("generator") for _, options in asked]
-    assert generators[0] is generators[1] and generators[0].initial_seed() == 5
     for _, options in asked:
-        assert options == {"steps": 2, "schedule": "square", "choice_temperature": 3, "temperature": 0.9, "top_k": 7,
-                           "cfg": 1, "order": "random", "return_steps": True}
+        assert options["generator"] is asked[0][1]["generator"] and options["generator"].initial_seed() == 5
+        assert options["steps"] == 2 and options["schedule"] == "square" and options["top_k"] == 7
+        assert options["temperature"] == 0.9 and options["cfg"] == 0
 
 
-def test_the_film_shows_one_image_of_each_class(call, monkeypatch):
-    drawn = {}
+# ------------------------------------------------------------------------------------------------------- the pictures
 
-    def recording_grid(rows, captions=(), **options):
-        drawn["rows"] = rows
-        return Image.new("RGB", (8, 8))
-
-    def recording_film(path, frames):
-        drawn["frames"] = frames
-        return path, path
-    monkeypatch.setattr(sample, "grid", recording_grid)
-    monkeypatch.setattr(sample, "save_film", recording_film)
-    call("--run", ROOT / "example", "--num", 3, "--steps", 4, "--film", "--out", "a.png")
-    assert len(drawn["frames"]) == 4 and len(drawn["rows"]) == 10
-    assert torch.equal(drawn["frames"][-1], torch.stack([row[0] for row in drawn["rows"]]))
+def test_a_grid_has_each_image_at_its_place():
+    """Each pixel becomes 8 x 8; two pixels of white lie between the images."""
+    rows = torch.rand(2, 3, 3, 8, 8)
+    picture = np.asarray(pictures.grid(list(rows)))
+    assert picture.shape == (2 + 2 * 66, 2 + 3 * 66, 3)
+    for row in range(2):
+        for column in range(3):
+            top, left = 2 + row * 66, 2 + column * 66
+            cell = picture[top:top + 64:8, left:left + 64:8]
+            assert (cell == pictures.to_uint8(rows[row, column]).movedim(0, -1).numpy()).all()
 
 
-# ----------------------------------------------------------------------------------------- the autoregressive baseline
-
-@pytest.mark.parametrize("toy", [True], indirect=True)
-def test_a_position_sees_only_what_comes_before(toy):
-    tokens, labels = torch.randint(0, 24, (1, 16)), torch.tensor([1])
-    before = toy(tokens, labels)
-    assert before.shape == (1, 16, 24)
-    for i in (0, 7, 15):
-        changed = tokens.clone()
-        changed[0, i] = (changed[0, i] + 1) % 24
-        differs = (toy(changed, labels) != before).any(-1)[0]
-        assert not differs[:i + 1].any() and differs[i + 1:].all()
-    assert (toy(tokens, torch.tensor([2])) != before).any(-1).all()
+def test_a_grid_is_as_large_as_its_layout_says():
+    for captions, titles in (((), ()), (["a", "longer"], ()), (["Größe", "b"], ["x", "y", "z"])):
+        layout = pictures.GridLayout(3, 2, (8, 12), captions, titles)
+        assert pictures.grid(list(torch.rand(2, 3, 3, 8, 12)), captions, titles).size == layout.size
 
 
-@pytest.mark.parametrize("toy", [True], indirect=True)
-@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"temperature": 0.7, "top_k": 5}])
-def test_the_cache_changes_no_token(toy, options):
-    labels = torch.tensor([0, 1, 2, 1])
-    cached, uncached = [decode_sequential(toy, labels, cached=with_cache, generator=torch.Generator().manual_seed(1),
-                                          **options) for with_cache in (True, False)]
-    assert torch.equal(cached, uncached) and cached.max() < 24
-    if options.get("temperature") == 0:                           # each token is the likeliest after those before it
-        assert torch.equal(toy(cached, labels).argmax(-1), cached)
+@pytest.mark.parametrize("letter", "éßжλ")
+def test_captions_have_letters_beyond_ascii(letter):
+    """They are not the box that stands for a letter that a font lacks."""
+    images = [torch.zeros(1, 3, 64, 64)]
+    assert pictures.grid(images, [letter]).tobytes() != pictures.grid(images, ["\uffff"]).tobytes()
 
 
-@pytest.mark.parametrize("toy", [True], indirect=True)
-def test_one_decoder_for_each_kind(toy):
-    with pytest.raises(ValueError, match="token by token"):
-        decode(toy, torch.tensor([0]))
-    with pytest.raises(ValueError, match="--decoder autoregressive"):
-        decode_sequential(MaskGIT(MaskGITConfig(8, 3, 4, 16, 1, 2, 16)), torch.tensor([0]))
-
-
-def test_a_run_with_both(trained, call, tmp_path):
-    """Training and drawing; a run that holds only the sequential one draws with it."""
-    folder = tmp_path / "both"
-    shutil.copytree(trained, folder)
-    line = call("--run", folder, "--decoder", "autoregressive", code=2)
-    assert "autoregressive.pt" in line and "does not exist" in line
-    run("train_transformer.py", "--run", folder, *TINY_TRANSFORMER, "--decoder", "autoregressive")
-    call("--run", folder, "--decoder", "autoregressive", "--num", 1, "--film", "--bf16", "yes", "--top-k", 3)
-    assert (folder / "samples.film.gif").exists()
-    (folder / "transformer.pt").unlink()
-    assert "token by token" in call("--run", folder, "--num", 1)
+def test_a_film_too_wide_for_a_gif_still_has_its_strip(tmp_path):
+    frames = [torch.zeros(1, 3, 1, 1100)]                           # each pixel becomes 64 x 64
+    with pytest.raises(UserError, match=r"a.film.gif would be too large.*a.film.png"):
+        pictures.save_film(tmp_path / "a.png", frames, ["step 1"])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.film.png"]
