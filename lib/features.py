@@ -284,25 +284,26 @@ class Reference:
     def figures(self, images: Measurements) -> dict:
         """Returns the columns of a table, {name: number}; under BY_CLASS, {class: number}."""
         score, deviation = metrics.inception_score(images.logits)
+        sharpness = images.sharpness.double().mean() / self.real.sharpness.double().mean()
         row = {
             self.networks.distance: self.distance(images),
             self.networks.score: score,
             "± over splits": deviation,
-            SHARPNESS: mean(images.sharpness) / mean(self.real.sharpness),
+            SHARPNESS: sharpness.item(),
         }
         if self.networks.classifier:
-            row[RECOGNISED] = mean(images.recognised)
+            row[RECOGNISED] = share(images.recognised)
             row[BY_CLASS] = {}
             for label, name in enumerate(self.networks.classes):
                 of_class = images.recognised[images.labels == label]
                 if len(of_class):
-                    row[BY_CLASS][name] = mean(of_class)
+                    row[BY_CLASS][name] = share(of_class)
         return row
 
 
-def mean(values: Tensor) -> float:
-    """Returns the mean of numbers or booleans (n,)."""
-    return values.double().mean().item()
+def share(recognised: Tensor) -> float:
+    """Returns the share of the values (n,) that are true."""
+    return recognised.double().mean().item()
 
 
 # ----------------------------------------------------------------------------------- while training
