@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ from PIL import Image
 from lib import data, folders, image_files, runtime, scan, shapes
 from lib.data import Cifar10, check_run_outside_data, find_class, open_data, resolve_data
 from lib.files import write_atomically
-from lib.flags import UserError
+from lib.flags import UserError, command_line
 from lib.image_files import random_crop, read_image, to_rgb
 from lib.loader import Steps, batches
 from lib.shapes import Shapes, draw_scenes, hsv_to_rgb
@@ -33,6 +34,12 @@ RED = (220, 20, 30)
 def picture(path, size=(40, 30), mode="RGB", color=RED):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, color).convert(mode).save(path)
+
+
+def touch(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
 
 def make_folder(root, counts, **options):
@@ -52,11 +59,6 @@ def test_shapes_are_a_pure_function_of_split_and_index():
     assert torch.equal(alone[0], images[17]) and label == labels[17] == 7
     assert images.shape == (40, 3, 32, 32) and images.dtype == torch.uint8
     assert not torch.equal(val.batch([117])[0], alone)
-    code = ("import hashlib; from lib.shapes import Shapes; "
-            "print(hashlib.md5(Shapes('val').batch(range(20))[0].contiguous().numpy().tobytes()).hexdigest())")
-    here = hashlib.md5(val.batch(range(20))[0].contiguous().numpy().tobytes()).hexdigest()
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert there.stdout.strip() == here
 
 
 def test_shapes_vary_and_are_shaded():
@@ -368,8 +370,7 @@ def test_imagenet_is_a_folder_with_the_papers_settings(tmp_path):
 
 def test_imagenets_thousand_folders_have_names(tmp_path):
     for split in ("train", "val"):
-        for i in range(1000):
-            picture(tmp_path / "imagenet" / split / f"n{i:08}" / "0.JPEG", size=(4, 4))
+        touch(*(tmp_path / "imagenet" / split / f"n{i:08}" / "0.JPEG" for i in range(1000)))
     train, val = open_data("imagenet", 32, tmp_path)
     assert len(train) == 1000 and train.classes == val.classes
     assert train.classes[0] == "tench" and train.classes[90] == "lorikeet" and len(set(train.classes)) == 1000
@@ -384,12 +385,6 @@ def test_large_images_are_read_from_their_files(tmp_path):
 
 
 # ---- which files, which classes
-
-def touch(*paths):
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-
 
 def unchecked(root):
     return folders.open_folder(root, 32, check=False)
@@ -643,6 +638,7 @@ def coloured(root, count):
     return root
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")         # more readers than there are cores
 def test_a_file_that_nobody_checked_is_replaced_by_its_neighbour(tmp_path, capfd):
     """Whatever the number of readers: the batches are the same, and it is named once in two epochs."""
     root = coloured(tmp_path / "imagenet", 200)
@@ -662,30 +658,14 @@ def test_a_file_that_nobody_checked_is_replaced_by_its_neighbour(tmp_path, capfd
             assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
-# A user's script, for what only a process of its own can show.
-SCRIPT = """
-import os, sys, time
-sys.path.insert(0, {root!r})
-import torch
-from lib.data import open_data
-from lib.flags import UserError, command_line
-from lib.loader import batches
-from lib.tokens import CachedTokens
-torch.set_num_threads(1)
-
-def main():
-    train, val = open_data({data!r}, 32, {folder!r})
-{body}
-command_line(main)
-"""
-
-
-def start(tmp_path, body, data_="imagenet"):
-    path = tmp_path / "script.py"
-    body = "".join(f"    {line}\n" for line in body.strip().splitlines())
-    path.write_text(SCRIPT.format(root=str(ROOT), data=str(data_), folder=str(tmp_path), body=body))
-    return subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True)
+def start(main):
+    """Forks a process (a new one takes seconds) that calls main() as a script does, with a group of its own."""
+    def in_its_group():
+        os.setsid()
+        command_line(main)
+    process = multiprocessing.get_context("fork").Process(target=in_its_group)
+    process.start()
+    return process
 
 
 def readers_of(process):
@@ -694,59 +674,91 @@ def readers_of(process):
     return [int(pid) for pid in listed.stdout.split() if int(pid) != process.pid]
 
 
-def ends(process, within, code=2):
-    """Waits -> its last line on stderr. None of its readers is left."""
-    started = time.time()
-    _, err = process.communicate(timeout=60)
-    assert time.time() - started < within, err
-    assert process.returncode == code, err
-    assert "Traceback" not in err and not readers_of(process)
-    return err.strip().splitlines()[-1]
+def assert_ends(process, within, code):
+    process.join(within)
+    assert process.exitcode == code
+    assert not readers_of(process)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])
-def test_too_many_broken_files_end_the_run(workers, tmp_path):
-    root = coloured(tmp_path / "imagenet", 50)
-    for path in root.glob("train/*/*.JPEG"):
+def test_too_many_broken_files_end_the_run(workers, tmp_path, capfd):
+    for path in coloured(tmp_path / "imagenet", 50).glob("train/*/*.JPEG"):
         path.write_text("no image")
-    process = start(tmp_path, f"for batch in batches(train, 4, 0, 0, 1000, {workers}): print('a batch')")
-    last = ends(process, 20)
+
+    def main():
+        train, _ = open_data("imagenet", 32, tmp_path)
+        for _ in batches(train, 4, 0, 0, 1000, workers):
+            print("a batch")
+    assert_ends(start(main), 10, code=2)
+    said = capfd.readouterr()
+    last = said.err.splitlines()[-1]
     assert last.startswith("error: ") and ".JPEG is not a readable image" in last and "over 1%" in last
+    assert "Traceback" not in said.err and not said.out
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_an_error_of_the_main_process_ends_its_readers(workers, tmp_path):
+def test_an_error_beside_readers_is_one_line(workers, tmp_path, capfd):
     coloured(tmp_path / "imagenet", 50)
-    process = start(tmp_path, f"""
-stream = batches(train, 4, 0, 0, 100000, {workers})
-next(stream)
-print("reading", flush=True)
-raise UserError("the disk is full: free some space")
-""")
-    process.stdout.readline()
-    assert ends(process, 5) == "error: the disk is full: free some space"
+
+    def main():
+        stream = batches(open_data("imagenet", 32, tmp_path)[0], 4, 0, 0, 10**6, workers)
+        next(stream)
+        raise UserError("the disk is full: free some space")
+    assert_ends(start(main), 5, code=2)
+    assert capfd.readouterr().err.splitlines()[-1] == "error: the disk is full: free some space"
 
 
-def test_readers_survive_signals_but_not_the_main_process(tmp_path):
+def test_a_reader_that_dies_is_an_error_of_one_line(tmp_path, capfd):
+    coloured(tmp_path / "imagenet", 50)
+
+    def main():
+        stream = batches(open_data("imagenet", 32, tmp_path)[0], 4, 0, 0, 10**6, 1)
+        next(stream)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        for _ in stream:
+            pass
+    assert_ends(start(main), 15, code=2)
+    said = capfd.readouterr().err
+    assert "a process that reads images died" in said and "--ipc=host" in said and "Traceback" not in said
+
+
+def read_for_ever(folder, batch_came, ignored):
+    """Reads with two workers; signals do not end it, as in training."""
+    for number in ignored:
+        signal.signal(number, lambda number, frame: None)
+    for _ in batches(open_data("imagenet", 32, folder)[0], 4, 0, 0, 10**9, 2):
+        batch_came.set()
+
+
+def wait_for_another(batch_came):
+    batch_came.clear()
+    assert batch_came.wait(20)
+
+
+def test_readers_survive_signals(tmp_path):
     """torchrun sends SIGTERM to the whole group: the last step before saving still needs its readers."""
     coloured(tmp_path / "imagenet", 50)
-    process = start(tmp_path, """
-import signal
-signal.signal(signal.SIGTERM, lambda number, frame: None)
-signal.signal(signal.SIGINT, lambda number, frame: None)
-for batch in batches(train, 4, 0, 0, 10**9, 2):
-    print("a batch", flush=True)
-""")
-    process.stdout.readline()
+    batch_came = multiprocessing.Event()
+    process = start(lambda: read_for_ever(tmp_path, batch_came, [signal.SIGINT, signal.SIGTERM]))
+    wait_for_another(batch_came)
     readers = readers_of(process)
-    assert len(readers) == 2
     os.killpg(process.pid, signal.SIGTERM)
     os.killpg(process.pid, signal.SIGINT)
-    for _ in range(100):
-        assert process.stdout.readline() == "a batch\n"
-    assert readers_of(process) == readers
+    for _ in range(20):                                     # more than were read ahead
+        wait_for_another(batch_came)
+    assert readers_of(process) == readers and len(readers) == 2
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
+@pytest.mark.slow
+def test_readers_do_not_outlive_a_process_that_is_killed(tmp_path):
+    coloured(tmp_path / "imagenet", 50)
+    batch_came = multiprocessing.Event()
+    process = start(lambda: read_for_ever(tmp_path, batch_came, []))
+    wait_for_another(batch_came)
     process.kill()
-    process.communicate()
+    process.join()
     for _ in range(100):
         if not readers_of(process):
             break
@@ -754,39 +766,48 @@ for batch in batches(train, 4, 0, 0, 10**9, 2):
     assert not readers_of(process)
 
 
-def test_a_reader_that_dies_is_an_error_of_one_line(tmp_path):
+@pytest.mark.slow
+def test_readers_do_not_delay_the_end_of_a_process(tmp_path):
+    """Where SystemExit passes by command_line(), after a signal: a whole interpreter, since forks have no atexit."""
     coloured(tmp_path / "imagenet", 50)
-    process = start(tmp_path, """
-import multiprocessing
-stream = batches(train, 4, 0, 0, 10**9, 1)
-next(stream)
-print("reading", flush=True)
-os.kill(multiprocessing.active_children()[0].pid, 9)
-for batch in stream: pass
-""")
-    process.stdout.readline()
-    last = ends(process, 15)
-    assert "a process that reads images died" in last and "--ipc=host" in last
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from lib.data import open_data
+from lib.flags import command_line
+from lib.loader import batches
+
+def main():
+    for _ in batches(open_data("imagenet", 32, {str(tmp_path)!r})[0], 4, 0, 0, 10**9, 2):
+        sys.exit(143)
+
+command_line(main)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode == 143 and not result.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_reading_is_stopped_by_a_signal(number, tmp_path):
-    """Also where a training run has taken the signals for itself."""
+def test_reading_is_stopped_by_a_signal(number, tmp_path, monkeypatch, capfd):
+    """Also where a training run has taken the signals for itself; 1,000 pictures would take a minute."""
     make_folder(tmp_path / "images", {"a": 1000})
-    process = start(tmp_path, """
-import signal
-from lib import scan
-def read_slowly(path, size, real=scan.read_image):
-    print("reading", flush=True)
-    time.sleep(0.1)
-    return real(path, size)
-scan.read_image = read_slowly
-for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda number, frame: None)
-open_data({!r}, 32)
-""".format(str(tmp_path / "images")), data_="shapes")
-    process.stdout.readline()
-    os.killpg(process.pid, number)
-    assert ends(process, 10, code=130).endswith(f"stopped while reading {tmp_path}/images")
+    reading = multiprocessing.Event()
+
+    def read_slowly(path, size):
+        reading.set()
+        time.sleep(0.1)
+        return read_image(path, size)
+
+    def main():
+        for taken in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(taken, lambda number, frame: None)
+        open_data(str(tmp_path / "images"), 32)
+    monkeypatch.setattr(scan, "read_image", read_slowly)
+    process = start(main)
+    assert reading.wait(10)
+    os.kill(process.pid, number)
+    assert_ends(process, 2, code=130)
+    assert f"stopped while reading {tmp_path}/images" in capfd.readouterr().err
 
 
 # ---- classes

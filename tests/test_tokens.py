@@ -1,6 +1,8 @@
 """The token cache: each view of each image once, and encoded anew when an image changes."""
+import multiprocessing
 import os
 import shutil
+import signal
 import time
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 from conftest import TINY_TRANSFORMER, run
 from PIL import Image
-from test_data import ends, make_folder, start
+from test_data import assert_ends, make_folder, start
 
 from lib.data import open_data
 from lib.runtime import hashed_uniform
@@ -161,22 +163,25 @@ def test_readers_need_little_shared_memory():
 
 
 @pytest.mark.parametrize("size", [8, 80])                   # from memory, and by readers
-def test_encoding_is_stopped_by_ctrl_c(size, tmp_path):
+def test_encoding_is_stopped_by_a_signal(size, tmp_path, capfd):
     make_folder(tmp_path / "images", {"a": 100})
-    process = start(tmp_path, f"""
-import signal
-train, val = open_data({str(tmp_path / "images")!r}, {size})
-def tokenize(images):
-    print("encoding", flush=True)
-    time.sleep(0.1)
-    return images[:, 0, 0, :2].long()
-for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda number, frame: None)
-CachedTokens({str(tmp_path / "tokens")!r}, train, 1000, 2).encode(tokenize)
-""", data_="shapes")
-    process.stdout.readline()
-    time.sleep(0.2)
-    process.send_signal(2)
-    assert "stopped while encoding images" in ends(process, 10, code=130)
+    encoding = multiprocessing.Event()
+
+    def tokenize(images):
+        encoding.set()
+        time.sleep(0.1)
+        return images[:, 0, 0, :2].long()
+
+    def main():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: None)
+        train, _ = open_data(str(tmp_path / "images"), size)
+        CachedTokens(tmp_path / "tokens", train, 1000, 2).encode(tokenize)
+    process = start(main)
+    assert encoding.wait(10)
+    os.kill(process.pid, signal.SIGINT)
+    assert_ends(process, 2, code=130)
+    assert "stopped while encoding images" in capfd.readouterr().err
 
 
 def test_training_from_cached_tokens(trained, tmp_path):
