@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from lib import flags, runtime
-from lib.data import DATA_FLAGS, admit_pixels, open_data, read_image
+from lib.data import DATA_FLAGS, open_data
 from lib.editing import composite, default_feather, likeliest_class, to_square
 from lib.files import fingerprint
 from lib.flags import UserError
+from lib.image_files import admit_pixels, read_image
 from lib.orders import ORDERS
 from lib.pictures import to_pil
 from lib.runtime import Machine

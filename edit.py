@@ -20,9 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from lib import flags, pictures, runtime
-from lib.data import find_class, read_image
+from lib.data import find_class
 from lib.editing import composite, default_feather, fit_square, likeliest_class, to_square
 from lib.flags import UserError
+from lib.image_files import read_image
 from lib.sampling import add_run_flags, add_sampler_flags, load_run, sampler_options
 from maskgit import MaskGIT, decode
 from sequential import CausalTransformer

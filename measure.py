@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from lib import metrics, pictures, runtime, sets
-from lib.data import admit_pixels, open_data
+from lib.data import open_data
 from lib.features import Measurements, Networks, Reference, open_networks
 from lib.files import fingerprint, rebuild
 from lib.flags import UserError
+from lib.image_files import admit_pixels
 from lib.orders import ORDERS
 from lib.results import Results
 from lib.sampling import load_run, sampler_of, sampler_options

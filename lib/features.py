@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib import flags, metrics
-from lib.data import batches
 from lib.files import (
     fingerprint,
     load_checkpoint,
@@ -25,6 +24,7 @@ from lib.files import (
     save_checkpoint,
 )
 from lib.flags import UserError, whole
+from lib.loader import batches
 from lib.optim import set_learning_rate
 from lib.runtime import Machine, step_seed
 from lib.sets import (

@@ -13,7 +13,7 @@ import torch
 from lib.flags import UserError, end_readers
 from lib.runtime import Machine
 
-atexit.register(end_readers)
+atexit.register(end_readers)        # also of a script that does not use flags.command_line()
 
 ImagesAndLabels = tuple[torch.Tensor, torch.Tensor]     # (B, 3, S, S) uint8, (B,) int64
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lib.data import loader
+from lib.loader import loader
 from lib.terminal import Progress
 
 T = TypeVar("T")

@@ -26,10 +26,10 @@ import demo
 import lib.orders
 import lib.sampling
 import maskgit
-from lib.data import Shapes
 from lib.editing import composite, likeliest_class
 from lib.orders import by_chance, by_confidence
 from lib.runtime import Machine
+from lib.shapes import Shapes
 from maskgit import decode, gamma, guided_logits, mask_counts
 from sequential import decode_sequential
 from vqgan import as_grid

@@ -23,7 +23,7 @@ from conftest import (
 from torch import nn
 
 from lib import flags, runtime
-from lib.data import loader
+from lib.loader import loader
 
 CPU = Namespace(device="cpu", bf16=False)
 # Entropy loss and codebook start look at whole batches: without them stage 1 is the same however a batch is split.
