@@ -100,6 +100,11 @@ def loader(dataset: object, keys: Iterable, data: DataSet, workers: int | None =
         ErrorsAsValues(dataset), batch_size=None, sampler=keys, num_workers=workers,
         pin_memory=pin_memory, worker_init_fn=ignore_signals)
     try:
+        readers = iter(readers)
+        if workers > 0 and threading.current_thread() is threading.main_thread():
+            # If a reader dies, torch's handler would raise an error anywhere in a training step.
+            # Without it, the next batch is where that shows, after five seconds at most.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for item in readers:
             if isinstance(item, UserError):
                 raise item

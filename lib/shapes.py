@@ -12,9 +12,9 @@ FAR = 9.0                   # the distance of a part that is not there
 class Shapes:
     """50,000 training and 5,000 validation images, 32 x 32; image i is of class i % 10.
 
-    It is a pure function of (split, i). One light falls from a random side: it grades the background, shades the
-    object and casts its shadow the other way, so tokens far apart have to agree. Colour, size,
-    position and rotation vary."""
+    It is a pure function of (split, i). One light falls from a random side: it grades the
+    background, shades the object and casts its shadow the other way, so tokens far apart have to
+    agree. Colour, size, position and rotation vary."""
 
     classes = SHAPES
     image_size = 32

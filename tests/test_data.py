@@ -715,6 +715,7 @@ def test_a_reader_that_dies_is_an_error_of_one_line(tmp_path, capfd):
         stream = batches(open_data("imagenet", 32, tmp_path)[0], 4, 0, 0, 10**6, 1)
         next(stream)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        time.sleep(0.5)                                     # as in a training step
         for _ in stream:
             pass
     assert_ends(start(main), 15, code=2)
