@@ -1,233 +1,388 @@
 """Trains stage 1, the VQGAN tokenizer (§3.1).
 
-    python train_vq.py                              # the drawn shapes, on a laptop: about 5 minutes on two cores
+    python train_vq.py                           # the drawn shapes: 5 minutes on two cores
     python train_vq.py --data cifar10
-    python train_vq.py --data FOLDER                # a subfolder of images for each class
-    python train_vq.py --resume                     # go on after an interruption
-    torchrun --nproc_per_node 8 train_vq.py --data imagenet      # the paper's configuration on eight GPUs
-    python train_vq.py --data imagenet --device xla              # and on all TPU chips of a host
+    python train_vq.py --data FOLDER             # a subfolder of images for each class
+    python train_vq.py --resume                  # go on after an interruption
+    torchrun --nproc_per_node 8 train_vq.py --data imagenet         # the paper's, on eight GPUs
+    python train_vq.py --data imagenet --device xla                 # and on all TPU chips of a host
 
-Writes runs/NAME/vqgan.pt, and beside it the log, the loss curves and the latest reconstructions.
+Writes runs/NAME/vqgan.pt, and beside it the log, its curves and the latest reconstructions.
 """
-import functools
+import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from lib import costs, flags, metrics, optim, pictures, runtime
-from lib.data import DATA_FLAGS, admit_pixels, batches, open_data, spread
+from discriminator import Discriminator, discriminator_loss, generator_loss, r1_penalty
+from lib import costs, flags, metrics, optim
+from lib.data import (
+    DATA_FLAGS,
+    admit_pixels,
+    batches,
+    check_run_outside_data,
+    open_data,
+    resolve_data,
+    spread,
+)
 from lib.files import rebuild
 from lib.flags import UserError, count, fraction, non_negative, whole, yes_or_no
 from lib.lpips import LPIPS, load_lpips
-from lib.run import Run, micro_batches
-from vqgan import VQGAN, Discriminator, VQGANConfig, discriminator_loss, generator_loss, r1_penalty
+from lib.pictures import draw_log, grid, save_image
+from lib.run import Log, Run, command
+from lib.runtime import Machine, from_first_rank, launch
+from vqgan import QUANTIZERS, VQGAN, VQGANConfig
 
-# Each hyperparameter: its type; its value for `shapes` (a CPU), `cifar10` (a GPU), `imagenet` (the paper's); its help.
+counts = {"type": count, "nargs": "+"}
+# Each flag: its type; its value for `shapes` (a CPU), `cifar10` (a GPU), `imagenet` (the paper's);
+# its help.
 FLAGS = {
     "image_size": (count, 32, 32, 256, "pixels along each side"),
     "filters": (count, 48, 64, 128, "width of the tokenizer at full resolution"),
-    "multipliers": ({"type": count, "nargs": "+"}, (1, 1, 1), (1, 2), (1, 1, 2, 2, 4),
-                    "widths at each resolution, finest first, in units of --filters; one more halves the token grid"),
+    "multipliers": (counts, (1, 1, 1), (1, 2), (1, 1, 2, 2, 4),
+                    "widths at each resolution in units of --filters, finest first; each further "
+                    "one halves the token grid"),
     "res_blocks": (count, 1, 2, 2, "residual blocks at each resolution"),
     "groups": (count, 1, 1, 32, "groups of each GroupNorm"),
-    "codebook_size": (count, 256, 1024, 1024, "entries in the codebook"),
-    "codebook_dim": (count, 8, 8, 256, "numbers in each entry"),
-    "codebook_lr": (non_negative, 3.0, 3.0, 1.0, "of the codebook, in units of --lr; over 1: starts from encoded images"),
-    "disc_width": (count, 2, 8, 64, "width of the discriminator at 256 pixels, doubling at each halving"),
-    "disc_max_width": (count, 64, 256, 512, "and its largest width"),
+    "quantizer": (list(QUANTIZERS), "vq", "vq", "vq", "vq: a learned codebook; fsq: --levels"),
+    "codebook_size": (count, 256, 1024, 1024, "entries in the codebook (vq)"),
+    "codebook_dim": (count, 8, 8, 256, "numbers in each entry (vq)"),
+    "levels": (counts, (8, 6, 5), (8, 5, 5, 5), (8, 5, 5, 5), "values of each number (fsq)"),
+    "codebook_lr": (non_negative, 3.0, 3.0, 1.0,
+                    "learning rate of the codebook in units of --lr; above 1, the codebook also "
+                    "starts from encoded images"),
+    "disc_width": (count, 2, 8, 64, "discriminator's width at 256 pixels; doubles at each halving"),
+    "disc_max_width": (count, 64, 256, 512, "largest width of the discriminator"),
     "steps": (count, 5000, 50_000, 1_000_000, "training steps"),
     "batch": (count, 16, 128, 256, "images in a step, over all devices"),
-    "micro_batch": (count, None, None, 32, "images in memory at once on each device; gradients add up to --batch"),
+    "micro_batch": (count, None, None, 32, "images in memory at once on each device"),
     "lr": (non_negative, 3e-3, 1e-3, 1e-4, "learning rate of Adam, for the tokenizer"),
-    "disc_lr": (non_negative, 1e-3, 5e-4, 1e-4, "and for the discriminator"),
+    "disc_lr": (non_negative, 1e-3, 5e-4, 1e-4, "learning rate of Adam, for the discriminator"),
     "beta1": (fraction, 0.9, 0.9, 0.0, "Adam's first beta; the second is 0.99"),
     "warmup": (whole, 100, 500, 0, "steps of linear warm-up"),
-    "decay": (yes_or_no, True, True, False, "yes: cosine decay to 1%%; no: constant learning rate"),
+    "decay": (yes_or_no, True, True, False, "yes: cosine decay to 1%%; no: a constant rate"),
     "ema": (fraction, 0.995, 0.999, 0.999, "decay of the averaged weights"),
     "reconstruction": (non_negative, 20.0, 20.0, 1.0, "weight of the squared error"),
     "perceptual": (["auto", "lpips", "none"], "auto", "auto", "auto",
-                   "loss on VGG16's features (528 MB, fetched once); auto: lpips from 128 pixels on"),
+                   "loss on VGG16's features (528 MB, fetched once); auto: from 128 pixels on"),
     "perceptual_weight": (non_negative, 0.1, 0.1, 0.1, "weight of the perceptual loss"),
-    "entropy": (non_negative, 0.1, 0.1, 0.1, "weight of the codebook entropy loss"),
-    "adversarial": (non_negative, 0.4, 0.4, 0.1, "weight of the adversarial loss; 0 switches the discriminator off"),
-    "gan_start": (fraction, 0.5, 0.5, 0.0, "share of the steps after which the discriminator sets in"),
-    "gan_ramp": (count, 100, 1000, 1, "steps over which the adversarial weight then grows to its full value"),
-    "gan_loss": (["non-saturating", "hinge"], *["non-saturating"] * 3, "adversarial loss"),
+    "entropy": (non_negative, 0.1, 0.1, 0.1, "weight of the codebook entropy loss (vq)"),
+    "adversarial": (non_negative, 0.4, 0.4, 0.1, "weight of the adversarial loss; 0: none"),
+    "gan_start": (fraction, 0.5, 0.5, 0.0, "fraction of the steps before the discriminator"),
+    "gan_ramp": (count, 100, 1000, 1, "steps over which the adversarial weight then grows"),
+    "gan_loss": (["non-saturating", "hinge"], "non-saturating", "non-saturating", "non-saturating",
+                 "adversarial loss"),
     "r1": (non_negative, 0.1, 0.1, 10.0, "cost of the discriminator's gradient penalty"),
-    "r1_every": (count, 16, 16, 16, "steps between applications of the penalty, which is scaled up by as much"),
-    "recompute": (yes_or_no, False, False, False, "activations in the backward pass, for memory; always from 512 px"),
+    "r1_every": (count, 16, 16, 16, "steps between penalties, each scaled up by as much"),
+    "log_every": (count, 50, 50, 50, "steps between log lines"),
+    "picture_every": (count, 500, 1000, 5000, "steps between validations, with a picture"),
+    "save_every": (count, 500, 1000, 5000, "steps between checkpoints"),
 }
-PRESETS = flags.presets(FLAGS, {"folder": ("shapes", {"codebook_size": 1024}), "places2": ("imagenet", {})})
-LOGGED = ["reconstruction", "perceptual", "commitment", "codebook", "entropy", "generator", "discriminator", "gradient",
-          "psnr", "usage", "sharpness"]
+PRESETS = flags.presets(FLAGS, {
+    "folder": ("shapes", {"codebook_size": 1024, "levels": (8, 5, 5, 5)}),
+    "places2": ("imagenet", {}),
+})
+# A resumed run may change every flag but these: the shapes of its weights depend on them.
+FIXED = {
+    "data", "image_size", "filters", "multipliers", "res_blocks", "groups", "quantizer",
+    "codebook_size", "codebook_dim", "levels", "disc_width", "disc_max_width",
+}
+COLUMNS = ["reconstruction", "perceptual", "commitment", "codebook", "entropy", "generator",
+           "discriminator", "gradient", "psnr", "usage", "sharpness"]
 
 
-def tokenizer_losses(args, model, discriminator, lpips, adversarial, reconstructions, images):
-    """The tokenizer: reconstruct, stay near the codes, look alike to `lpips` (or None), and pass for real.
+def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (long, but flat)
+    """Trains the tokenizer. Raises UserError for a mistake of the user."""
+    if args.perceptual == "auto":
+        args.perceptual = "lpips" if args.image_size >= 128 else "none"
+    config = configuration(args)
+    num_parts = optim.count_micro_batches(args.batch, args.micro_batch, machine.devices)
+    if args.dry_run:
+        print_plan(args, machine, config, num_parts)
+        return
 
-    discriminator: images -> logits. adversarial: the weight of its loss now, or 0. reconstructions: a list, which gets
-    those of the images, detached. images: (B, 3, S, S) in [0, 1]. Returns the total and the losses by name, scalars."""
-    restored, _, losses = model(images)
-    reconstructions.append(restored.detach())
-    losses["reconstruction"] = F.mse_loss(restored.float(), images)
-    total = args.reconstruction * losses["reconstruction"]
-    total = total + losses["commitment"] + losses["codebook"] + losses["entropy"]
-    if lpips is not None:
-        losses["perceptual"] = lpips(restored, images).mean()
-        total = total + args.perceptual_weight * losses["perceptual"]
-    losses["generator"] = torch.zeros_like(total)
-    if adversarial > 0:
-        losses["generator"] = generator_loss(discriminator(restored).float(), args.gan_loss)
-        total = total + adversarial * losses["generator"]
-    return total, losses
+    # The run's folder and the data.
+    admit_pixels(args.max_pixels)
+    args.data = resolve_data(args.data)
+    check_run_outside_data(args.run, args.data)
+    run = Run("vqgan", args, machine)
+    data, val = open_data(args.data, args.image_size, args.data_dir)
+    val_images, _ = spread(val, 512 if args.image_size <= 64 else 64)
+    about = {"data": args.data, "image_size": args.image_size, "classes": list(data.classes)}
+    run.compare({"data": args.data}, FLAGS, FIXED)
 
-
-def discriminator_losses(args, discriminator, uncompiled, penalty, images, restored):
-    """The discriminator: real images against the tokenizer's reconstructions of them.
-
-    uncompiled: the same without torch.compile, which has no second derivatives. penalty: whether R1 is due (StyleGAN2's
-    lazy regularization). Returns the total and, by name, the loss without the penalty."""
-    real, fake = discriminator(torch.cat([images, restored])).float().chunk(2)
-    total = loss = discriminator_loss(real, fake, args.gan_loss)
-    if penalty:
-        with runtime.full_precision(images):      # the square of a gradient needs float32
-            total = loss + args.r1_every * args.r1 * r1_penalty(uncompiled, images)
-    return total, {"discriminator": loss}
-
-
-class CentredDiscriminator(Discriminator):
-    """A discriminator of images in [0, 1] that sees them from -1 to 1: from [0, 1] it would learn far slower."""
-
-    def forward(self, images):
-        return super().forward(images * 2 - 1)
-
-
-def build(args, config, machine, lpips=None, start=None):
-    """What stage 1 trains, on the machine: the models, their averaged weights and optimizers; what is saved of them, by
-    name; wrapped, which a step calls: the models compiled, their gradients averaged over all ranks.
-
-    lpips: the perceptual loss, or None. start: a VQGAN whose weights to take over, or None."""
+    # The tokenizer, its average, the discriminator, the perceptual loss, the optimizers.
     torch.manual_seed(args.seed)
     model = VQGAN(config)
-    if start is not None:
+    if args.init:
+        start, _ = rebuild(Path(args.init, "vqgan.pt"), "vqgan", VQGAN)
         model.load_state_dict(start.state_dict())
-    disc = CentredDiscriminator(args.image_size, args.disc_width, args.disc_max_width)
-    for network in filter(None, (model, disc, lpips)):
-        network.to(machine.device, memory_format=machine.layout)
-    model.encoder.recompute = model.decoder.recompute = args.recompute or args.image_size >= 512
-    codebook = model.quantizer.codebook
-    groups = [{"params": [p for p in model.parameters() if p is not codebook], "base": args.lr},
-              {"params": [codebook], "base": args.lr * args.codebook_lr}]
-    adam = {"betas": (args.beta1, 0.99), "fused": machine.fused}
-    saved = {"model": model, "disc": disc, "optimizer": torch.optim.Adam(groups, lr=args.lr, **adam),
-             "disc_optimizer": torch.optim.Adam(disc.parameters(), lr=args.disc_lr, **adam),
-             "ema": optim.averaged(model)}
-    return SimpleNamespace(
-        **saved, saved=saved, wrapped=machine.wrap(model), wrapped_disc=machine.wrap(disc),
-        judging_disc=machine.compile(disc), lpips=lpips and machine.compile(lpips))
+    disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width, centred=True)
+    lpips = load_lpips() if args.perceptual == "lpips" else None
+    flops = training_flops(args, model, disc, lpips)
+    model = machine.place(model)
+    disc = machine.place(disc)
+    if lpips is not None:
+        lpips = machine.compile(machine.place(lpips))
+    ema = optim.averaged(model)
+    optimizer = tokenizer_optimizer(args, model, machine)
+    disc_optimizer = torch.optim.Adam(
+        disc.parameters(), lr=args.disc_lr, betas=(args.beta1, 0.99), fused=machine.fused)
+    saved = {"model": model, "ema": ema, "disc": disc,
+             "optimizer": optimizer, "disc_optimizer": disc_optimizer}
+    run.restore(saved)
+    run.say(f"{run.folder}: {optim.count_parameters(model) / 1e6:.2f} M parameters, "
+            f"{(args.image_size // config.stride) ** 2} tokens of {config.codebook_size}, "
+            f"on {machine.device} x {machine.devices}")
+
+    # What a step calls. The discriminator comes in three guises: while it learns, ranks exchange
+    # its gradients; while the tokenizer learns from it, they do not; and the R1 penalty needs it
+    # uncompiled, as torch.compile has no second derivatives.
+    ddp_model = machine.wrap(model)
+    ddp_disc = machine.wrap(disc)
+    frozen_disc = machine.compile(disc)
+
+    log = Log(run, COLUMNS, flops)
+    run.catch_signals()
+    stream = batches(data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
+    for step, (images, _) in enumerate(stream, start=run.step):
+        # Every random draw is a function of (seed, step, rank).
+        generator = machine.seed_step(args.seed, step)
+        images = machine.to_floats(images, own_share=True)                  # (B, 3, S, S) in [0, 1]
+        if step == 0 and args.codebook_lr > 1 and not args.init:
+            start_quantizer(model, images, generator)
+        gan_step = step - int(args.gan_start * args.steps)      # since the discriminator joined in
+        adversarial = 0.0
+        if gan_step >= 0:
+            adversarial = args.adversarial * min(1, (gan_step + 1) / args.gan_ramp)
+
+        # The tokenizer learns, with gradients summed over micro-batches.
+        optim.set_learning_rate(optimizer, step, args.lr, args.warmup, args.steps, args.decay)
+        disc.requires_grad_(False)
+        ddp_model.zero_grad(set_to_none=True)
+        restored = []
+        for part in optim.micro_batches(len(images), num_parts):
+            last = part.stop == len(images)
+            with machine.exchange_gradients(ddp_model, last):
+                with machine.autocast():
+                    loss, terms, reconstructions = tokenizer_loss(
+                        args, ddp_model, frozen_disc, lpips, adversarial, images[part])
+                (loss / num_parts).backward()
+            restored.append(reconstructions)
+            log.add(step, **terms)
+        gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optim.update_average(ema, model, args.ema, step)
+        log.add(step, gradient=gradient)
+
+        # The discriminator learns to tell images from those reconstructions. Its learning rate
+        # warms up as well, or its first steps overshoot.
+        if adversarial > 0:
+            optim.set_learning_rate(
+                disc_optimizer, gan_step, args.disc_lr, args.gan_ramp, total=0, decay=False)
+            disc.requires_grad_(True)
+            ddp_disc.zero_grad(set_to_none=True)
+            slices = optim.micro_batches(len(images), num_parts)
+            for part, fakes in zip(slices, restored, strict=True):
+                last = part.stop == len(images)
+                with machine.exchange_gradients(ddp_disc, last):
+                    with machine.autocast():
+                        both = torch.cat([images[part], fakes])
+                        real_logits, fake_logits = ddp_disc(both).float().chunk(2)
+                        disc_loss = discriminator_loss(real_logits, fake_logits, args.gan_loss)
+                    loss = disc_loss
+                    if args.r1 > 0 and step % args.r1_every == 0:           # StyleGAN2's lazy R1
+                        loss = loss + args.r1_every * args.r1 * r1_penalty(disc, images[part])
+                    (loss / num_parts).backward()
+                log.add(step, discriminator=disc_loss)
+            disc_optimizer.step()
+        machine.sync()
+
+        # Now and then: log, draw, save; stop if a signal asked for it.
+        done = step + 1
+        last = done == args.steps
+        if run.should_stop(done):
+            log.write(done)
+            run.save(done, saved, about)
+            run.exit(done)
+        drawing = last or done % args.picture_every == 0
+        saving = last or done % args.save_every == 0
+        figures = {}
+        if drawing:
+            restored = reconstruct(ema, val_images, args.micro_batch or 64, machine)
+            figures = validation(val_images, *restored, config.codebook_size)
+            save_preview(run, val_images, restored[0])
+        if drawing or saving or done % args.log_every == 0:
+            log.write(done, **figures)
+        if drawing and machine.leads:
+            draw_log(run.curve, run.log_file)
+        if saving:
+            run.save(done, saved, about)
+    following = command("train_transformer.py", "--data", args.data, "--run", args.run)
+    run.say(f"wrote {run.model_file}; look at {run.picture}. Next: {following}")
 
 
-def imagined_step(args, config, batch):
-    """For lib.costs: a step of `batch` images, the discriminator's included, without R1."""
-    args, machine = SimpleNamespace(**vars(args) | {"parts": 1, "r1": 0}), runtime.Machine("meta")
-    with machine.device:
-        nets = build(args, config, machine, LPIPS() if args.perceptual == "lpips" else None)
-        images = torch.empty(batch, 3, args.image_size, args.image_size)
-    return nets.saved, lambda: train_step(nets, images, args.steps, args, machine)
+def configuration(args: argparse.Namespace) -> VQGANConfig:
+    """Returns the configuration that the flags give, or that of the run to start from.
 
-
-def train_step(nets, images, step, args, machine):
-    """One step: the tokenizer learns from images (B, 3, S, S) in [0, 1]; then, from --gan-start on, the discriminator.
-
-    Returns the losses by name, on the device."""
-    steps_of_gan = step - int(args.gan_start * args.steps)           # since the discriminator set in; below 0: not yet
-    adversarial = args.adversarial * min(1, (steps_of_gan + 1) / args.gan_ramp) if steps_of_gan >= 0 else 0
-    optim.set_learning_rate(nets.optimizer, step, args.lr, args.warmup, args.steps, args.decay)
-    reconstructions = []
-    tokenizer_loss = functools.partial(
-        tokenizer_losses, args, nets.wrapped, nets.judging_disc, nets.lpips, adversarial, reconstructions)
-    nets.disc.requires_grad_(False)
-    losses = optim.accumulate(machine, nets.wrapped, tokenizer_loss, [images], args.parts)
-    losses["gradient"] = torch.nn.utils.clip_grad_norm_(nets.model.parameters(), 1.0)
-    nets.optimizer.step()
-    optim.average(nets.ema, nets.model, args.ema, step)
-    if adversarial == 0:
-        return losses | {"discriminator": torch.zeros_like(losses["generator"])}
-
-    # The discriminator warms up as well, or its first steps overshoot.
-    optim.set_learning_rate(nets.disc_optimizer, steps_of_gan, args.disc_lr, args.gan_ramp, 0, decay=False)
-    penalty = args.r1 > 0 and step % args.r1_every == 0
-    disc_loss = functools.partial(discriminator_losses, args, nets.wrapped_disc, nets.disc, penalty)
-    nets.disc.requires_grad_(True)
-    both = [images, torch.cat(reconstructions)]
-    losses |= optim.accumulate(machine, nets.wrapped_disc, disc_loss, both, args.parts)
-    nets.disc_optimizer.step()
-    return losses
-
-
-@torch.no_grad()
-def preview(model, images, batch, machine):
-    """Validation images (n, 3, S, S) uint8, `batch` at a time -> figures, and a picture of some reconstructions.
-
-    The figures: PSNR in dB (mean over images), the share of the codebook in use, sharpness relative to the images."""
-    # Each part comes back at once, so that a TPU gets one small program for all parts.
-    indices = torch.cat([model.encode(machine.to_floats(part)).cpu() for part in images.split(batch)])
-    restored = torch.cat([model.decode(machine.put(part)).cpu() for part in indices.split(batch)])
-    images = images.float() / 255
-    usage = torch.bincount(indices.flatten(), minlength=model.config.codebook_size).gt(0).float().mean()
-    figures = {"psnr": metrics.psnr(images, restored).mean().item(), "usage": usage.item(),
-               "sharpness": (metrics.sharpness(restored) / metrics.sharpness(images)).item()}
-    rows = [row for i in (0, 16) for row in (images[i:i + 16], restored[i:i + 16]) if len(row)]
-    return figures, pictures.grid(rows, ["image", "restored"] * 2)
-
-
-def configuration(args):
-    """The flags -> a VQGANConfig, and the VQGAN to start from or None. Raises ValueError where they do not fit."""
-    start, config = None, VQGANConfig(args.codebook_size, args.codebook_dim, args.filters, args.multipliers,
-                                      args.res_blocks, args.groups, entropy=args.entropy)
+    Raises UserError if it does not fit the image size."""
     if args.init:
         start, _ = rebuild(Path(args.init, "vqgan.pt"), "vqgan", VQGAN)
         config = replace(start.config, entropy=args.entropy)
+    else:
+        config = VQGANConfig(
+            codebook_size=args.codebook_size,
+            codebook_dim=args.codebook_dim,
+            filters=args.filters,
+            multipliers=tuple(args.multipliers),
+            res_blocks=args.res_blocks,
+            groups=args.groups,
+            entropy=args.entropy,
+            quantizer=args.quantizer,
+        )
+        if args.quantizer == "fsq":
+            levels = tuple(args.levels)
+            config = replace(config, levels=levels, codebook_size=math.prod(levels),
+                             codebook_dim=len(levels))
+        if args.filters % args.groups:
+            raise UserError(f"--filters {args.filters} is not divisible by --groups {args.groups}: "
+                            f"choose a multiple")
     if args.image_size % config.stride:
-        raise UserError(f"--image-size {args.image_size} is not divisible by the tokenizer's stride {config.stride}")
-    return config, start
+        raise UserError(f"--image-size {args.image_size} is not divisible by the tokenizer's "
+                        f"stride {config.stride}: choose a multiple")
+    if args.image_size < 8 or args.image_size & (args.image_size - 1):
+        raise UserError(f"--image-size {args.image_size} does not suit the discriminator: choose a "
+                        f"power of two, at least 8")
+    return config
 
 
-def train(args, machine):
-    admit_pixels(args.max_pixels)
-    if args.perceptual == "auto":
-        args.perceptual = "lpips" if args.image_size >= 128 else "none"
-    args.multipliers = tuple(args.multipliers)                             # a list, where the flag was given
-    config, start = configuration(args)
-    args.parts = micro_batches(args, machine)
-    what = f"{(args.image_size // config.stride) ** 2} tokens of {config.codebook_size}"
-    step_of = functools.partial(imagined_step, args, config)
-    if args.dry_run:
-        return costs.print_plan(args, machine, step_of, what)
-    run = Run("vqgan", FLAGS, {}, LOGGED, args, machine)
-    data, val = open_data(args.data, args.image_size, args.data_dir)
-    sample, _ = spread(val, 512 if args.image_size <= 64 else 64)
-    nets = build(args, config, machine, load_lpips() if args.perceptual == "lpips" else None, start)
-    about = {"data": args.data, "image_size": args.image_size, "classes": list(data.classes)}
-    run.start(nets.saved, about, what, costs.flops(step_of(1)[1]))
-
-    draw_preview = functools.partial(preview, nets.ema, sample, args.micro_batch or 64, machine)
-    stream = batches(data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
-    for step, (images, _) in enumerate(stream, run.step):
-        generator = machine.seed_step(args.seed, step)
-        images = machine.to_floats(images, own_share=True)
-        if step == 0 and args.codebook_lr > 1 and not args.init:
-            nets.model.start_codebook(images, generator)
-        losses = train_step(nets, images, step, args, machine)
-        run.finish_step(step + 1, losses, draw_preview)
-    run.say(f"wrote {run.model_file}; look at {run.picture}. Next: python train_transformer.py")
+def tokenizer_optimizer(
+    args: argparse.Namespace, model: VQGAN, machine: Machine,
+) -> torch.optim.Optimizer:
+    """Returns Adam for the tokenizer, with the quantizer's own learning rate."""
+    quantizer = list(model.quantizer.parameters())
+    others = [*model.encoder.parameters(), *model.decoder.parameters()]
+    groups = [
+        {"params": others, "base": args.lr},
+        {"params": quantizer, "base": args.lr * args.codebook_lr},
+    ]
+    return torch.optim.Adam(groups, lr=args.lr, betas=(args.beta1, 0.99), fused=machine.fused)
 
 
-def main():
-    runtime.launch(train, flags.parse_training_flags(__doc__, FLAGS, PRESETS, DATA_FLAGS))
+@torch.no_grad()
+def start_quantizer(model: VQGAN, images: Tensor, generator: torch.Generator) -> None:
+    """Starts the quantizer from the features of these images; all ranks get that of the first."""
+    model.quantizer.start_from(model.encoder(images), generator)
+    for parameter in model.quantizer.parameters():
+        from_first_rank(parameter)
+
+
+def tokenizer_loss(
+    args: argparse.Namespace, model: nn.Module, discriminator: nn.Module, lpips: nn.Module | None,
+    adversarial: float, images: Tensor,
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Returns the tokenizer's loss, its terms by name, and the reconstructions (b, 3, S, S).
+
+    The tokenizer is to reconstruct, to stay near the codes and use them all, to look alike to
+    `lpips`, and to pass for real. images: (b, 3, S, S) in [0, 1]. adversarial: the present weight
+    of the adversarial loss; at 0 the discriminator is not called."""
+    restored, _, terms = model(images)
+    loss = sum(terms.values())                                              # of the quantizer
+    terms["reconstruction"] = F.mse_loss(restored.float(), images)
+    loss = loss + args.reconstruction * terms["reconstruction"]
+    if lpips is not None:
+        terms["perceptual"] = lpips(restored, images).mean()
+        loss = loss + args.perceptual_weight * terms["perceptual"]
+    if adversarial > 0:
+        terms["generator"] = generator_loss(discriminator(restored).float(), args.gan_loss)
+        loss = loss + adversarial * terms["generator"]
+    return loss, terms, restored.detach()
+
+
+@torch.no_grad()
+def reconstruct(
+    model: VQGAN, images: Tensor, batch: int, machine: Machine,
+) -> tuple[Tensor, Tensor]:
+    """Returns reconstructions (n, 3, S, S) of uint8 images, and their tokens, both on the CPU."""
+    # Each part comes back at once, so that one small program serves all parts on a TPU.
+    tokens = [model.encode(machine.to_floats(part)).cpu() for part in images.split(batch)]
+    restored = [model.decode(machine.put(part)).cpu() for part in tokens]
+    return torch.cat(restored), torch.cat(tokens)
+
+
+def validation(
+    images: Tensor, restored: Tensor, tokens: Tensor, codebook_size: int,
+) -> dict[str, float]:
+    """Returns the PSNR in dB, the fraction of codes in use, and the relative sharpness."""
+    images = images.float() / 255
+    used = torch.bincount(tokens.flatten(), minlength=codebook_size) > 0
+    sharpness = metrics.sharpness(restored) / metrics.sharpness(images)
+    return {
+        "psnr": metrics.psnr(images, restored).mean().item(),
+        "usage": used.float().mean().item(),
+        "sharpness": sharpness.item(),
+    }
+
+
+def save_preview(run: Run, images: Tensor, restored: Tensor) -> None:
+    """Writes a picture of the first images, each row above its reconstructions."""
+    if not run.machine.leads:
+        return
+    images = images.float() / 255
+    rows = []
+    for start in (0, 16):
+        if start < len(images):
+            rows += [images[start:start + 16], restored[start:start + 16]]
+    save_image(run.picture, grid(rows, ["image", "restored"] * (len(rows) // 2)))
+
+
+def training_flops(
+    args: argparse.Namespace, model: VQGAN, disc: Discriminator, lpips: LPIPS | None,
+) -> float:
+    """Returns the FLOPs of a training step for one image, with the discriminator, without R1.
+
+    A backward pass costs two forward passes, or one where only the input needs a gradient."""
+    with costs.imagined():
+        images = torch.zeros(1, 3, args.image_size, args.image_size)
+        flops = 3 * costs.forward_flops(model, images)
+        if args.adversarial > 0:
+            # The tokenizer's step: forward, gradient of the input. Its own: real and fake images.
+            flops += (2 + 2 * 3) * costs.forward_flops(disc, images)
+        if lpips is not None:
+            # It sees both images, and only the restored ones need a gradient.
+            flops += 1.5 * costs.forward_flops(lpips, images, images)
+    return flops
+
+
+def print_plan(
+    args: argparse.Namespace, machine: Machine, config: VQGANConfig, num_parts: int,
+) -> None:
+    """Prints what the run would take, for --dry-run, before any file is read."""
+    micro_batch = args.batch // machine.devices // num_parts
+    with costs.imagined():
+        model = VQGAN(config)
+        disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width)
+        lpips = LPIPS() if args.perceptual == "lpips" else None
+        images = torch.zeros(micro_batch, 3, args.image_size, args.image_size)
+        activations = costs.kept_for_backward(model, images)
+        if args.adversarial > 0:
+            activations += costs.kept_for_backward(disc, images)
+        if lpips is not None:
+            activations += costs.kept_for_backward(lpips, images, images)
+    if machine.leads:
+        costs.print_plan(
+            args, f"{(args.image_size // config.stride) ** 2} tokens of {config.codebook_size}",
+            trained=[model, disc], averaged=model,
+            flops=training_flops(args, model, disc, lpips), micro_batch=micro_batch,
+            activations=activations / 2 if machine.bf16 else activations)
+
+
+def main() -> None:
+    launch(train, flags.parse_training_flags(__doc__, FLAGS, PRESETS, DATA_FLAGS))
 
 
 if __name__ == "__main__":

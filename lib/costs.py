@@ -1,56 +1,67 @@
-"""What a training will take, counted on the meta device, where nothing is computed and no memory is needed.
+"""What a training will take. Nothing is computed and no memory is needed: tensors are torch's fake
+ones."""
+import argparse
+from collections.abc import Callable
 
-A step is what a training script makes for it: (its models and optimizers by name, a function that takes one step).
-"""
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def flops(function):
-    """FLOPs of function(), whose tensors are on the meta device: of matrix products, attention and convolutions, 2 for
-    each multiply-add, with the backward pass, without recomputation."""
-    with FlopCounterMode(display=False) as counter:
-        function()
+def imagined() -> FakeTensorMode:
+    """Returns a context in which tensors have shapes but no numbers; real ones may be used in it.
+    """
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def forward_flops(function: Callable[..., object], *arguments: Tensor) -> float:
+    """Returns the FLOPs of function(*arguments): matrix products, attention, convolutions; 2 for
+    each multiply-add.
+
+    Call it under imagined(), with arguments made there."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function(*arguments)
     return counter.get_total_flops()
 
 
-def kept_for_backward(function, weights):
-    """Bytes that function() keeps of its forward passes for the backward passes, besides the weights, in float32."""
-    storages = {}                                             # held, so that no address is given twice
+def kept_for_backward(function: Callable[..., object], *arguments: Tensor) -> int:
+    """Returns the bytes that function(*arguments) keeps for its backward pass, parameters not counted.
 
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage
+    Call it under imagined()."""
+    storages = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage                # held, so that no address comes twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        function()
-    for weight in weights:
-        storages.pop(weight.untyped_storage()._cdata, None)
+        function(*arguments)
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def state_bytes(part):
-    """Of the tensors that a model or an optimizer saves."""
-    states = part.state.values() if isinstance(part, torch.optim.Optimizer) else [part.state_dict()]
-    return sum(tensor.nbytes for state in states for tensor in state.values())
+def print_plan(
+    args: argparse.Namespace, what: str, trained: list[nn.Module], averaged: nn.Module,
+    flops: float, micro_batch: int, activations: float,
+) -> None:
+    """Prints what a run takes, for --dry-run at args.dry_run TFLOP/s.
 
-
-def print_plan(args, machine, step_of, what):
-    """Prints what a run takes, for --dry-run. step_of(batch): such a step of so many images. what: the tokens."""
-    batch = args.batch // machine.devices // args.parts
-    parts, step = step_of(batch)
-    weights = [p for part in parts.values() if isinstance(part, torch.nn.Module) for p in part.parameters()]
-    trained = sum(p.nbytes for p in weights if p.requires_grad)
-    activations = kept_for_backward(step, weights) / (2 if machine.bf16 else 1)
-    each = flops(step) / batch
-    total = each * args.batch * args.steps
-    state = sum(map(state_bytes, parts.values()))                           # after a step: with moments
-    if machine.leads:
-        print(f"""\
-parameters   {sum(p.numel() for p in parts['model'].parameters()) / 1e6:.2f} M, {what}
-FLOPs        {each / 1e9:.4g} G an image, {total / 1e15:.4g} P in {args.steps} steps of {args.batch} images
-time         {total / 1e12 / args.dry_run / 3600:.3g} hours at {args.dry_run:g} TFLOP/s, of all devices together
-memory       about {(state + trained + activations) / 1e9:.3g} GB on each device: {(state + trained) / 1e9:.3g} for the
-             weights, {activations / 1e9:.3g} for a micro-batch of {batch}
-checkpoints  {state_bytes(parts["ema"]) / 1e9:.3g} GB for use, {state / 1e9:.3g} GB to go on from""")
+    what: the tokens. trained: the models that learn. averaged: the one whose average is kept for
+    use. flops: of a training step, for an image. activations: bytes of a micro-batch."""
+    use = sum(parameter.nbytes for parameter in averaged.parameters())
+    weights = 0
+    for model in trained:
+        weights += sum(parameter.nbytes for parameter in model.parameters())
+    state = 3 * weights + use                           # with both moments of Adam, and the average
+    memory = state + weights                            # and the gradients
+    total = flops * args.batch * args.steps
+    hours = total / 1e12 / args.dry_run / 3600
+    print(f"""\
+parameters   {use / 4e6:.2f} M, {what}
+FLOPs        {flops / 1e9:.4g} G an image, {total / 1e15:.4g} P in {args.steps} steps of {args.batch}
+time         {hours:.3g} hours at {args.dry_run:g} TFLOP/s, of all devices together
+memory       about {(memory + activations) / 1e9:.3g} GB on each device: {memory / 1e9:.3g} for the
+             weights, {activations / 1e9:.3g} for a micro-batch of {micro_batch}
+checkpoints  {use / 1e9:.3g} GB for use, {state / 1e9:.3g} GB to go on from""")

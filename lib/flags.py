@@ -169,22 +169,13 @@ def add_machine_flags(parser: argparse.ArgumentParser, compiles: bool = True):
 
 # ---- training flags and their presets
 
-# How often a run logs, draws and saves: rows as in the training scripts' tables. None of them
-# changes the result.
-PACE = {
-    "log_every": (count, 50, 50, 50, "steps between log lines"),
-    "picture_every": (count, 500, 1000, 5000, "steps between validations, with a picture"),
-    "save_every": (count, 500, 1000, 2000, "steps between checkpoints"),
-}
-
-
 def presets(flags: dict, variants: dict) -> dict[str, dict]:
-    """Returns {preset: {flag: value}}, the flags of PACE included.
+    """Returns {preset: {flag: value}}.
 
     flags: {flag: (type, its value for `shapes`, for `cifar10`, for `imagenet`, help)}.
     variants: further presets, {name: (the preset it follows, {flag: value} where it differs)}."""
     table = {"shapes": {}, "cifar10": {}, "imagenet": {}}
-    for flag, (_, shapes, cifar10, imagenet, _) in (flags | PACE).items():
+    for flag, (_, shapes, cifar10, imagenet, _) in flags.items():
         table["shapes"][flag] = shapes
         table["cifar10"][flag] = cifar10
         table["imagenet"][flag] = imagenet
@@ -218,7 +209,7 @@ def parse_training_flags(
                     "print what the run would take at so many TFLOP/s, and end"),
     })
     add_flags(parser, own_flags)
-    for flag, (kind, *_, text) in (flags | PACE).items():
+    for flag, (kind, *_, text) in flags.items():
         add_flags(parser, {flag: (kind, None, f"{text} (default: {shown_default(flag, presets)})")})
     add_flags(parser, {
         "seed": (whole, 0, "of every random draw"),

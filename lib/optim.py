@@ -1,112 +1,168 @@
-"""What a step does to the weights: gradients of micro-batches, learning rate, Muon and AdamW, averaged weights."""
+"""What a step does to the weights: learning rate, Muon and AdamW, averaged weights; micro-batches.
+"""
 import copy
 import math
 
 import torch
+from torch import Tensor, nn
+
+from lib.flags import UserError
+from lib.runtime import Machine
 
 
-def set_learning_rate(optimizer, step, base, warmup, total, decay):
-    """Linear warm-up over `warmup` steps, then constant, or a cosine down to 1% of `base` at step `total`.
+def count_micro_batches(batch: int, micro_batch: int | None, devices: int) -> int:
+    """Returns into how many micro-batches each device splits its part of a batch.
 
-    A group of parameters that has a "base" of its own follows that."""
+    Raises UserError if the batch does not divide evenly."""
+    size = micro_batch or max(1, batch // devices)
+    size = min(size, max(1, batch // devices))
+    if batch % (devices * size):
+        raise UserError(f"--batch {batch} on {devices} devices does not split into micro-batches "
+                        f"of {size}: choose --micro-batch so that it does")
+    return batch // (devices * size)
+
+
+def micro_batches(length: int, count: int) -> list[slice]:
+    """Returns `count` equal slices of a batch of this length."""
+    size = length // count
+    return [slice(start, start + size) for start in range(0, length, size)]
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, step: int, base: float, warmup: int, total: int, decay: bool,
+) -> None:
+    """Sets a linear warm-up over `warmup` steps, then a constant rate or a cosine down to 1% of
+    `base` at step `total`.
+
+    A group of parameters with a "base" of its own follows that."""
     for group in optimizer.param_groups:
         rate = group.get("base", base)
         if step < warmup:
-            rate = rate * (step + 1) / warmup
+            rate *= (step + 1) / warmup
         elif decay:
-            rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+            progress = (step - warmup) / max(total - warmup, 1)
+            rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
         group["lr"] = rate
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum of which every singular value is made about 1, so that a matrix moves as far in all directions, where
-    Adam follows a few strong ones (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+    """Momentum whose singular values are all made about 1, so that a matrix moves equally far in
+    all directions.
 
-    groups: of matrices; "parts" is how many each consists of, one below the other. dtype: of the iterations.
-    torch.optim.Muon does the same, but for matrices whole: with queries, keys and values as one it learns slower."""
+    Adam follows a few strong directions instead (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon). matrices: parameters of two dimensions. dtype: of
+    the iterations. Matrices of one shape are iterated together: torch.optim.Muon loops over them,
+    which costs milliseconds of Python a step."""
 
-    def __init__(self, groups, lr, weight_decay, dtype):
-        super().__init__(groups, {"lr": lr, "base": lr, "weight_decay": weight_decay, "parts": 1})
+    def __init__(
+        self, matrices: list[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype,
+    ):
+        super().__init__(matrices, {"lr": lr, "base": lr, "weight_decay": weight_decay})
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
         for group in self.param_groups:
-            for matrix in group["params"]:
-                state = self.state[matrix]
-                if not state:
-                    state["momentum"] = torch.zeros_like(matrix)
-                momentum = state["momentum"].lerp_(matrix.grad, 0.05)
-                towards = matrix.grad.lerp(momentum, 0.95).chunk(group["parts"])                 # Nesterov's
-                rows, columns = towards[0].shape
-                moved = torch.cat([orthogonal(part.to(self.dtype)) for part in towards]).to(matrix.dtype)
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.sub_(moved, alpha=group["lr"] * max(1, rows / columns) ** 0.5)
+            for matrices in by_shape(group["params"]):
+                gradients = [matrix.grad for matrix in matrices]
+                momenta = [self._momentum(matrix) for matrix in matrices]
+                torch._foreach_lerp_(momenta, gradients, 0.05)
+                nesterov = torch._foreach_lerp(gradients, momenta, 0.95)
+                updates = orthogonal(torch.stack(nesterov).to(self.dtype)).to(matrices[0].dtype)
+                rows, columns = matrices[0].shape
+                scale = group["lr"] * max(1, rows / columns) ** 0.5
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_sub_(matrices, updates.unbind(), alpha=scale)
+
+    def _momentum(self, matrix: nn.Parameter) -> Tensor:
+        state = self.state[matrix]
+        if not state:
+            state["momentum"] = torch.zeros_like(matrix)
+        return state["momentum"]
 
 
-def orthogonal(matrix):
-    """About the nearest matrix with orthonormal rows or columns: five Newton-Schulz iterations, of the coefficients
-    that raise small singular values fastest and leave all between 0.7 and 1.2 (Jordan et al. 2024)."""
-    if matrix.is_meta:                           # lib.costs counts the passes alone
-        return matrix
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
+def by_shape(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Returns the tensors in lists of one shape each."""
+    lists = {}
+    for tensor in tensors:
+        lists.setdefault(tensor.shape, []).append(tensor)
+    return list(lists.values())
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """(n, rows, columns) -> about the nearest matrices with orthonormal rows or columns.
+
+    These are five Newton-Schulz iterations; their coefficients raise small singular values fastest
+    and leave all between 0.7 and 1.2 (Jordan et al. 2024)."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if tall else x
+    return x.mT if tall else x
 
 
-def transformer_optimizers(model, args, machine):
-    """AdamW for all parameters, or (--optimizer muon) for all but the blocks' matrices. Returns {name: optimizer}."""
-    blocks = {p: name for name, p in model.blocks.named_parameters() if p.ndim > 1 and args.optimizer == "muon"}
-    others = [p for p in model.parameters() if p not in blocks]
-    # Weight decay for matrices; biases, LayerNorms and the output's bias are left alone.
-    groups = [{"params": [p for p in others if p.ndim > 1], "weight_decay": args.weight_decay},
-              {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0}]
-    optimizers = {"adamw": torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.96), fused=machine.fused)}
-    if blocks:
-        groups = [{"params": [p for p, name in blocks.items() if name.endswith("qkv.weight")], "parts": 3},
-                  {"params": [p for p, name in blocks.items() if not name.endswith("qkv.weight")]}]
-        precision = torch.bfloat16 if machine.bf16 else torch.float32
-        optimizers["muon"] = Muon(groups, args.muon_lr, args.weight_decay, precision)
+def transformer_optimizers(
+    model: nn.Module, kind: str, lr: float, muon_lr: float, weight_decay: float, machine: Machine,
+) -> dict[str, torch.optim.Optimizer]:
+    """Returns the optimizers of a transformer by name: AdamW, and Muon for the blocks' matrices.
+
+    kind: adamw (AdamW for everything) or muon. Weight decay acts on matrices; biases and LayerNorms
+    are left alone."""
+    muon = []
+    matrices = []
+    vectors = []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            vectors.append(parameter)
+        elif kind == "muon" and name.startswith("blocks."):
+            muon.append(parameter)
+        else:
+            matrices.append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizers = {"adamw": torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.96), fused=machine.fused)}
+    if muon:
+        optimizers["muon"] = Muon(
+            muon, muon_lr, weight_decay, torch.bfloat16 if machine.bf16 else torch.float32)
     return optimizers
 
 
-def averaged(model):
-    """A copy of a model for evaluation, in which average() keeps an exponential moving average of its weights."""
+def averaged(model: nn.Module) -> nn.Module:
+    """Returns a copy of a model for use, in which update_average() keeps a moving average of its
+    weights."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def average(ema, model, decay, step):
-    """Moves the weights of `ema` a share 1 - decay towards the model's, and further in the first steps."""
-    decay = min(decay, (1 + step) / (10 + step))  # the first, poor weights are forgotten faster
+def update_average(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Moves the weights of `ema` a fraction 1 - decay towards the model's, and further in the first
+    steps."""
+    decay = min(decay, (1 + step) / (10 + step))      # the first, poor weights are forgotten faster
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def accumulate(machine, wrapped, loss_of, batch, parts):
-    """The gradients of a batch, taken in `parts` micro-batches; ranks exchange them with the last one.
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Loads an optimizer's moments and step counts, and keeps its own hyperparameters (a run may
+    resume with others).
 
-    batch: tensors of equal length. loss_of(*part of each) -> (the loss to minimise, metrics by name), scalars. Returns
-    the means of the metrics, on the device."""
-    wrapped.zero_grad(set_to_none=True)
-    means = {}
-    for i, part in enumerate(zip(*(tensor.chunk(parts) for tensor in batch), strict=True)):
-        with machine.accumulating(wrapped, more=i + 1 < parts):
-            with machine.autocast():
-                loss, metrics = loss_of(*part)
-            (loss / parts).backward()
-        for name, value in metrics.items():
-            means[name] = means.get(name, 0) + value.detach() / parts
-    return means
-
-
-def match_layouts(optimizer):
-    """Gives the moments, which come from a file, the memory layout of their parameters: another device may have had
-    another, and CPU's fused Adam would take the numbers in the wrong order."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
+    Moments get the memory layout of their parameters: the run may come from a device with another
+    one, and the CPU's fused Adam would take the numbers in the wrong order."""
+    hyperparameters = []
+    for group in optimizer.param_groups:
+        hyperparameters.append({name: value for name, value in group.items() if name != "params"})
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, hyperparameters, strict=True):
+        group.update(own)
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
             if torch.is_tensor(value) and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter).copy_(value)
+                moments[name] = torch.empty_like(parameter).copy_(value)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Returns how many numbers a model learns."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,242 +1,291 @@
-"""The frame of a training loop: flags and presets; the run's folder, checkpoints and log; signals.
+"""A run's folder: start or resume, save, stop on a signal; and the log.
 
-A run is a folder, `runs/NAME`. For each stage (`vqgan`, `transformer`) it holds
-    STAGE.pt             for use: EMA weights, configuration, class names; loads with weights_only=True
+A run is a folder, `runs/NAME`. For each stage (`vqgan`, `transformer`, `autoregressive`) it holds
+    STAGE.pt             for use: averaged weights, configuration, class names
     STAGE.resume.pt      everything needed to go on, bit for bit
-    STAGE.log.csv, STAGE.curve.png, STAGE.png    log, loss curves, latest reconstructions or samples
+    STAGE.best.pt        for use: the best weights so far, with --evaluate-every
+    STAGE.log.csv, STAGE.curve.png, STAGE.png    log, curves, latest reconstructions or samples
 """
+import argparse
+import atexit
 import contextlib
 import csv
-import functools
 import math
 import os
 import shlex
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
 
 import torch
+from torch import Tensor, nn
 
-from lib.files import load_checkpoint, on_cpu, save_checkpoint, write_atomically
+from lib.files import load_checkpoint, on_cpu, save_checkpoint
 from lib.flags import UserError
-from lib.optim import match_layouts
-from lib.pictures import draw_log, save_image
-from lib.runtime import mean_over_ranks
+from lib.optim import load_optimizer
+from lib.runtime import Machine, mean_over_ranks
 from lib.terminal import show_line, time_left
 
-
-def micro_batches(args, machine):
-    """Into how many parts each rank's share of --batch is split. Raises ValueError where it does not divide evenly."""
-    own_share, rest = divmod(args.batch, machine.devices)
-    size = min(args.micro_batch or own_share, own_share)
-    if rest or own_share % size:
-        raise UserError(f"--batch {args.batch} on {machine.devices} devices does not split into micro-batches of "
-                         f"{size}: choose --micro-batch so that it does")
-    return own_share // size
+REPEAT_SECONDS = 3      # torchrun and a scheduler may both pass on one SIGTERM within a moment
 
 
 class Run:
-    """One stage's training in a run folder: refuses to overwrite, resumes, saves, stops on signals.
+    """One stage's training in a run's folder. Only the leading process writes and prints.
 
-    stage: vqgan, transformer or autoregressive. flags: the stage's hyperparameters. found: what else decides the
-    result, plain values by name. columns: what the log holds besides the step and the speed. args: as from
-    parse_training_flags. Only the leading process writes and prints. Attributes: folder; step, how many were done at
-    the start. Raises ValueError where a run is in the way or does not match, OSError where the folder cannot be
-    written."""
+    Attributes: step, how many steps were done at the start; stage; folder; the paths model_file,
+    best_file, resume_file, log_file, curve and picture; best, the least distance measured so far.
+    Raises UserError if another run is in the way, or another process is training it."""
 
-    def __init__(self, stage, flags, found, columns, args, machine):
-        # --micro-batch decides the memory alone: a resumed run may have another.
-        decisive = [name for name in (*flags, "data", "seed", "init") if name != "micro_batch"]
-        self.settings = {name: getattr(args, name) for name in decisive} | found | {"bf16": machine.bf16}
-        self.stage, self.folder, self.args, self.machine = stage, args.run, args, machine
-        self.model_file, self.resume_file, self.picture, self.curve = (
-            self.folder / f"{stage}.{ending}" for ending in ("pt", "resume.pt", "png", "curve.png"))
-        self.best = math.inf                                   # the least distance that --evaluate-every has found
-        self.step, self.state, self.copy, self.writing, self.writer = 0, None, None, None, ThreadPoolExecutor(1)
+    def __init__(self, stage: str, args: argparse.Namespace, machine: Machine):
+        self.stage = stage
+        self.args = args
+        self.machine = machine
+        self.settings = {}
+        self.folder = Path(args.run)
+        self.model_file = self.folder / f"{stage}.pt"
+        self.best_file = self.folder / f"{stage}.best.pt"
+        self.resume_file = self.folder / f"{stage}.resume.pt"
+        self.log_file = self.folder / f"{stage}.log.csv"
+        self.curve = self.folder / f"{stage}.curve.png"
+        self.picture = self.folder / f"{stage}.png"
+        self.step = 0
+        self.best = math.inf
+        self.state = None
+        self.signal = None
+        self.signal_time = 0.0
+        if machine.leads:
+            self._lock()
+            self._remove_leftovers()
         if not args.overwrite and (self.model_file.exists() or self.resume_file.exists()):
             self._resume_or_refuse()
-        if machine.leads:                                      # a folder that cannot be written shows here, not later
-            write_atomically(self.folder / f".{stage}.test.tmp", lambda file: file.write(b"test"))
-            for leftover in self.folder.glob(f".{stage}.*.tmp"):                                # also of a killed run
-                leftover.unlink()
-            with contextlib.suppress(OSError):                 # a folder that was not there comes with its first file
-                self.folder.rmdir()
-        self.log = Log(self.folder / f"{stage}.log.csv", columns, self.step, args, machine)
-        self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember_signal)
 
-    def _remember_signal(self, number, frame):
-        """Ctrl-C or SIGTERM: finish_step() ends the process, all saved; a second signal ends it at once."""
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+    def _lock(self) -> None:
+        """Refuses to train a stage that another process trains in this folder.
 
-    def _resume_or_refuse(self):
-        there = self.resume_file.exists()
-        state = load_checkpoint(self.resume_file, f"{self.stage} training state") if there else None
+        The lock is let go when the process ends, however it ends."""
+        try:
+            import fcntl
+        except ImportError:                                                 # Windows has none
+            return
+        path = self.folder / f".{self.stage}.lock"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = path.open("w")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder} ({error.strerror}): "
+                            f"choose another folder with --run") from error
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training the {self.stage} in {self.folder}: "
+                            f"wait for it, stop it, or choose another folder with --run") from None
+        atexit.register(self._unlock, path)
+
+    def _unlock(self, path: Path) -> None:
+        """Leaves no lock, and no folder if nothing was written."""
+        with contextlib.suppress(OSError):
+            path.unlink()
+            self.folder.rmdir()
+
+    def _remove_leftovers(self) -> None:
+        """Removes temporary files of a killed run."""
+        for leftover in self.folder.glob(f".{self.stage}.*.tmp"):
+            leftover.unlink()
+
+    def _resume_or_refuse(self) -> None:
+        state = None
+        if self.resume_file.exists():
+            state = load_checkpoint(self.resume_file, f"{self.stage} training state")
         if not self.args.resume:
             progress = "finished"
             if state and state["step"] < self.args.steps:
                 progress = f"unfinished (step {state['step']} of {self.args.steps})"
-            raise UserError(f"{self.folder} already holds a {progress} {self.stage}: use --resume to go on, "
-                             f"--overwrite to start again, or --run DIR for another place")
+            raise UserError(f"{self.folder} already holds a {progress} {self.stage}: use --resume "
+                            f"to go on, --overwrite to start again, or --run DIR for another place")
         if not state:
-            raise UserError(f"{self.model_file} is there but nothing to resume it from; "
-                             f"use --overwrite to start again")
+            raise UserError(f"{self.model_file} exists, but there is no {self.resume_file.name} to "
+                            f"resume from: use --overwrite to start again")
+        self.step = state["step"]
+        self.best = state["best"]
+        self.state = state
+
+    def compare(self, settings: dict, flags: Iterable[str], fixed: set[str]) -> None:
+        """Keeps the settings of this run, and says what has changed if it is resumed.
+
+        settings: plain values by name, besides the flags of these names. fixed: the names that
+        weights or tokens depend on. Raises UserError if one of those has changed."""
+        self.settings = {name: getattr(self.args, name) for name in flags} | settings
+        self.settings |= {"seed": self.args.seed, "bf16": self.machine.bf16}
+        if self.state is None:
+            return
+        changes = []
         for name, value in self.settings.items():
-            if state["settings"].get(name) != value:
-                raise UserError(f"{self.folder} was started with {name} = {state['settings'].get(name)}, not {value}: "
-                                 f"resume with the same settings, or use --overwrite or another --run")
-        self.step, self.state, self.best = state["step"], state, state.get("best", math.inf)
+            before = self.state["settings"].get(name)
+            if name in fixed and before != value:
+                raise UserError(f"{self.folder} was started with {name} = {before}, not {value}, "
+                                f"and its weights depend on that: resume with the same, or use "
+                                f"--overwrite or another --run")
+            if before != value:
+                changes.append(f"{name} {value} (was {before})")
+        if changes:
+            self.say("resuming with " + ", ".join(changes))
 
-    def start(self, parts, about, what, flops):
-        """Takes what is trained and saved from now on, brings it to where the run stopped, and says what it is.
-
-        parts: models and optimizers by name, of which "model" learns and "ema" is for use. about: the plain values that
-        the latter's file holds besides its weights and configuration. what: anything to say besides the number of
-        parameters and the devices. flops: for an image, from lib.costs."""
-        self.parts, self.about, self.log.flops = parts, about, flops
-        for name, part in parts.items() if self.state else ():
-            part.load_state_dict(self.state[name])
+    def restore(self, parts: dict[str, nn.Module | torch.optim.Optimizer]) -> None:
+        """Brings models and optimizers, by name, to where the run stopped, if it is resumed."""
+        if self.state is None:
+            return
+        for name, part in parts.items():
             if isinstance(part, torch.optim.Optimizer):
-                match_layouts(part)
-        self.state = None                                        # as large as the models: not kept while training
-        parameters = sum(parameter.numel() for parameter in parts["model"].parameters()) / 1e6
-        where = f"{self.machine.device} x {self.machine.devices}"
-        self.say(f"{self.folder}: {parameters:.2f} M parameters, {what}, on {where}")
+                load_optimizer(part, self.state[name])
+            else:
+                part.load_state_dict(self.state[name])
+        self.state = None                                           # it is as large as the models
 
-    def say(self, text):
+    def say(self, text: str) -> None:
+        """Prints a line, in the leading process only."""
         if self.machine.leads:
             print(text, flush=True)
 
-    def finish_step(self, step, metrics, preview, judge=None):
-        """Ends a step: logs, draws and saves where it is time to, and ends the process where a signal asked for it.
+    def save(self, step: int, parts: dict, about: dict) -> None:
+        """Writes the model for use, and then the state to resume from.
 
-        step: how many are done now. metrics: scalar tensors by name. preview() -> figures of validation by name, and a
-        picture (PIL). judge() -> {name: a distance}, for --evaluate-every; None: there is none. Raises ValueError where
-        a metric is not finite; the files on disk are then the last good ones."""
-        machine, args = self.machine, self.args
-        self.log.add(metrics)
-        machine.sync()
-        # Ranks must agree whether to stop: at every tenth step they tell each other.
-        stopping = (machine.world == 1 or step % 10 == 0) and machine.any(self.signal is not None)
-        ending = stopping or step == args.steps
-        draw = ending or step % args.picture_every == 0
-        figures, picture = preview() if draw else ({}, None)
-        if judge and (step == args.steps or step % args.evaluate_every == 0):
-            figures |= self._keep_the_best(step, judge())
-        if figures or step % args.log_every == 0 or step % args.save_every == 0:
-            self.log.write(step, figures, self.resume_file)
-        if machine.leads and draw:
-            save_image(self.picture, picture)
-            draw_log(self.curve, self.log.path)
-        if machine.leads and (ending or step % args.save_every == 0):
-            self._save(step)
-            if ending:
-                self.writing.result()
-        elif machine.leads and not self.writing and machine.mesh is None:
-            self.writing = self.writer.submit(self._copy)                     # gets the memory, which takes seconds
-        if stopping:
-            if machine.leads:
-                command = shlex.join(word for word in sys.argv if word not in ("--overwrite", "--resume"))
-                print(f"\nstopped at step {step} of {args.steps}, all saved. Go on with:\n"
-                      f"  {launcher()} {command} --resume", file=sys.stderr)
-            sys.exit(128 + (self.signal or signal.SIGTERM))
+        In this order, a complete state implies a model. parts: models and optimizers by name;
+        "ema" is for use. about: plain values that the model's file holds besides its weights.
+        Raises UserError if a file cannot be written; what was there before is then still there."""
+        if not self.machine.leads:
+            return
+        self.save_model(self.model_file, step, parts["ema"], about)
+        state = {name: part.state_dict() for name, part in parts.items()}
+        save_checkpoint(self.resume_file, on_cpu({
+            "kind": f"{self.stage} training state", "step": step, "best": self.best,
+            "settings": self.settings, **state,
+        }))
 
-    def _keep_the_best(self, step, found):
-        """Keeps the model for use beside the latest one, where none before was as good. found: {name: distance}."""
-        distance, = found.values()
-        if distance < self.best and self.machine.leads:
-            weights = on_cpu(self.parts["ema"].state_dict())
-            save_checkpoint(self.folder / f"{self.stage}.best.pt", self._for_use(step, weights))
-        self.best = min(distance, self.best)
-        return found
+    def save_model(self, path: Path, step: int, model: nn.Module, about: dict) -> None:
+        """Writes a model for use."""
+        if not self.machine.leads:
+            return
+        save_checkpoint(path, on_cpu({
+            "kind": self.stage, "step": step, "settings": self.settings,
+            "config": asdict(model.config), "model": model.state_dict(), **about,
+        }))
 
-    def _copy(self):
-        self.copy = on_cpu({name: part.state_dict() for name, part in self.parts.items()}, self.copy)
+    def keep_best(self, step: int, distance: float, model: nn.Module, about: dict) -> None:
+        """Writes STAGE.best.pt if no distance before was as small."""
+        if distance < self.best:
+            self.best = distance
+            self.save_model(self.best_file, step, model, about)
 
-    def _save(self, step):
-        """Copies what is to be saved, and leaves it to a thread to write that while training goes on. Raises OSError
-        where the save before this one, for which it waits, could not be written."""
-        if self.writing:
-            self.writing.result()
-        self._copy()
-        self.writing = self.writer.submit(self._write, step, self.best)
+    def catch_signals(self) -> None:
+        """From now on Ctrl-C or SIGTERM lets the step end; should_stop() tells of it."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
 
-    def _write(self, step, best):
-        """The model for use first, then the training state: who finds a finished state finds its model as well."""
-        save_checkpoint(self.model_file, self._for_use(step, self.copy["ema"]))
-        save_checkpoint(self.resume_file, {"kind": f"{self.stage} training state", "step": step, "best": best,
-                                           "settings": self.settings, **self.copy})
+    def _remember(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal = number
+            self.signal_time = now
+        elif now - self.signal_time > REPEAT_SECONDS:               # someone insists: end at once
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
-    def _for_use(self, step, weights):
-        return {"kind": self.stage, "step": step, "settings": self.settings,
-                "config": asdict(self.parts["ema"].config), "model": weights, **self.about}
+    def should_stop(self, step: int) -> bool:
+        """Returns whether a signal has asked to stop after this step. All ranks get one answer."""
+        if self.machine.world == 1:
+            return self.signal is not None
+        # The ranks must agree; asking costs a little, so they ask at every tenth step.
+        return step % 10 == 0 and self.machine.any(self.signal is not None)
+
+    def exit(self, step: int) -> NoReturn:
+        """Ends the process, and says how to go on."""
+        if self.machine.leads:
+            print(f"\nstopped at step {step} of {self.args.steps}, and everything is saved: "
+                  f"run the same command with --resume to go on", file=sys.stderr)
+        sys.exit(128 + (self.signal or signal.SIGTERM))
 
 
 class Log:
-    """A CSV file with a row of means now and then, each shown as a line of progress as well.
+    """A CSV file with a row of means now and then, each also shown as a line of progress.
 
-    columns: the names of all metrics and figures. step: how many are done at the start; rows beyond it, which were
-    logged after the checkpoint that the run goes on from, are dropped, since those steps are done again."""
+    columns: the names of all values. flops: of a training step, for an image. A resumed run's
+    rows beyond its step are dropped, since those steps are done again."""
 
-    def __init__(self, path, columns, step, args, machine):
-        self.path, self.columns = path, ["step", *columns, "images/s", "TFLOP/s"]
-        self.step, self.args, self.machine = step, args, machine
-        self.pending, self.names = [], []
-        self.times = []                                                        # (step, seconds) of the latest lines
+    def __init__(self, run: Run, columns: list[str], flops: float):
+        self.run = run
+        self.columns = ["step", *columns, "images/s", "TFLOP/s"]
+        self.flops = flops
+        self.pending = {}                                   # scalar tensors by name, on the device
+        self.times = []                                     # (step, seconds) of the latest lines
+        self.file = None
 
-    def add(self, metrics):
-        """Keeps a step's metrics (scalar tensors by name) on the device until write(): no step waits for them."""
-        self.names = list(metrics)
-        self.pending.append(torch.stack([value.detach().float() for value in metrics.values()]))
-        if not self.times:                              # the first step, which compiles and warms up, is not timed
-            self.times = [(self.step + 1, time.time())]
+    def add(self, step: int, **values: Tensor) -> None:
+        """Keeps scalar tensors on the device until write(), so that no step waits for them."""
+        for name, value in values.items():
+            self.pending.setdefault(name, []).append(value.detach().float())
+        if not self.times:                                          # the first step also compiles
+            self.times = [(step + 1, time.time())]
 
-    def write(self, step, figures, resume_file):
-        """Writes the means since the last call, over all ranks, and `figures`. Raises ValueError if one is infinite."""
-        values = self.machine.fetch(mean_over_ranks(torch.stack(self.pending).mean(0)))
-        means, self.pending = dict(zip(self.names, values, strict=True)), []
-        for name, value in means.items():
+    def write(self, step: int, **figures: float) -> None:
+        """Writes and shows the means since the last call, over all ranks, and figures of this step.
+
+        Raises UserError if a mean is not finite."""
+        machine = self.run.machine
+        means = [torch.stack(values).mean() for values in self.pending.values()]
+        values = machine.fetch(mean_over_ranks(torch.stack(means)))
+        row = dict(zip(self.pending, values, strict=True))
+        self.pending = {}
+        for name, value in row.items():
             if not math.isfinite(value):
-                raise UserError(f"{name} became {value} at or before step {step}: training was stopped; the last good "
-                                 f"checkpoint, if any, is {resume_file}: go on from it with a lower --lr")
-        if not self.machine.leads:
+                raise UserError(
+                    f"{name} became {value} at or before step {step}: the last good checkpoint, if "
+                    f"any, is {self.run.resume_file}; go on from it with --resume and a lower --lr")
+        if not machine.leads:
             return
-        (first, then), speed = self.times[0], None                      # over the last ten lines
-        self.times = [*self.times[-10:], (step, time.time())]
-        if step > first:
-            speed = (step - first) * self.args.batch / (time.time() - then)
-        row = {"step": step, **means, **figures, "images/s": speed, "TFLOP/s": speed and speed * self.flops / 1e12}
-        self.table.writerow(
-            {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
-        shown = [f"{name} {value:.4g}" for name, value in (means | figures).items()]
-        left = time_left((self.args.steps - step) * self.args.batch, speed)
-        rate = f"{speed or 0:.0f} images/s ({row['TFLOP/s'] or 0:.3g} TFLOP/s)"
-        text = "  ".join([f"step {step}/{self.args.steps}", *shown, rate, left])
-        show_line(text, last=step == self.args.steps)
+        row |= figures
+        shown = [f"{name} {value:.4g}" for name, value in row.items()]
+        speed = self.images_per_second(step)
+        row |= {"step": step, "images/s": speed, "TFLOP/s": speed * self.flops / 1e12}
+        self._write_row(row)
+        args = self.run.args
+        left = time_left((args.steps - step) * args.batch, speed)
+        rate = f"{speed:.0f} images/s ({row['TFLOP/s']:.3g} TFLOP/s)"
+        show_line("  ".join([f"step {step}/{args.steps}", *shown, rate, left]), step == args.steps)
 
-    @functools.cached_property
-    def table(self):
-        """The file's writer, opened for the first row; what it writes is in the file at once."""
+    def images_per_second(self, step: int) -> float:
+        """Returns the speed over the last ten lines; 0 if it is not known yet."""
+        first_step, first_time = self.times[0]
+        now = time.time()
+        self.times = [*self.times[-10:], (step, now)]
+        return (step - first_step) * self.run.args.batch / max(now - first_time, 1e-9)
+
+    def _write_row(self, row: dict) -> None:
+        if self.file is None:
+            self._open()
+        cells = {}
+        for name, value in row.items():
+            cells[name] = f"{value:.6g}" if isinstance(value, float) else value
+        self.table.writerow(cells)
+
+    def _open(self) -> None:
+        """Opens the file for the first row, and keeps the rows of a resumed run."""
+        path = self.run.log_file
         rows = []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.step and self.path.exists():
-            with open(self.path, newline="") as file:
-                rows = [{name: row.get(name) for name in self.columns} for row in csv.DictReader(file)
-                        if row["step"].isdigit() and int(row["step"]) <= self.step]
-        table = csv.DictWriter(self.path.open("w", newline="", buffering=1), self.columns)
-        table.writeheader()
-        table.writerows(rows)
-        return table
+        if self.run.step and path.exists():
+            for row in csv.DictReader(path.read_text().splitlines()):
+                if row["step"].isdigit() and int(row["step"]) <= self.run.step:
+                    rows.append({name: row.get(name) for name in self.columns})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("w", newline="", buffering=1)         # a row is in the file at once
+        self.table = csv.DictWriter(self.file, self.columns)
+        self.table.writeheader()
+        self.table.writerows(rows)
 
 
-def launcher():
-    """What a command begins with that starts as many processes as there are: python, or torchrun."""
-    if "LOCAL_WORLD_SIZE" not in os.environ:
-        return "python"
-    nodes = os.environ["GROUP_WORLD_SIZE"]
-    hosts = f"--nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint HOST:PORT " if nodes != "1" else ""
-    return f"torchrun {hosts}--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} --"
+def command(script: str, *words: str | Path) -> str:
+    """Returns a command that a user can paste into a shell."""
+    return shlex.join(["python", script, *map(str, words)])
