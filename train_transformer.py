@@ -16,18 +16,12 @@ import torch
 from torch import Tensor
 
 from lib import costs, flags, optim
-from lib.data import (
-    DATA_FLAGS,
-    admit_pixels,
-    batches,
-    check_run_outside_data,
-    open_data,
-    resolve_data,
-    spread,
-)
+from lib.data import DATA_FLAGS, check_run_outside_data, open_data, resolve_data, spread
 from lib.features import JUDGE_FLAGS, Judge
 from lib.files import rebuild, write_atomically
 from lib.flags import UserError, count, fraction, non_negative, whole, yes_or_no
+from lib.image_files import admit_pixels
+from lib.loader import batches
 from lib.pictures import draw_log, grid, save_image, to_uint8
 from lib.run import Log, Run, command
 from lib.runtime import Machine, launch
@@ -356,8 +350,8 @@ def print_plan(args: argparse.Namespace, machine: Machine, num_parts: int) -> No
     num_tokens = ((args.image_size or image_size) // stride) ** 2
     config = configuration(args, codebook_size, num_tokens, num_classes)
     micro_batch = args.batch // machine.devices // num_parts
+    model = MODELS[STAGES[args.decoder]](config)
     with costs.imagined():
-        model = MODELS[STAGES[args.decoder]](config)
         tokens = torch.zeros(micro_batch, num_tokens, dtype=torch.long)
         labels = torch.zeros(micro_batch, dtype=torch.long)
         activations = costs.kept_for_backward(model, tokens, labels)

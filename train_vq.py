@@ -20,17 +20,11 @@ from torch import Tensor, nn
 
 from discriminator import Discriminator, discriminator_loss, generator_loss, r1_penalty
 from lib import costs, flags, metrics, optim
-from lib.data import (
-    DATA_FLAGS,
-    admit_pixels,
-    batches,
-    check_run_outside_data,
-    open_data,
-    resolve_data,
-    spread,
-)
+from lib.data import DATA_FLAGS, check_run_outside_data, open_data, resolve_data, spread
 from lib.files import rebuild
 from lib.flags import UserError, count, fraction, non_negative, whole, yes_or_no
+from lib.image_files import admit_pixels
+from lib.loader import batches
 from lib.lpips import LPIPS, load_lpips
 from lib.pictures import draw_log, grid, save_image
 from lib.run import Log, Run, command
@@ -320,7 +314,7 @@ def validation(
     """Returns the PSNR in dB, the fraction of codes in use, and the relative sharpness."""
     images = images.float() / 255
     used = torch.bincount(tokens.flatten(), minlength=codebook_size) > 0
-    sharpness = metrics.sharpness(restored) / metrics.sharpness(images)
+    sharpness = metrics.sharpness(restored).mean() / metrics.sharpness(images).mean()
     return {
         "psnr": metrics.psnr(images, restored).mean().item(),
         "usage": used.float().mean().item(),
@@ -363,10 +357,10 @@ def print_plan(
 ) -> None:
     """Prints what the run would take, for --dry-run, before any file is read."""
     micro_batch = args.batch // machine.devices // num_parts
+    model = VQGAN(config)
+    disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width)
+    lpips = LPIPS() if args.perceptual == "lpips" else None
     with costs.imagined():
-        model = VQGAN(config)
-        disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width)
-        lpips = LPIPS() if args.perceptual == "lpips" else None
         images = torch.zeros(micro_batch, 3, args.image_size, args.image_size)
         activations = costs.kept_for_backward(model, images)
         if args.adversarial > 0:

@@ -1,5 +1,4 @@
-"""What a training will take. Nothing is computed and no memory is needed: tensors are torch's fake
-ones."""
+"""What a training will take, counted on torch's fake tensors, which compute nothing."""
 import argparse
 from collections.abc import Callable
 
@@ -26,7 +25,7 @@ def forward_flops(function: Callable[..., object], *arguments: Tensor) -> float:
 
 
 def kept_for_backward(function: Callable[..., object], *arguments: Tensor) -> int:
-    """Returns the bytes that function(*arguments) keeps for its backward pass, parameters not counted.
+    """Returns the bytes that function(*arguments) keeps for its backward pass, without parameters.
 
     Call it under imagined()."""
     storages = {}
