@@ -59,7 +59,7 @@ def print_plan(
     hours = total / 1e12 / args.dry_run / 3600
     print(f"""\
 parameters   {use / 4e6:.2f} M, {what}
-FLOPs        {flops / 1e9:.4g} G an image, {total / 1e15:.4g} P in {args.steps} steps of {args.batch}
+FLOPs        {flops / 1e9:.4g} G an image, {total / 1e15:.4g} P in all {args.steps} steps
 time         {hours:.3g} hours at {args.dry_run:g} TFLOP/s, of all devices together
 memory       about {(memory + activations) / 1e9:.3g} GB on each device: {memory / 1e9:.3g} for the
              weights, {activations / 1e9:.3g} for a micro-batch of {micro_batch}

@@ -14,8 +14,7 @@ import torch
 from lib.files import download
 from lib.flags import UserError, count
 from lib.folders import open_folder
-from lib.image_files import admit_pixels, read_image  # noqa: F401 LEGACY
-from lib.loader import DataSet, ImagesAndLabels, batches, loader  # noqa: F401 LEGACY
+from lib.loader import DataSet, ImagesAndLabels
 from lib.runtime import hashed_uniform
 from lib.shapes import Shapes
 

@@ -63,7 +63,7 @@ def choose_device(name: str) -> torch.device:
 
     Raises UserError if torch cannot use the GPU that is asked for, or that `auto` finds, and if
     there are more processes than GPUs."""
-    if name in ("cpu", "meta"):                         # LEGACY
+    if name == "cpu":
         return torch.device(name)
     if not torch.cuda.is_available():
         if name == "auto" and not has_nvidia_gpu():
@@ -115,7 +115,7 @@ class Machine:
         self.compiled = on_cuda if compiled is None else compiled
         if on_xla:                                          # torch-xla compiles everything anyway
             self.compiled = False
-        self.fused = self.device.type in ("cpu", "cuda")   # LEGACY
+        self.fused = self.device.type in ("cpu", "cuda")
         self.layout = torch.contiguous_format if on_xla else torch.channels_last
 
     def _open_torch(self, name: str):
@@ -133,7 +133,7 @@ class Machine:
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
         self.rank = 0
         self.world = 1
-        if dist.is_initialized() and name != "meta":   # LEGACY
+        if dist.is_initialized():
             self.rank = dist.get_rank()
             self.world = dist.get_world_size()
         self.devices = self.world
@@ -165,8 +165,7 @@ class Machine:
 
     def autocast(self) -> torch.autocast:
         """Returns a context in which products and convolutions are taken in bfloat16 (--bf16)."""
-        device = "cpu" if self.device.type == "meta" else self.device.type   # LEGACY
-        return torch.autocast(device, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def put(self, batch: Tensor, own_share: bool = False) -> Tensor:
         """Returns a tensor (B, ...) on the device; with torch-xla, its rows spread over the chips.
@@ -232,9 +231,6 @@ class Machine:
             yield
         if not last:
             self.sync()         # a graph for all micro-batches would need the memory of the batch
-
-    def accumulating(self, wrapped, more):   # LEGACY
-        return self.exchange_gradients(wrapped, not more)
 
     def seed_step(self, seed: int, step: int) -> torch.Generator:
         """Makes every draw of a step a function of (seed, step, rank).
@@ -315,7 +311,7 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
     """Returns the mean of a tensor over the ranks, without a gradient, on all of them."""
-    if not dist.is_initialized() or tensor.is_meta:   # LEGACY
+    if not dist.is_initialized():
         return tensor.detach()
     total = tensor.detach().clone()
     dist.all_reduce(total)
@@ -373,19 +369,3 @@ def replace_upsampling(model: nn.Module):
         for name, child in parent.named_children():
             if isinstance(child, nn.Upsample):
                 setattr(parent, name, RepeatPixels(int(child.scale_factor)))
-
-
-# LEGACY, until the training scripts are rewritten.
-
-def full_precision(tensor):
-    if tensor.is_meta:
-        return contextlib.nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
-class Upsample(nn.Module):
-
-    def forward(self, x):
-        if x.device.type == "xla":
-            return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        return nn.functional.interpolate(x, scale_factor=2)
