@@ -13,7 +13,8 @@ let about = null;           // what the server says of its run; null until it ha
 let side = 0;               // how many tokens are along a side of an image
 let stride = 0;             // how many pixels are along a side of a token
 
-// What was drawn: the answer to /draw, with `images`, a list of Image elements for each step.
+// What was drawn: the answer to /draw, with `images`, a list of <img> for each step, and `photo`, the
+// picture that was edited.
 let result = null;          // by the parallel decoder, with all its steps
 let sequential = null;      // in Compare: by the sequential decoder, with its last step only
 let chosenImage = 0;
@@ -140,7 +141,7 @@ async function draw(request, signal) {
       say(`pass ${news.done} of ${news.of}`, true);
       byId('bar').value = news.done / news.of;
     } else if (news.sampled) {
-      drawn = {...news, images: [], photo: null, texts: request.settings};
+      drawn = {...news, images: [], photo: null, typedSettings: request.settings};
       if (request.picture) drawn.photo = photo.image;
       show(drawn);
     } else {
@@ -294,7 +295,8 @@ function showTime(step) {
   const passes = numberOfSteps();
   byId('time-text').textContent =
     sequential ? `pass ${shownPass()} of ${about.tokens}` : `t = ${step} of ${passes}`;
-  byId('parallel-title').hidden = byId('sequential-title').hidden = !sequential;
+  byId('parallel-title').hidden = !sequential;
+  byId('sequential-title').hidden = !sequential;
   byId('parallel-title').textContent = `parallel: ${step} of ${passes} passes`;
   byId('sequential-title').textContent = `token by token: ${shownPass()} of ${about.tokens} passes`;
 }
@@ -348,9 +350,9 @@ function placeAfterKey(event, place) {
 // ------------------------------------------------------------------- panels: the step in numbers
 
 // The scale of the noise in the choice of the tokens to keep; the other orders have none.
-function noiseAt(step) {
-  if (result.settings.order !== 'confidence') return 0;
-  return result.settings.choice_temperature * (1 - step / numberOfSteps());
+function noiseAt(drawn, step) {
+  if (drawn.settings.order !== 'confidence') return 0;
+  return drawn.settings.choice_temperature * (1 - step / drawn.masked.length);
 }
 
 // §3.3 in the numbers of this step.
@@ -366,9 +368,10 @@ function sentences(step) {
   const {order, choice_temperature: temperature} = result.settings;
   let confidence = `the order “${order}” gives its confidence.`;
   if (order === 'confidence') confidence = 'its confidence is log p, without noise.';
-  if (noiseAt(step)) {
+  const noise = noiseAt(result, step);
+  if (noise) {
     confidence = `its confidence is log p plus ${temperature} · (1 − ${time}) = `
-      + `${noiseAt(step).toFixed(2)} times Gumbel noise.`;
+      + `${noise.toFixed(2)} times Gumbel noise.`;
   }
   let schedule = `n = ⌊γ(${time}) · ${total}⌋ = ⌊${gamma.toFixed(3)} · ${total}⌋ = ${scheduled}`;
   if (scheduled === after) schedule += '.';
@@ -425,11 +428,13 @@ async function look() {
   }
   looking = new AbortController();
   panel.classList.add('stale');
-  const [drawn, image, place] = [result, chosenImage, chosenToken];
+  const drawn = result;
+  const image = chosenImage;
+  const place = chosenToken;
   const wasMasked = maskedAfter(step - 1, image);
   const before = drawn.sampled[Math.max(0, step - 2)][image];
   const request = {
-    settings: drawn.texts,
+    settings: drawn.typedSettings,
     label: drawn.labels[image],
     step,
     visible: before.map((code, index) => wasMasked[index] ? null : code),
@@ -473,7 +478,7 @@ function tokenSentence(drawn, image, place, step, answer) {
   const logP = Math.log(answer.probabilities[answer.codes.indexOf(code)]);
   const confidence = drawn.confidence[step - 1][image][place];
   let text = `code ${code} was sampled, log p = ${logP.toFixed(2)}, `;
-  if (noiseAt(step)) text += `noise ${(confidence - logP).toFixed(2)}, `;
+  if (noiseAt(drawn, step)) text += `noise ${(confidence - logP).toFixed(2)}, `;
   text += `confidence ${confidence.toFixed(2)}; `;
   text += keptAt === step ? 'kept from now on.' : `masked again, and kept at step ${keptAt}.`;
   return start + text;
