@@ -31,8 +31,8 @@ URL = "https://storage.googleapis.com/maskgit-public/checkpoints/"
 MODELS = ["imagenet256", "imagenet512"]
 STAGES = ["vqgan", "transformer", "autoregressive", "classifier"]       # what a run may hold
 PORT = "maskgit-vqgan-imagenet-f16-256.bin"             # the tokenizer in open-muse, 1d-tokenizer
-READABLE = (f"--tokenizer reads the authors' released file (Flax msgpack) and its PyTorch port "
-            f"({PORT}); it does not read safetensors files or Lightning checkpoints (.ckpt)")
+READABLE = (f"pretrained.py reads the authors' released files (Flax msgpack) and the tokenizer's "
+            f"PyTorch port ({PORT}), but no safetensors files or Lightning checkpoints (.ckpt)")
 
 
 # ------------------------------------------------------------------------------- file -> our model

@@ -31,16 +31,13 @@ FLAGS = {
     "out": (str, None, "the picture to write (default: samples.png in the run's folder)"),
 }
 BATCH = 64                      # images that are decoded at once
-SEQUENTIAL_FRAMES = 8           # of a film, if the tokens are decoded one by one
+SEQUENTIAL_FRAMES = 8           # of a film of the sequential decoder, evenly spaced
 
 
-def film_moments(transformer: MaskGIT, steps: int) -> list[int]:
-    """Returns the steps t at which a film has a frame: each of the parallel decoder's T = `steps`,
-    or evenly spaced ones of the sequential decoder's N."""
-    if not isinstance(transformer, CausalTransformer):
-        return list(range(1, steps + 1))
-    tokens = transformer.config.num_tokens
-    return [round(i * tokens / SEQUENTIAL_FRAMES) for i in range(1, SEQUENTIAL_FRAMES + 1)]
+def sequential_moments(num_tokens: int) -> list[int]:
+    """Returns after how many of N tokens a film of the sequential decoder has a frame."""
+    frames = range(1, SEQUENTIAL_FRAMES + 1)
+    return [round(i * num_tokens / SEQUENTIAL_FRAMES) for i in frames]
 
 
 @torch.no_grad()
@@ -68,7 +65,7 @@ def draw(
         tokens = sampler(transformer, batch, on_step=keep if moments else None, **options)
         images.append(tokenizer.decode(as_grid(tokens)).float().cpu())
         if len(labels) > BATCH:
-            progress.show(sum(len(drawn) for drawn in images))
+            progress.show(sum(map(len, images)))
     steps = [(torch.cat(sampled_at[t]), torch.cat(masked_at[t])) for t in sampled_at]
     return torch.cat(images), steps
 
@@ -98,19 +95,24 @@ def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
     out = pictures.picture_path(args.out, folder, "samples.png")
     check_size(args.num, out, captions, checkpoint["image_size"])
 
-    method = "token by token"
-    if "steps" in options:
+    sequential = isinstance(transformer, CausalTransformer)
+    if sequential:
+        method = "token by token"
+        moments = sequential_moments(transformer.config.num_tokens)
+    else:
         method = f"{options['steps']} steps, {args.schedule} schedule"
+        moments = list(range(1, options["steps"] + 1))
     if machine.leads:
         print(f"{folder}: samples, {method}, seed {args.seed}, on {machine.device}", flush=True)
     started = time.time()
     labels = torch.tensor(classes).repeat_interleave(args.num)
     options["generator"] = machine.generator(args.seed)
-    moments = film_moments(transformer, options.get("steps", 0)) if args.film else []
+    if not args.film:
+        moments = []
     with machine.autocast():
         images, steps = draw(tokenizer, transformer, machine.put(labels), options, moments)
         # The sequential decoder has nothing to show where it has not been yet.
-        opacity = 1.0 if isinstance(transformer, CausalTransformer) else 0.85
+        opacity = 1.0 if sequential else 0.85
         frames = [draw_step(tokenizer, sampled[::args.num], masked[::args.num], opacity)
                   for sampled, masked in steps]                     # one image of each class
     machine.sync()
@@ -119,8 +121,8 @@ def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
     pictures.save_image(out, pictures.grid(images.split(args.num), captions))
     print(f"wrote {out}: {len(labels)} images in {time.time() - started:.1f} s")
     if args.film:
-        unit = "{} tokens" if isinstance(transformer, CausalTransformer) else "step {}"
-        pictures.save_film(out, frames, [unit.format(t) for t in moments])
+        titles = [f"{t} tokens" if sequential else f"step {t}" for t in moments]
+        pictures.save_film(out, frames, titles)
 
 
 def check_size(num: int, out: Path, captions: Sequence[str], image_size: int) -> None:

@@ -124,6 +124,7 @@ def test_the_centre():
     region = torch.zeros(8, 8, dtype=torch.bool)
     region[2:6, 2:6] = True
     assert torch.equal(edit.centre_region(8), region)
+    assert edit.centre_region(16)[4:12, 4:12].all() and edit.centre_region(16).sum() == 64
 
 
 @pytest.mark.parametrize("side, rows, columns", [("left", (0, 8), (0, 3)), ("right", (0, 8), (5, 8)),

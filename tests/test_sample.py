@@ -284,11 +284,10 @@ def test_the_steps_of_a_film_are_what_the_decoder_tells(model, monkeypatch):
     assert steps[0][1].any()
 
 
-def test_the_moments_of_a_film():
-    """Every step of the parallel decoder; about eight of the sequential one, evenly spaced, the last one included."""
-    config = MaskGITConfig(24, 3, 64, 16, 1, 2, 16)
-    assert sample.film_moments(MaskGIT(config), 5) == [1, 2, 3, 4, 5]
-    assert sample.film_moments(CausalTransformer(config), 0) == [8, 16, 24, 32, 40, 48, 56, 64]
+def test_the_moments_of_a_film_of_the_sequential_decoder():
+    """Eight, evenly spaced, the last one included."""
+    assert sample.sequential_moments(64) == [8, 16, 24, 32, 40, 48, 56, 64]
+    assert sample.sequential_moments(100)[-1] == 100
 
 
 def test_a_step_is_shown_with_grey_over_what_is_masked():
