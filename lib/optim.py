@@ -38,10 +38,10 @@ def set_learning_rate(
     for group in optimizer.param_groups:
         rate = group.get("base", base)
         if step < warmup:
-            rate *= (step + 1) / warmup
+            rate = rate * (step + 1) / warmup
         elif decay:
-            progress = (step - warmup) / max(total - warmup, 1)
-            rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
+            angle = math.pi * (step - warmup) / max(total - warmup, 1)
+            rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(angle))
         group["lr"] = rate
 
 
