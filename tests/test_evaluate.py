@@ -47,7 +47,8 @@ def save_run(folder):
 def save_transformer(folder, kind, model_class, tokenizer, data="shapes", classes=None):
     model = model_class(MaskGITConfig(32, 10, 64, dim=16, depth=1, heads=2, mlp_dim=32)).eval()
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)                       # so that predictions differ from each other
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.5)                   # so that predictions depend on what is seen
     save_checkpoint(folder / f"{kind}.pt", {
         "kind": kind, "config": asdict(model.config), "model": model.state_dict(), "tokenizer": tokenizer,
         "image_size": 32, "data": data, "classes": classes or Shapes.classes})
