@@ -22,8 +22,9 @@ from torch import Tensor
 from lib import features, flags, pictures, runtime, sets
 from lib.data import DATA_FLAGS
 from lib.features import BY_CLASS, PRECISION_IMAGES, RECOGNISED, SHARPNESS, Measurements
+from lib.loader import DataSet
 from lib.sampling import add_run_flags, add_sampler_flags, sampler_options
-from lib.sets import ImageSet, random_subset, read_own_batches
+from lib.sets import random_subset, read_own_batches
 from lib.terminal import print_table
 from maskgit import SCHEDULES, MaskGIT
 from measure import (
@@ -224,7 +225,7 @@ def row_of_training_images(run: Evaluation) -> dict:
     return run.results.keep(condition, row)
 
 
-def precision_recall_and_cas(run: Evaluation, measured: Measurements, images: ImageSet) -> dict:
+def precision_recall_and_cas(run: Evaluation, measured: Measurements, images: DataSet) -> dict:
     """Returns further columns of Table 1 for a set of images.
 
     CAS is the accuracy on real images of a classifier that was trained on these images alone

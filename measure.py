@@ -4,6 +4,7 @@ The networks that look at images are in lib/features.py, the formulas in lib/met
 """
 import argparse
 import functools
+import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,15 +16,16 @@ import torch
 from torch import Tensor
 
 from lib import metrics, pictures, runtime, sets
-from lib.data import open_data
+from lib.data import DATA_SETS, open_data
 from lib.features import Measurements, Networks, Reference, open_networks
 from lib.files import fingerprint, rebuild
 from lib.flags import UserError
 from lib.image_files import admit_pixels
+from lib.loader import DataSet
 from lib.orders import ORDERS
 from lib.results import Results
 from lib.sampling import load_run, sampler_of, sampler_options
-from lib.sets import Batch, ImageSet, random_subset, read_own_batches
+from lib.sets import Batch, random_subset, read_own_batches
 from maskgit import SCHEDULES, MaskGIT, decode, mask_tokens, mvtm_loss
 from sequential import CausalTransformer
 from vqgan import VQGAN, as_grid, to_pixels
@@ -51,8 +53,8 @@ class Evaluation:
     parallel: MaskGIT | None                # the same, if it is decoded in parallel
     sequential: CausalTransformer | None    # the run's autoregressive transformer
     data: str                               # the name or path of the data set
-    train: ImageSet
-    real: ImageSet                          # validation images
+    train: DataSet
+    real: DataSet                           # validation images
     networks: Networks
     results: Results
     title: str
@@ -80,16 +82,7 @@ def open_evaluation(args: argparse.Namespace, machine: runtime.Machine) -> Evalu
     else:
         parallel = transformer
         sequential = load_sequential(folder, checkpoint["tokenizer"], machine)
-    admit_pixels(args.max_pixels)
-    data = checkpoint["data"]
-    train, val = open_data(data, checkpoint["image_size"], args.data_dir)
-    if list(train.classes) != list(checkpoint["classes"]):
-        raise UserError(f"the {len(train.classes)} classes of {data} are not those that the run "
-                        f"{folder} was trained on: put the images of that time there")
-    real = random_subset(val, args.num)
-    if len(real) <= metrics.NEIGHBOURS:
-        raise UserError(f"--num {args.num} takes {len(real)} of the {len(val)} validation images "
-                        f"of {data}: precision and recall need at least {metrics.NEIGHBOURS + 1}")
+    train, real = open_images(args, folder, checkpoint)
     networks = open_networks(args, machine, train, folder)
     setup = {
         "tokenizer": fingerprint(tokenizer),
@@ -108,8 +101,29 @@ def open_evaluation(args: argparse.Namespace, machine: runtime.Machine) -> Evalu
     results = Results(folder / "eval.json", setup, writes=machine.leads, again=args.again)
     title = (f"{folder}: {args.num} generated and {len(real)} real validation images, "
              f"{args.features} features, seed {args.seed}")
-    return Evaluation(args, machine, folder, tokenizer, transformer, parallel, sequential, data,
-                      train, real, networks, results, title)
+    return Evaluation(args, machine, folder, tokenizer, transformer, parallel, sequential,
+                      checkpoint["data"], train, real, networks, results, title)
+
+
+def open_images(args: argparse.Namespace, folder: Path,
+                checkpoint: dict) -> tuple[DataSet, DataSet]:
+    """Returns the training images of a run, and up to --num of its validation images.
+
+    Raises UserError if they are not there, or not those that the run was trained on."""
+    data = checkpoint["data"]
+    if data not in DATA_SETS and not os.path.isdir(data):
+        raise UserError(f"{data}, the images that {folder} was trained on, is not there: put it "
+                        f"there, or start this from the folder where the run was trained")
+    admit_pixels(args.max_pixels)
+    train, val = open_data(data, checkpoint["image_size"], args.data_dir)
+    if list(train.classes) != list(checkpoint["classes"]):
+        raise UserError(f"the {len(train.classes)} classes of {data} are not those that {folder} "
+                        f"was trained on: restore its images")
+    real = random_subset(val, args.num)
+    if len(real) <= metrics.NEIGHBOURS:
+        raise UserError(f"--num {args.num} takes {len(real)} of the {len(val)} validation images "
+                        f"of {data}: precision and recall need at least {metrics.NEIGHBOURS + 1}")
+    return train, real
 
 
 def check_flags(args: argparse.Namespace, transformer: MaskGIT) -> None:
@@ -141,7 +155,7 @@ def load_sequential(folder: Path, tokenizer: str,
     sequential, checkpoint = rebuild(path, "autoregressive", CausalTransformer)
     if checkpoint["tokenizer"] != tokenizer:
         return None
-    return machine.freeze(sequential.to(machine.device))
+    return machine.freeze(machine.place(sequential))
 
 
 # ---------------------------------------------------------------------------- images that are drawn

@@ -24,12 +24,11 @@ from lib.files import (
     save_checkpoint,
 )
 from lib.flags import UserError, whole
-from lib.loader import batches
+from lib.loader import DataSet, batches
 from lib.optim import set_learning_rate
 from lib.runtime import Machine, step_seed
 from lib.sets import (
     Batch,
-    ImageSet,
     all_batches,
     concatenate,
     gather_batches,
@@ -96,7 +95,7 @@ class Classifier(nn.Module):
         return self.out(self.features(images))
 
 
-def train_classifier(data: ImageSet, steps: int, seed: int, machine: Machine,
+def train_classifier(data: DataSet, steps: int, seed: int, machine: Machine,
                      title: str) -> Classifier:
     """Trains a Classifier in batches of 128 and returns it in eval mode. title: of its progress."""
     torch.manual_seed(seed)
@@ -117,7 +116,7 @@ def train_classifier(data: ImageSet, steps: int, seed: int, machine: Machine,
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: ImageSet, machine: Machine) -> tuple[float, float]:
+def accuracy(model: nn.Module, data: DataSet, machine: Machine) -> tuple[float, float]:
     """Returns the top-1 and top-5 accuracy of a classifier on a data set."""
     top_1 = 0
     top_5 = 0
@@ -132,7 +131,7 @@ def accuracy(model: nn.Module, data: ImageSet, machine: Machine) -> tuple[float,
     return top_1 / len(data), top_5 / len(data)
 
 
-def load_classifier(path: Path, train: ImageSet, steps: int, machine: Machine) -> Classifier:
+def load_classifier(path: Path, train: DataSet, steps: int, machine: Machine) -> Classifier:
     """Returns the run's own classifier, kept at `path`.
 
     If it is not there yet, rank 0 trains it on `train`, the real images."""
@@ -180,7 +179,7 @@ def load_inception(path: str | None, machine: Machine) -> nn.Module:
     return model.to(machine.device)
 
 
-def open_networks(args: argparse.Namespace, machine: Machine, train: ImageSet,
+def open_networks(args: argparse.Namespace, machine: Machine, train: DataSet,
                   folder: Path) -> "Networks":
     """Opens the networks that FEATURE_FLAGS ask for.
 
@@ -315,7 +314,7 @@ class Judge:
     name, FCD or FID. Raises UserError as open_networks() does."""
     BATCH = 100
 
-    def __init__(self, args: argparse.Namespace, machine: Machine, train: ImageSet, val: ImageSet,
+    def __init__(self, args: argparse.Namespace, machine: Machine, train: DataSet, val: DataSet,
                  folder: Path):
         self.machine = machine
         self.num_samples = args.evaluate_num

@@ -5,35 +5,23 @@ R, r + 2 R, ..., and gather_batches() puts the results of all ranks in order. So
 in the same way on any number of ranks."""
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lib.loader import loader
+from lib.loader import DataSet, loader
 from lib.terminal import Progress
 
 T = TypeVar("T")
 
 
-class ImageSet(Protocol):
-    """A data set, as lib.data opens it."""
-    classes: list[str]
-    workers: int
-
-    def __len__(self) -> int:
-        """Returns the number of images."""
-
-    def batch(self, indices: np.ndarray, draws: Any = None) -> tuple[Tensor, Tensor]:
-        """Returns images uint8 (n, 3, S, S) and labels (n,); draws: None for no augmentation."""
-
-
 class Subset:
     """The images of a data set at `indices`, in this order and never augmented."""
 
-    def __init__(self, data: ImageSet, indices: np.ndarray):
+    def __init__(self, data: DataSet, indices: np.ndarray):
         self.data = data
         self.indices = indices
         self.classes = data.classes
@@ -47,7 +35,7 @@ class Subset:
         return self.data.batch(self.indices[indices])
 
 
-def random_subset(data: ImageSet, count: int) -> Subset:
+def random_subset(data: DataSet, count: int) -> Subset:
     """Returns the first `count` images of a data set in a fixed random order, since it may be
     sorted by class."""
     generator = np.random.Generator(np.random.Philox(key=[2020, 0]))
@@ -58,7 +46,7 @@ class InMemory:
     """The images of a data set, read once and kept: for one that is read several times."""
     workers = 0
 
-    def __init__(self, data: ImageSet):
+    def __init__(self, data: DataSet):
         batches = list(read_batches(data, 100, all_batches(len(data), 100)))
         self.images = torch.cat([batch.images for batch in batches])
         self.labels = torch.cat([batch.labels for batch in batches])
@@ -82,7 +70,7 @@ class Batch(NamedTuple):
 class Batches:
     """The batches of a data set in its own order: [number] is a Batch."""
 
-    def __init__(self, data: ImageSet, size: int):
+    def __init__(self, data: DataSet, size: int):
         self.data = data
         self.size = size
 
@@ -93,7 +81,7 @@ class Batches:
         return Batch(number, images, labels)
 
 
-def read_batches(data: ImageSet, size: int, numbers: range) -> Iterator[Batch]:
+def read_batches(data: DataSet, size: int, numbers: range) -> Iterator[Batch]:
     """Iterates over the batches of these numbers; reader processes read ahead, if the data has any.
     """
     return iter(loader(Batches(data, size), numbers, data))
@@ -126,7 +114,7 @@ def own_batches(count: int, size: int) -> range:
     return all_batches(count, size)[rank::ranks()]
 
 
-def read_own_batches(data: ImageSet, size: int, title: str) -> Iterator[Batch]:
+def read_own_batches(data: DataSet, size: int, title: str) -> Iterator[Batch]:
     """Iterates over those batches that this rank measures. title: of the progress line."""
     batches = read_batches(data, size, own_batches(len(data), size))
     return with_progress(batches, len(data), size, title)

@@ -692,6 +692,14 @@ def test_other_classes_than_the_runs(folder):
         evaluated(folder)
 
 
+def test_images_that_are_not_there(folder):
+    """Older checkpoints hold the path as it was typed."""
+    tokenizer, _ = save_run(folder)
+    save_transformer(folder, "transformer", MaskGIT, fingerprint(tokenizer), data="my/images")
+    with pytest.raises(ValueError, match="my/images, the images that .* was trained on, is not there: put it there, or"):
+        evaluated(folder)
+
+
 @pytest.mark.parametrize("flags", [("--batch", "0"), ("--seeds", "0"), ("--ablate-steps", "0"), ("--num", "-1"),
                                    ("--schedule", "quartic"), ("--order", "spiral")])
 def test_bad_flags(flags, capsys):
