@@ -206,7 +206,7 @@ class Measurements(NamedTuple):
     logits: Tensor          # (n, C) float32, of the network that the features are of
     sharpness: Tensor       # (n,)
     labels: Tensor          # (n,), the class that each image is of, or should be
-    recognised: Tensor   # (n,) boolean: the classifier finds this class; false without a classifier
+    recognised: Tensor      # (n,) boolean: the classifier finds this class; false without one
 
 
 class Networks:
@@ -263,8 +263,7 @@ class Reference:
     def __init__(self, networks: Networks, real: Measurements):
         self.networks = networks
         self.real = real
-        # A GPU computes with the large matrices of Inception's features, but no TPU: it lacks
-        # float64.
+        # Large matrices are fast on a GPU; a TPU has no float64.
         on_gpu = networks.machine.device.type == "cuda"
         self.device = networks.machine.device if on_gpu else torch.device("cpu")
         self.gaussian = metrics.gaussian(real.features.to(self.device))
