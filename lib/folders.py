@@ -52,19 +52,18 @@ class Folder:
 
         A broken file is named on stderr and replaced by the next whole one. Raises UserError once
         more than 1% of the files have turned out to be broken."""
-        images = []
-        used = []
-        for wanted in indices:
-            image, index = self.read(wanted)
-            images.append(image)
-            used.append(index)
-        if draws is None:
-            images = [self.centre(image) for image in images]
-        else:
+        uniform = None
+        if draws is not None:
             uniform = hashed_uniform(3, draws, 5).astype(float)
-            images = [self.augment(*pair) for pair in zip(images, uniform, strict=True)]
+        squares = []
+        used = []
+        for place, wanted in enumerate(indices):
+            image, index = self.read(wanted)
+            square = self.centre(image) if draws is None else self.augment(image, uniform[place])
+            squares.append(square)
+            used.append(index)
         labels = torch.from_numpy(self.labels[used]).long()
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), labels
+        return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2), labels
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Returns the image at an index, or the next whole one after it; and the index of that."""
@@ -225,7 +224,7 @@ def hold_out(root: str, images: dict[str, np.ndarray | None],
     held_out = set()
     prefix = os.path.join(root, "")
     for name, files in by_class.items():
-        # Half an image of ten: so it is one, in half of the classes of ten.
+        # Rounded up in as many classes as the fraction says: of ten images, one in every second.
         count = int(len(files) / 20 + hash_of(name) / 2 ** 128)
         count = min(count, len(files) - 1)
         in_order_of_hash = sorted((hash_of(path.removeprefix(prefix)), path) for path in files)

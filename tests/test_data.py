@@ -537,7 +537,8 @@ def test_a_run_inside_its_data_is_refused(tmp_path, monkeypatch):
     make_folder(tmp_path / "real", {"a": 3})
     (tmp_path / "link").symlink_to(tmp_path / "real")
     monkeypatch.chdir(tmp_path / "real")
-    for run_, data_ in (("runs/real", "."), (tmp_path / "real", tmp_path / "real"), ("runs", tmp_path / "link")):
+    for run_, data_ in (("runs/real", "."), (tmp_path / "real", tmp_path / "real"), ("runs", tmp_path / "link"),
+                         (tmp_path / "link" / "runs", tmp_path / "real")):
         with pytest.raises(UserError, match="lies inside its data.*--run"):
             check_run_outside_data(run_, str(data_))
     check_run_outside_data("../runs/real", ".")
