@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refused
+from conftest import ROOT
 from PIL import Image
 
 import demo
@@ -363,16 +363,14 @@ def test_a_sequential_decoder_of_other_tokens(other, tmp_path, capsys):
 
 # --------------------------------------------------------------------------------------------------- the command
 
-@pytest.fixture(scope="module")
-def address():
-    """The address that `demo.py --port 0` prints; in the end Ctrl-C must end it, in the midst of its work."""
+@pytest.mark.slow
+def test_ctrl_c_ends_it_in_the_midst_of_its_work():
     command = [sys.executable, ROOT / "demo.py", "--run", ROOT / "example", "--port", "0", "--bf16", "no"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
     line = process.stdout.readline()
     match = re.search(r"http://127\.0\.0\.1:(\d+)", line)
     assert match, line
-    yield match[0]
     connection = http.client.HTTPConnection("127.0.0.1", int(match[1]))
     connection.request("POST", "/draw", json.dumps({"settings": {"num": "64", "steps": "64"}, "label": None}).encode())
     assert b"done" in connection.getresponse().readline()
@@ -380,9 +378,9 @@ def address():
     assert process.wait(timeout=10) == 0 and process.stdout.read() == ""
 
 
-def test_a_port_in_use(address):
-    port = address.rpartition(":")[2]
-    refused("demo.py", "--run", ROOT / "example", "--port", port, says=[f"port {port}", "--port"])
+def test_a_port_in_use(server, call_main):
+    last = call_main(demo, ROOT, "--run", ROOT / "example", "--port", server.server_port, code=2)
+    assert last.startswith(f"error: port {server.server_port} is not available") and "--port" in last
 
 
 # --------------------------------------------------------------------------------------------------- in a browser
