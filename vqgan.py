@@ -276,10 +276,13 @@ class VQGAN(nn.Module):
     def __init__(self, config: VQGANConfig):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.apply(init_weights)
+        encoder = Encoder(config)
+        decoder = Decoder(config)
+        encoder.apply(init_weights)
+        decoder.apply(init_weights)
+        self.encoder = encoder
         self.quantizer = QUANTIZERS[config.quantizer](config)
+        self.decoder = decoder
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(B, 3, H, W) in [0, 1] -> reconstructions (B, 3, H, W), indices (B, h, w), quantizer
