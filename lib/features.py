@@ -72,14 +72,13 @@ class Classifier(nn.Module):
         widths = [width, 2 * width, 4 * width, 4 * width]
         self.stem = nn.Conv2d(3, width, 3, padding=1)
         self.down = nn.ModuleList()
+        for inputs, outputs in zip([width, *widths], widths, strict=False):
+            self.down.append(nn.Conv2d(inputs, outputs, 3, stride=2, padding=1))
         self.same = nn.ModuleList()
-        before = width
-        for width in widths:
-            self.down.append(nn.Conv2d(before, width, 3, stride=2, padding=1))
-            self.same.append(nn.Sequential(
-                nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)))
-            before = width
-        self.out = nn.Linear(before, classes)
+        for channels in widths:
+            self.same.append(nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(),
+                                           nn.Conv2d(channels, channels, 3, padding=1)))
+        self.out = nn.Linear(widths[-1], classes)
 
     def features(self, images: Tensor) -> Tensor:
         """Returns the pooled activations (B, 4 * width), of which the logits are a linear function.
