@@ -45,22 +45,15 @@ def write_atomically(path: Path | str, write: Callable[[BinaryIO], object]):
 
 # ---- checkpoints
 
-def on_cpu(value, before=None):
-    """Returns a copy on the CPU of nested dicts and lists of tensors and plain values.
-
-    before: an earlier copy, into whose tensors this one is written, as new memory takes longer."""
+def on_cpu(value: object) -> object:
+    """Returns nested dicts and lists of tensors and plain values with all tensors on the CPU."""
     if isinstance(value, dict):
-        before = before or dict.fromkeys(value)
-        return {key: on_cpu(item, before.get(key)) for key, item in value.items()}
+        return {key: on_cpu(item) for key, item in value.items()}
     if isinstance(value, list):
-        before = before or [None] * len(value)
-        return [on_cpu(item, old) for item, old in zip(value, before, strict=True)]
-    if not torch.is_tensor(value):
-        return value
-    if before is None:          # empty_like() of torch-xla's tensors is none that can be saved
-        before = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype,
-                                     pin_memory=value.is_cuda)
-    return before.copy_(value)
+        return [on_cpu(item) for item in value]
+    if torch.is_tensor(value):
+        return value.detach().cpu()
+    return value
 
 
 def save_checkpoint(path: Path | str, checkpoint: dict):

@@ -132,7 +132,7 @@ def on_ranks(function, *arguments, world=2):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(240)
     statuses = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
