@@ -1,6 +1,6 @@
 """What is revealed first: the paper's order by name, and two that the paper does not have.
 
-To add an order, write a function that returns one (see maskgit.Order) and name it in ORDERS.
+To add an order, write a function that returns one (see maskgit.Order) and name it in MAKERS.
 """
 import math
 
@@ -58,16 +58,19 @@ def radical_inverse(i: int, base: int) -> float:
     return value
 
 
+# Each makes an order for a number of tokens, a choice temperature and a device.
+MAKERS = {
+    "confidence": lambda num_tokens, temperature, device: by_confidence(temperature),
+    "random": lambda num_tokens, temperature, device: by_chance(),
+    "halton": lambda num_tokens, temperature, device: by_halton(num_tokens, device),
+}
+ORDERS = list(MAKERS)
+
+
 def make_order(
     name: str, num_tokens: int, choice_temperature: float, device: torch.device | str,
 ) -> Order:
-    """Returns the order of this name, made once for all steps. Raises ValueError if it does not
-    suit the tokens."""
-    if name == "random":
-        return by_chance()
-    if name == "halton":
-        return by_halton(num_tokens, device)
-    return by_confidence(choice_temperature)
+    """Returns the order of this name, to be made once for all steps of a decoding.
 
-
-ORDERS = ["confidence", "random", "halton"]
+    Raises ValueError if it does not suit the number of tokens."""
+    return MAKERS[name](num_tokens, choice_temperature, device)
