@@ -1,15 +1,13 @@
-"""Stage 2 of MaskGIT (§3.2 to §3.4): the bidirectional transformer, masked training, iterative
-parallel decoding.
+"""Stage 2 of MaskGIT (§3.2 to §3.4): the bidirectional transformer, masked training and decoding.
 
 Read it beside the paper:
-    gamma, mask_counts        the mask scheduling functions (§3.4, Table 3)
+    gamma                     the mask scheduling functions (§3.4, Table 3)
     mask_tokens, mvtm_loss    masked visual token modelling (§3.2, Eq. 1)
     decode                    iterative parallel decoding, the four steps of §3.3
 
-The transformer is the released one, number for number: BERT with a LayerNorm after each residual
-sum. The class is the first of N + 1 positions. One table embeds codes, then classes, then [MASK];
-its code rows are also the output layer. This file needs nothing but torch: it can be copied out and
-used elsewhere."""
+The transformer computes what the released one does: BERT, with a LayerNorm after each residual sum.
+The class is the first of N + 1 positions. One table embeds codes, then classes, then [MASK]; its
+code rows are also the output layer. This file needs nothing but torch: it can be copied out."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,21 +19,20 @@ from torch import Tensor, nn
 
 @dataclass
 class MaskGITConfig:
-    """The defaults are the paper's ImageNet 256x256 model (the paper says 8 heads, the released
-    weights have 16)."""
+    """Sizes of the transformer. The defaults are the paper's, for ImageNet 256x256."""
     codebook_size: int = 1024
     num_classes: int = 1000
     num_tokens: int = 256       # N: 16 x 16 tokens of an image
     dim: int = 768
     depth: int = 24
-    heads: int = 8
+    heads: int = 8              # in the paper; the released weights have 16
     mlp_dim: int = 3072
     dropout: float = 0.1
     null_class: bool = False    # an extra embedding for "no class" (guidance; not in the paper)
 
     @property
     def default_steps(self) -> int:
-        """Returns T of the paper: 8, and 12 for 32 x 32 tokens (§4.2)."""
+        """Returns the paper's T: 8 steps, or 12 for 32 x 32 tokens (§4.2)."""
         return 12 if self.num_tokens > 256 else 8
 
 
@@ -67,8 +64,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a two-layer perceptron; each with dropout, a residual sum, and a LayerNorm
-    after the sum."""
+    """Attention, then an MLP; each is followed by dropout, a residual sum and a LayerNorm."""
 
     def __init__(self, config: MaskGITConfig):
         super().__init__()
@@ -91,8 +87,8 @@ class MaskGIT(nn.Module):
     """The bidirectional transformer: p(each token | the tokens that are not masked, the class).
 
     Raises ValueError if the heads do not divide the width."""
-    Config = MaskGITConfig
-    Block = Block
+    Config = MaskGITConfig                          # a checkpoint is rebuilt from the class alone
+    Block = Block                                   # sequential.py replaces it by a causal one
 
     def __init__(self, config: MaskGITConfig):
         super().__init__()
@@ -100,12 +96,12 @@ class MaskGIT(nn.Module):
             raise ValueError(f"the width {config.dim} is not divisible by the {config.heads} heads")
         self.config = config
         self.mask_id = config.codebook_size + config.num_classes            # the row of [MASK]
-        rows = self.mask_id + 1                                             # codes, classes, [MASK]
+        num_rows = self.mask_id + 1                                         # codes, classes, [MASK]
         self.null_label = None
-        if config.null_class:
-            self.null_label = rows - config.codebook_size         # as a label: the row after [MASK]
-            rows += 1
-        self.token_embedding = nn.Embedding(rows, config.dim)
+        if config.null_class:                       # its row comes last: released weights have none
+            self.null_label = num_rows - config.codebook_size
+            num_rows += 1
+        self.token_embedding = nn.Embedding(num_rows, config.dim)
         self.position_embedding = nn.Embedding(config.num_tokens + 1, config.dim)
         self.norm = nn.LayerNorm(config.dim, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
@@ -115,7 +111,7 @@ class MaskGIT(nn.Module):
             nn.GELU("tanh"),
             nn.LayerNorm(config.dim, eps=1e-12),
         )
-        self.head_bias = nn.Parameter(torch.zeros(rows))
+        self.head_bias = nn.Parameter(torch.zeros(num_rows))
         self.apply(init_weights)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -129,17 +125,15 @@ class MaskGIT(nn.Module):
         return self.logits(x[:, 1:])                                    # the class predicts nothing
 
     def embed(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """(B, n) tokens and (B,) labels -> (B, n + 1, dim): the class, then the tokens, each with
-        its position."""
+        """Embeds the class, then the tokens: (B, n), (B,) -> (B, n + 1, dim)."""
         rows = torch.cat([labels[:, None] + self.config.codebook_size, tokens], dim=1)
         positions = self.position_embedding.weight[:rows.shape[1]]
         return self.dropout(self.norm(self.token_embedding(rows) + positions))
 
     def logits(self, x: Tensor) -> Tensor:
-        """(B, n, dim) -> (B, n, codebook_size).
+        """Compares x with the embedding of each code: (B, n, dim) -> (B, n, codebook_size).
 
-        The output is tied to the embedding of codes alone: no other row is ever a target or a
-        sample."""
+        Classes and [MASK] are left out: they are never a target or a sample."""
         codes = self.config.codebook_size
         return F.linear(self.head(x), self.token_embedding.weight[:codes], self.head_bias[:codes])
 
@@ -147,15 +141,15 @@ class MaskGIT(nn.Module):
 def init_weights(module: nn.Module) -> None:
     """Initialises as released: normal with std 0.02, cut at 2 std; biases zero."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.trunc_normal_(module.weight, 0, 0.02, -0.04, 0.04)
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
 
 
 # ------------------------------------------------------------------- mask schedules (§3.4, Table 3)
 
-# γ(r), with N, the number of tokens, which two schedules need in order to reach from one token to
-# all of them.
+# γ(r), for tensors r and N. N is the number of tokens; two schedules are scaled by its logarithm so
+# that they start at about 1.
 GAMMAS = {
     "cosine": lambda r, N: torch.cos(r * (math.pi / 2)),
     "linear": lambda r, N: 1 - r,
@@ -171,8 +165,8 @@ SCHEDULES = list(GAMMAS)
 def gamma(r: float | Tensor, schedule: str, total: int | Tensor) -> Tensor:
     """Returns the mask scheduling function γ(r), from 1 at r = 0 (all masked) to almost 0 at r = 1.
 
-    r: in [0, 1]. schedule: one of SCHEDULES. total: the number of tokens. Raises ValueError for an
-    unknown schedule. Source: §3.4; base 2, the cut at 1e-6 and float32 arithmetic as released."""
+    r: in [0, 1]. schedule: one of SCHEDULES. total: the number of tokens N. Raises ValueError for
+    an unknown schedule. Base 2, the cut at 1e-6 and float32 are as in the released code."""
     if schedule not in GAMMAS:
         raise ValueError(f"unknown schedule '{schedule}'; choose one of: {', '.join(SCHEDULES)}")
     r = torch.as_tensor(r, dtype=torch.float32)
@@ -183,12 +177,12 @@ def gamma(r: float | Tensor, schedule: str, total: int | Tensor) -> Tensor:
 def masked_after(t: int, steps: int, schedule: str, total: Tensor, masked: Tensor) -> Tensor:
     """Returns how many tokens stay masked after step t of T = `steps`, int64 as `total`.
 
-    floor(γ(t / T) · total), but fewer than before and at least 1, as released; the paper writes a
-    ceiling. total: how many were masked at the start. masked: how many are masked now."""
+    It is ⌊γ(t / T) · total⌋, but fewer than now and at least 1 (released code; the paper rounds
+    up). total: how many were masked at the start. masked: how many are masked now."""
     if t == steps:
         return torch.zeros_like(masked)
     scheduled = (gamma(t / steps, schedule, total) * total).floor().long()
-    return torch.minimum(scheduled, masked - 1).clamp(min=1).minimum(total)      # none stay of none
+    return torch.minimum(scheduled, masked - 1).clamp(min=1).minimum(total)      # if total is 0: 0
 
 
 def mask_counts(schedule: str, steps: int, total: int, start_step: int = 0) -> list[int]:
@@ -207,22 +201,24 @@ def mask_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Replaces ⌈γ(r)·N⌉ random tokens of each row by [MASK], r uniform in [0, 1) for each row.
 
-    tokens: (B, N) int64. generator: of the CPU. Returns (masked tokens, mask), both (B, N); the
-    mask is true where a token was replaced. Shapes do not depend on r, so that one compiled graph
-    serves every step."""
+    tokens: (B, N) int64. generator: a CPU generator. Returns (masked tokens, mask), both (B, N);
+    the mask is true where a token was replaced. Their shapes do not depend on r, so one compiled
+    graph serves every step."""
     B, N = tokens.shape
     r = uniform(B, 1, generator=generator, device=tokens.device)
     noise = uniform(B, N, generator=generator, device=tokens.device)
     count = (gamma(r, schedule, N) * N).ceil()              # (B, 1)
-    mask = rank_in_row(noise) < count                       # the first of a random permutation
+    mask = rank_in_row(noise) < count                       # `count` random places of each row
     return torch.where(mask, mask_id, tokens), mask
 
 
 def drop_labels(
     labels: Tensor, fraction: float, null_label: int, generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Replaces a random fraction of the labels (B,) by the null class, so that the model learns to
-    draw without a class, which guidance needs (Ho & Salimans 2022; not in the paper)."""
+    """Replaces a random fraction of the labels (B,) by the null class.
+
+    So the model learns to draw without a class as well, which guidance needs (Ho & Salimans 2022;
+    not in the paper)."""
     dropped = uniform(*labels.shape, generator=generator, device=labels.device) < fraction
     return torch.where(dropped, null_label, labels)
 
@@ -230,26 +226,25 @@ def drop_labels(
 def mvtm_loss(
     logits: Tensor, targets: Tensor, mask: Tensor, label_smoothing: float = 0.1,
 ) -> Tensor:
-    """Returns the masked visual token modelling loss (Eq. 1): the cross-entropy of masked tokens
-    and of no others.
+    """Returns Eq. 1, a scalar: the cross-entropy of the masked tokens and of no others.
 
-    logits: (B, N, codebook_size); targets, mask: (B, N). Returns a scalar: the mean over images of
-    the mean over each image's masked tokens (released code)."""
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
-                           label_smoothing=label_smoothing, reduction="none")
-    loss = loss.view_as(targets)                                                    # (B, N)
+    It is averaged over the masked tokens of each image, and then over images (released code).
+    logits: (B, N, codebook_size). targets, mask: (B, N)."""
+    loss = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(),
+        label_smoothing=label_smoothing, reduction="none",
+    ).view_as(targets)                                                              # (B, N)
     return ((loss * mask).sum(1) / (mask.sum(1) + 1e-8)).mean()
 
 
 def masked_accuracy(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """Returns the share of the masked tokens whose likeliest prediction is right, a scalar. Shapes
-    as in mvtm_loss."""
+    """Returns the fraction of masked tokens whose likeliest code is right; see mvtm_loss."""
     right = (logits.detach().argmax(-1) == targets) & mask
     return right.sum() / mask.sum()
 
 
 def rank_in_row(values: Tensor) -> Tensor:
-    """(B, N) -> (B, N) int64: how many values of its row are smaller than each."""
+    """Returns each value's rank in its row, 0 for the smallest: (B, N) -> (B, N) int64."""
     return values.argsort(1).argsort(1)
 
 
@@ -264,20 +259,20 @@ def uniform(*shape: int, generator: torch.Generator | None, device: torch.device
 # ------------------------------------------------------------ what is revealed first (§3.3, step 4)
 
 # An order is a function (log_p (B, N), t / T, generator) -> confidence (B, N). log_p is the
-# log-probability of each sampled token. The tokens of the lowest confidence are masked again.
+# log-probability of each sampled token. The tokens with the lowest confidence are masked again.
 Order = Callable[[Tensor, float, torch.Generator | None], Tensor]
 
 
 def by_confidence(choice_temperature: float = 4.5) -> Order:
     """Returns the order of the paper: the likeliest tokens first.
 
-    choice_temperature: the scale of Gumbel noise in that choice, annealed to 0 over the steps
-    (released code; the paper has none, and without it samples turn flat and monochrome)."""
+    choice_temperature: scales Gumbel noise that is added to log p, annealed to 0 over the steps
+    (released code; the paper does not mention it, but without it samples turn flat)."""
     def order(log_p: Tensor, progress: float, generator: torch.Generator | None) -> Tensor:
-        noise = choice_temperature * (1 - progress)
-        if noise == 0:
+        scale = choice_temperature * (1 - progress)
+        if scale == 0:
             return log_p
-        return log_p + noise * gumbel_noise(log_p, generator)
+        return log_p + scale * gumbel_noise(log_p, generator)
     return order
 
 
@@ -285,23 +280,29 @@ def by_confidence(choice_temperature: float = 4.5) -> Order:
 
 @torch.no_grad()
 def decode(
-    model: MaskGIT, labels: Tensor, steps: int = 8, schedule: str = "cosine",
-    known: Tensor | None = None, order: Order = by_confidence(4.5),  # noqa: B008 (it has no state)
-    temperature: float = 1.0, top_k: int | None = None, cfg: float = 0.0, start_step: int = 0,
+    model: MaskGIT,
+    labels: Tensor,
+    steps: int = 8,
+    schedule: str = "cosine",
+    known: Tensor | None = None,
+    order: Order = by_confidence(),  # noqa: B008 (it has no state)
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    cfg: float = 0.0,
+    start_step: int = 0,
     generator: torch.Generator | None = None,
     on_step: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Decodes all tokens of an image in `steps` parallel forward passes (§3.3). Returns tokens (B,
-    N) int64.
+    """Decodes all tokens of each image in T parallel forward passes (§3.3): (B,) -> (B, N) int64.
 
-    labels: (B,) int64. steps: T, from 1 to N. known: (B, N) tokens to keep, mask_id where unknown
-    (None: all unknown); the schedule counts only the unknown ones. order: what is revealed first.
-    temperature: of the token samples, 0 for the likeliest. top_k: sample among the k likeliest.
-    cfg: weight of classifier-free guidance, which grows linearly with t; needs a model with a null
-    class. start_step: steps to skip, if much is known (the released demo: 2 of 12). on_step(t,
-    sampled, masked, confidence) is called after each step: the tokens (B, N) that were predicted,
-    which of them are masked again, and the confidence of each, infinite where known. Raises
-    ValueError for a bad argument."""
+    steps: T, from 1 to N. known: tokens (B, N) to keep, mask_id where unknown (None: everywhere);
+    the schedule counts only unknown ones. order: which tokens are revealed first.
+    temperature: of the token samples; 0 takes the likeliest. top_k: sample among the k likeliest.
+    cfg: weight of classifier-free guidance, which grows linearly with t; needs a null class.
+    start_step: how many steps to skip if much is known (the released demo skips 2 of 12).
+    on_step(t, sampled, masked, confidence), all (B, N), is called after each step: the predicted
+    tokens, which of them are masked again, and the confidence of each, infinite where known.
+    Raises ValueError for a bad argument."""
     check_decoding(model, steps, start_step, cfg)
     tokens = known
     if known is None:
@@ -310,12 +311,12 @@ def decode(
     masked = tokens == model.mask_id                                            # (B, N)
     unknown = masked.sum(1)                                                  # (B,): M of each image
 
-    for t in range(start_step + 1, steps + 1):
+    for t in range(start_step + 1, steps + 1):                                  # t = 1 .. T
         # 1. Predict: the probabilities of all masked tokens, in parallel.
         logits = guided_logits(model, tokens, labels, cfg * t / steps)       # (B, N, codebook_size)
 
-        # 2. Sample a token at every masked position; its log-probability is the confidence. Known
-        # tokens stay.
+        # 2. Sample a token at every masked position; the confidence is its log-probability, and
+        # infinite for known tokens, which stay.
         sampled = torch.where(masked, sample_tokens(logits, temperature, top_k, generator), tokens)
         confidence = order(log_probability(logits, sampled), t / steps, generator)
         confidence = confidence.masked_fill(~masked, math.inf)
@@ -332,7 +333,7 @@ def decode(
 
 
 def check_decoding(model: MaskGIT, steps: int, start_step: int = 0, cfg: float = 0.0) -> None:
-    """Raises ValueError for what decode() cannot do with this model."""
+    """Raises ValueError for arguments that decode() cannot serve with this model."""
     N = model.config.num_tokens
     if not 1 <= steps <= N:
         raise ValueError(f"steps must be from 1 to the number of tokens, {N}, not {steps}")
@@ -343,8 +344,7 @@ def check_decoding(model: MaskGIT, steps: int, start_step: int = 0, cfg: float =
 
 
 def guided_logits(model: MaskGIT, tokens: Tensor, labels: Tensor, weight: float) -> Tensor:
-    """Returns the model's logits in float32, pushed away from those without a class (Ho & Salimans
-    2022)."""
+    """Returns float32 logits, pushed away from those without a class (Ho & Salimans 2022)."""
     if weight == 0:
         return model(tokens, labels).float()
     no_class = torch.full_like(labels, model.null_label)
@@ -356,8 +356,7 @@ def guided_logits(model: MaskGIT, tokens: Tensor, labels: Tensor, weight: float)
 def sample_tokens(
     logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None = None,
 ) -> Tensor:
-    """(..., codebook_size) -> (...): a sample at each position, or the likeliest token at
-    temperature 0."""
+    """Samples a token at each position; temperature 0 takes the likeliest: (..., K) -> (...)."""
     if top_k:
         least = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -367,14 +366,12 @@ def sample_tokens(
 
 
 def gumbel_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Returns standard Gumbel noise of the shape of `like`; argmax(logits + noise) is a sample of
-    softmax(logits)."""
+    """Returns standard Gumbel noise; argmax(logits + noise) is a sample of softmax(logits)."""
     values = torch.rand(like.shape, device=like.device, generator=generator)
     return -torch.log(-torch.log(values.clamp(1e-20, 1 - 1e-7)))
 
 
 def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
-    """(B, N, codebook_size), (B, N) -> (B, N): log p of each token. Of a known token that is no
-    code, some number."""
+    """Returns log p of each token: (B, N, K), (B, N) -> (B, N); arbitrary if it is not a code."""
     codes = tokens.clamp(max=logits.shape[-1] - 1)
     return logits.log_softmax(-1).gather(-1, codes[..., None]).squeeze(-1)
