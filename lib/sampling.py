@@ -109,8 +109,8 @@ def load_run(
         raise UserError(f"{tokenizer_path} is not the tokenizer that {path} was trained with (was "
                         f"it trained again later?): run train_transformer.py again, or name the "
                         f"right file with --vqgan")
-    tokenizer = machine.freeze(tokenizer.to(machine.device))
-    transformer = machine.freeze(transformer.to(machine.device))
+    tokenizer = machine.freeze(machine.place(tokenizer))
+    transformer = machine.freeze(machine.place(transformer))
     return folder, tokenizer, transformer, checkpoint
 
 
