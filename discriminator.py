@@ -1,6 +1,6 @@
-"""The tokenizer's adversary in stage 1 (§3.1, after Esser et al. 2021): StyleGAN2's residual
-discriminator, with [1 3 3 1] blur resampling, as in the released code; the adversarial losses, and
-the R1 penalty."""
+"""The tokenizer's adversary in stage 1 (§3.1, after Esser et al. 2021).
+
+StyleGAN2's residual discriminator, as in the released code; the adversarial losses; R1."""
 import math
 from itertools import pairwise
 
@@ -14,8 +14,8 @@ from vqgan import conv3x3, init_weights
 def blur_downsample(x: Tensor) -> Tensor:
     """Blurs by [1 3 3 1] in both directions and halves: (B, C, H, W) -> (B, C, H / 2, W / 2).
 
-    It is written with slices: a depthwise convolution has a slow backward pass, of which R1 takes
-    two, and Inductor cannot compile the second derivative of average pooling."""
+    It is written with slices because a depthwise convolution has a slow backward pass (R1 takes
+    two), and Inductor cannot compile the second derivative of average pooling."""
     x = F.pad(x, (1, 1, 1, 1))
     even = x[..., 0::2, :]
     odd = x[..., 1::2, :]
@@ -26,7 +26,7 @@ def blur_downsample(x: Tensor) -> Tensor:
 
 
 class DiscriminatorBlock(nn.Module):
-    """Residual block of StyleGAN2's discriminator; halves the resolution."""
+    """StyleGAN2's residual block: (B, inputs, H, W) -> (B, outputs, H / 2, W / 2)."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -41,12 +41,11 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """StyleGAN2's residual discriminator as released: images (B, 3, S, S) in [0, 1] -> real/fake
-    logits (B,).
+    """Judges images: (B, 3, S, S) in [0, 1] -> logits (B,), positive for real ones.
 
-    image_size: S, a power of two, at least 8. width: channels at 256 pixels (64 as released); they
-    double at each halving up to max_width. centred: map images to [-1, 1] first, from which it
-    learns far faster; the released code does not. Raises ValueError for another S."""
+    image_size: S, a power of two, at least 8; ValueError otherwise. width: channels at 256 pixels
+    (released: 64); they double at each halving, up to max_width. centred: map images to [-1, 1]
+    first; the released code does not, but this way the discriminator learns far faster."""
 
     def __init__(
         self, image_size: int = 256, width: int = 64, max_width: int = 512, centred: bool = False,
@@ -79,8 +78,9 @@ class Discriminator(nn.Module):
 
 
 def generator_loss(fake_logits: Tensor, kind: str = "non-saturating") -> Tensor:
-    """Returns what the tokenizer minimises so that its reconstructions pass for real. kind:
-    non-saturating or hinge."""
+    """Returns what the tokenizer minimises so that its reconstructions pass for real.
+
+    kind: see discriminator_loss()."""
     if kind == "hinge":
         return -fake_logits.mean()
     return F.softplus(-fake_logits).mean()
@@ -89,16 +89,18 @@ def generator_loss(fake_logits: Tensor, kind: str = "non-saturating") -> Tensor:
 def discriminator_loss(
     real_logits: Tensor, fake_logits: Tensor, kind: str = "non-saturating",
 ) -> Tensor:
-    """Returns what the discriminator minimises. kind: non-saturating (Goodfellow et al. 2014) or
-    hinge."""
+    """Returns what the discriminator minimises.
+
+    kind: non-saturating (Goodfellow et al. 2014) or hinge."""
     if kind == "hinge":
         return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
 def r1_penalty(discriminator: nn.Module, images: Tensor) -> Tensor:
-    """Returns the squared gradient norm of the logits at real images, averaged (Mescheder et al.
-    2018), unweighted."""
+    """Returns the mean squared gradient norm of the logits at real images (Mescheder et al. 2018).
+
+    It is not weighted yet."""
     images = images.detach().requires_grad_(True)
     gradient, = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)
     return gradient.square().sum((1, 2, 3)).mean()

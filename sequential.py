@@ -1,5 +1,4 @@
-"""The baseline that the paper compares with (§3.1; Table 1: VQGAN): raster-scan, token-by-token
-decoding.
+"""The paper's baseline (§3.1; "VQGAN" in Table 1): decoding token by token, in raster order.
 
 The transformer is MaskGIT's with one change: a position sees only itself and the positions before
 it. It is trained to predict the next token, and decodes N tokens in N passes."""
@@ -13,8 +12,7 @@ from maskgit import Attention, Block, MaskGIT, MaskGITConfig, sample_tokens
 
 
 class KeyValueCache:
-    """The keys and values of the positions decoded so far, so that each pass computes only one new
-    position.
+    """The keys and values of earlier positions, so that each pass computes only one new position.
 
     Its shapes never change (positions still to come are hidden by a mask), so one compiled graph
     serves every pass."""
@@ -23,27 +21,26 @@ class KeyValueCache:
         shape = config.depth, batch, config.heads, config.num_tokens, config.dim // config.heads
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.places = torch.arange(config.num_tokens, device=device)
-        # The position of the next pass, in all layers.
-        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.all_positions = torch.arange(config.num_tokens, device=device)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)     # of the next pass
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Stores one position's (B, H, 1, dim / H) keys and values of a layer.
+        """Stores a layer's key and value of one position, (B, H, 1, dim / H).
 
         Returns the keys and values of all N positions, (B, H, N, dim / H), and a mask (1, N) of
         those to attend to."""
         self.keys[layer].index_copy_(2, self.position, key)
         self.values[layer].index_copy_(2, self.position, value)
-        return self.keys[layer], self.values[layer], (self.places <= self.position)[None]
+        visible = (self.all_positions <= self.position)[None]
+        return self.keys[layer], self.values[layer], visible
 
     def advance(self) -> None:
-        """Moves on to the next position, after all layers have stored theirs."""
+        """Moves on to the next position, once all layers have stored this one."""
         self.position += 1
 
 
 class CausalAttention(Attention):
-    """Self-attention in which each position sees itself and those before it: (B, L, dim) -> (B, L,
-    dim)."""
+    """Self-attention over a position and those before it: (B, L, dim) -> (B, L, dim)."""
 
     def forward(self, x: Tensor, layer: int = 0, cache: KeyValueCache | None = None) -> Tensor:
         query = self.split_heads(self.query(x))                             # (B, H, L, dim / H)
@@ -75,10 +72,10 @@ class CausalTransformer(MaskGIT):
     Block = CausalBlock
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Returns logits of every token given those before it, (B, n, codebook_size).
+        """Returns the logits of every token given those before it, (B, n, codebook_size).
 
-        tokens: (B, n) codes, n <= N, the last of which is only predicted. labels: (B,) int64 in [0,
-        num_classes)."""
+        tokens: (B, n) codes, n <= N; the last one is predicted but never seen.
+        labels: (B,) int64 in [0, num_classes)."""
         # Position i sees the class and the first i tokens, and predicts token i.
         x = self.embed(tokens[:, :-1], labels)
         for block in self.blocks:
@@ -86,11 +83,9 @@ class CausalTransformer(MaskGIT):
         return self.logits(x)
 
     def next_logits(self, rows: Tensor, cache: KeyValueCache) -> Tensor:
-        """Returns the logits of the token after one position, (B, codebook_size), and stores the
-        position in the cache.
+        """Returns the next token's logits, (B, codebook_size), and caches this position.
 
-        rows: (B, 1) int64, a row of the embedding: the class, or the token that was decoded last.
-        """
+        rows: (B, 1) int64, a row of the embedding: of the class, or of the token decoded last."""
         x = self.token_embedding(rows) + self.position_embedding(cache.position)
         x = self.dropout(self.norm(x))
         for layer, block in enumerate(self.blocks):
@@ -99,7 +94,7 @@ class CausalTransformer(MaskGIT):
 
 
 def product_dtype(model: CausalTransformer, device: torch.device) -> torch.dtype:
-    """Returns the type of the model's keys and values: that of autocast where it is on."""
+    """Returns the type of the model's keys and values: autocast's where it is on."""
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return model.head[0].weight.dtype
@@ -115,14 +110,14 @@ def decode_sequential(
     cached: bool = True,
     on_step: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Decodes N tokens in raster order in N forward passes. Returns tokens (B, N) int64.
+    """Decodes N tokens in raster order in N forward passes: (B,) int64 -> (B, N) int64.
 
-    labels: (B,) int64. temperature, top_k: as for maskgit.decode. cached: keep the keys and values
-    of earlier positions; otherwise each pass computes all of them again. on_step(t, tokens, masked,
-    confidence) is called after each token, as by maskgit.decode: `masked` (B, N) marks the tokens
-    that are not decoded yet, and what `tokens` holds there says nothing; the confidence is the
-    log-probability of each token, infinite where it was decoded before and minus infinity where it
-    is not decoded yet."""
+    temperature, top_k: as for maskgit.decode.
+    cached: keep the keys and values of earlier positions; otherwise each pass computes them again.
+    on_step(t, tokens, masked, confidence), all (B, N), is called after each token, as by
+    maskgit.decode. `masked` is true where no token has been decoded yet; `tokens` is arbitrary
+    there. The confidence is log p of the token just decoded, infinite for earlier ones and minus
+    infinity for later ones."""
     B = len(labels)
     N = model.config.num_tokens
     tokens = torch.zeros(B, N, dtype=torch.long, device=labels.device)

@@ -2,12 +2,12 @@
 
     image --Encoder--> features --Quantizer--> indices --Quantizer--> features --Decoder--> image
 
-The architecture is that of the released model, number for number:
+The architecture is that of the released model:
 - GroupNorm (32 groups), swish, bias-free 3x3 convolutions in residual blocks, no attention;
 - 2x2 average pooling down, nearest x2 and a 3x3 convolution up;
 - the 1x1 shortcut acts on the *output* of a block's second convolution (see ResBlock).
 Images are (B, 3, H, W) floats in [0, 1]; tokens are (B, h, w) int64 in [0, codebook_size).
-This file needs nothing but torch: it can be copied out and used elsewhere.
+This file needs nothing but torch: it can be copied out.
 """
 import math
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 @dataclass
 class VQGANConfig:
-    """The defaults are the released ImageNet tokenizer; small ones differ only in sizes."""
+    """Sizes and losses of the tokenizer. The defaults are those of the released ImageNet model."""
     codebook_size: int = 1024
     codebook_dim: int = 256
-    filters: int = 128                          # a multiple of `groups`
-    multipliers: tuple = (1, 1, 2, 2, 4)     # widths in units of `filters`, finest resolution first
-    res_blocks: int = 2
-    groups: int = 32                  # of GroupNorm; fewer than 4 channels in each lose the colours
+    filters: int = 128                          # width at full resolution, a multiple of `groups`
+    multipliers: tuple = (1, 1, 2, 2, 4)        # of `filters`: the widths, finest resolution first
+    res_blocks: int = 2                         # at each resolution
+    groups: int = 32                            # of GroupNorm; below 4 channels each, colours fade
     commitment: float = 0.25                    # beta of VQ-VAE (van den Oord et al. 2017, Eq. 3)
     entropy: float = 0.1                        # weight of the codebook entropy loss
     entropy_temperature: float = 0.01
@@ -48,7 +48,9 @@ def conv3x3(inputs: int, outputs: int, bias: bool = True) -> nn.Conv2d:
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, swish, 3x3 convolution, twice, plus a shortcut: (B, inputs or outputs, H, W)."""
+    """Twice GroupNorm, swish and a 3x3 convolution, plus a shortcut.
+
+    (B, inputs, H, W) -> (B, outputs, H, W)."""
 
     def __init__(self, inputs: int, outputs: int, groups: int):
         super().__init__()
@@ -121,28 +123,29 @@ class Decoder(nn.Module):
 # --------------------------------------------------------------------------------------- quantizers
 
 class Quantizer(nn.Module):
-    """The interface of a quantizer; VQGAN and the training script know nothing else of it."""
+    """The interface of a quantizer: all that VQGAN and train_vq.py know of it."""
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(B, D, h, w) -> quantized features of that shape, indices (B, h, w), losses by name,
-        weights applied."""
+        """Quantizes features (B, D, h, w) in training.
+
+        Returns quantized features of the same shape, through which gradients pass; indices
+        (B, h, w); and losses by name, already weighted."""
         raise NotImplementedError
 
     def encode(self, features: Tensor) -> Tensor:
-        """(B, D, h, w) -> indices (B, h, w) int64."""
+        """Returns the indices of features: (B, D, h, w) -> (B, h, w) int64."""
         raise NotImplementedError
 
     def decode(self, indices: Tensor) -> Tensor:
-        """(B, h, w) -> quantized features (B, D, h, w)."""
+        """Returns the quantized features of indices: (B, h, w) -> (B, D, h, w)."""
         raise NotImplementedError
 
     def start_from(self, features: Tensor, generator: torch.Generator) -> None:
-        """Sets itself up from features (B, D, h, w) of the first training images, if it can."""
+        """Adapts to features (B, D, h, w) of the first batch, before training. Optional."""
 
 
 class VectorQuantizer(Quantizer):
-    """Replaces each feature by the codebook entry at the least squared L2 distance (van den Oord et
-    al. 2017)."""
+    """Replaces each feature by the nearest codebook entry (van den Oord et al. 2017)."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -154,7 +157,7 @@ class VectorQuantizer(Quantizer):
         self.codebook = nn.Parameter(nn.init.uniform_(codebook, -bound, bound))
 
     def distances(self, features: Tensor) -> Tensor:
-        """(B, D, h, w) -> (B, h, w, codebook_size): |z|^2 - 2 z.e + |e|^2."""
+        """Returns |z|^2 - 2 z.e + |e|^2 for every entry: (B, D, h, w) -> (B, h, w, K)."""
         # These are differences of large numbers: they need float32.
         with torch.autocast(features.device.type, enabled=False):
             z = features.permute(0, 2, 3, 1).float()
@@ -173,7 +176,7 @@ class VectorQuantizer(Quantizer):
         quantized = self.decode(indices)
         entropy = entropy_loss(-distances, self.config.entropy_temperature)
         losses = {
-            # The first pulls features to their codes, the second pulls codes to their features.
+            # The first pulls features to their codes, the second codes to their features.
             "commitment": self.config.commitment * F.mse_loss(features, quantized.detach()),
             "codebook": F.mse_loss(quantized, features.detach()),
             "entropy": self.config.entropy * entropy,
@@ -183,12 +186,10 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def start_from(self, features: Tensor, generator: torch.Generator) -> None:
-        """Starts the codebook from random features, so that every entry is near some feature from
-        the beginning."""
+        """Copies random features into the codebook, so that every entry starts near a feature."""
         features = features.permute(0, 2, 3, 1).flatten(0, 2)                       # (n, D)
         size = self.config.codebook_size
-        # Features are used again if there are fewer than entries; noise keeps any two entries
-        # apart.
+        # If there are fewer features than entries, some are taken twice; noise sets them apart.
         shuffled = torch.randperm(len(features), generator=generator)
         chosen = shuffled[torch.arange(size) % len(features)].to(features.device)
         noise = torch.randn(size, features.shape[1], generator=generator).to(features.device)
@@ -196,12 +197,10 @@ class VectorQuantizer(Quantizer):
 
 
 def entropy_loss(affinity: Tensor, temperature: float) -> Tensor:
-    """Returns a scalar: low entropy for each feature, high entropy for their mean (sure choices,
-    every code in use).
+    """Returns a scalar that is least if each choice of a code is sure and all codes are in use.
 
     affinity: (..., codebook_size), larger is nearer; temperature > 0. Source: released code
-    (`entropy_loss`, type softmax), whose 1e-5 inside the logarithm is kept so that the numbers
-    agree."""
+    (`entropy_loss`, type softmax), including the 1e-5 inside the logarithm."""
     log_probs = (affinity.flatten(0, -2) / temperature).log_softmax(-1)
     probs = log_probs.exp()
     usage = mean_over_ranks(probs.mean(0))
@@ -211,11 +210,10 @@ def entropy_loss(affinity: Tensor, temperature: float) -> Tensor:
 
 
 def mean_over_ranks(usage: Tensor) -> Tensor:
-    """Returns the usage of codes in the joint batch of all processes, with the gradient of this
-    process's part.
+    """Returns the usage of codes in the batch of all processes; gradients reach only our own part.
 
-    The entropy of a mean is not the mean of entropies, so DistributedDataParallel, which averages
-    gradients, is not enough: each process must see what the others use."""
+    The entropy of a mean is not the mean of entropies, so it is not enough that
+    DistributedDataParallel averages gradients: each process must see what the others use."""
     if not dist.is_initialized():
         return usage
     total = usage.detach().clone()
@@ -224,11 +222,10 @@ def mean_over_ranks(usage: Tensor) -> Tensor:
 
 
 class FiniteScalarQuantizer(Quantizer):
-    """Rounds each of a few numbers to one of its levels (FSQ; Mentzer et al. 2023): no codebook and
-    no extra losses.
+    """Rounds each of a few numbers to one of its levels: no codebook and no extra losses.
 
-    config.levels: how many values each of the codebook_dim numbers can take; codebook_size is their
-    product. Raises ValueError if the configuration does not say so."""
+    FSQ; Mentzer et al. 2023. config.levels: how many values each of the codebook_dim numbers can
+    take; their product must be codebook_size, or ValueError is raised."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -237,7 +234,7 @@ class FiniteScalarQuantizer(Quantizer):
             raise ValueError(f"levels {levels} do not give {config.codebook_size} codes "
                              f"of {config.codebook_dim} numbers")
         levels = torch.tensor(levels).view(-1, 1, 1)                                # (D, 1, 1)
-        # As of digits: 1, L1, L1 L2, ...
+        # An index is a number whose digits are the levels: their place values are 1, L1, L1 L2, ...
         place_values = levels.flatten().cumprod(0).view(-1, 1, 1) // levels
         self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("place_values", place_values, persistent=False)
@@ -276,6 +273,8 @@ class VQGAN(nn.Module):
     def __init__(self, config: VQGANConfig):
         super().__init__()
         self.config = config
+        # Weights are drawn for both networks before the quantizer, but registered in this order:
+        # so a seed goes on giving the same model, and sums over parameters the same bits.
         encoder = Encoder(config)
         decoder = Decoder(config)
         encoder.apply(init_weights)
@@ -285,13 +284,14 @@ class VQGAN(nn.Module):
         self.decoder = decoder
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(B, 3, H, W) in [0, 1] -> reconstructions (B, 3, H, W), indices (B, h, w), quantizer
-        losses by name."""
+        """Reconstructs images (B, 3, H, W) in [0, 1].
+
+        Returns reconstructions (B, 3, H, W), indices (B, h, w), the quantizer's losses by name."""
         quantized, indices, losses = self.quantizer(self.encoder(images))
         return self.decoder(quantized), indices, losses
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> indices (B, H / stride, W / stride) int64.
+        """Returns the indices of images (B, 3, H, W) in [0, 1]: (B, H / stride, W / stride) int64.
 
         Raises ValueError if H or W is not divisible by the stride."""
         height, width = images.shape[-2:]
@@ -301,18 +301,18 @@ class VQGAN(nn.Module):
         return self.quantizer.encode(self.encoder(images))
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Indices (B, h, w) -> images (B, 3, h * stride, w * stride), clipped to [0, 1]."""
+        """Returns the images of indices (B, h, w): (B, 3, h * stride, w * stride) in [0, 1]."""
         return self.decoder(self.quantizer.decode(indices)).clamp(0, 1)
 
 
 def as_grid(tokens: Tensor) -> Tensor:
-    """The tokens (B, N) of square images -> (B, h, w), as `decode` takes them."""
+    """Returns the tokens (B, N) of square images as (B, h, w), which VQGAN.decode() takes."""
     side = math.isqrt(tokens.shape[1])
     return tokens.view(-1, side, side)
 
 
 def to_pixels(mask: Tensor, stride: int) -> Tensor:
-    """A mask of tokens (..., h, w) -> the mask of their pixels (..., h * stride, w * stride)."""
+    """Returns a mask of tokens (..., h, w) as one of pixels (..., h * stride, w * stride)."""
     return mask.repeat_interleave(stride, -2).repeat_interleave(stride, -1)
 
 
