@@ -221,7 +221,12 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
 def configuration(
     args: argparse.Namespace, codebook_size: int, num_tokens: int, num_classes: int,
 ) -> MaskGITConfig:
-    """Returns the configuration that the flags, the tokenizer and the data decide."""
+    """Returns the configuration that the flags, the tokenizer and the data decide.
+
+    Raises UserError for a width that the heads do not divide."""
+    if args.dim % args.heads:
+        raise UserError(f"--dim {args.dim} is not divisible by --heads {args.heads}: choose a "
+                        f"multiple")
     guided = args.class_dropout > 0 and args.decoder == "parallel"
     return MaskGITConfig(
         codebook_size=codebook_size,

@@ -10,10 +10,12 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import lib.run
 from lib import files, flags, runtime
 from lib.shapes import Shapes
 from maskgit import MaskGIT, MaskGITConfig
@@ -85,6 +87,9 @@ def call_main(monkeypatch, capsys):
 
     It returns what main() prints; or, if it must end with a `code`, the last line on stderr."""
     def call(script, folder, *arguments, code=0):
+        at_exit = []
+        atexit_of_run = SimpleNamespace(register=lambda function, *given: at_exit.append((function, given)))
+        monkeypatch.setattr(lib.run, "atexit", atexit_of_run)
         monkeypatch.chdir(folder)
         monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, arguments)])
         status = 0
@@ -92,6 +97,8 @@ def call_main(monkeypatch, capsys):
             flags.command_line(script.main)
         except SystemExit as end:
             status = end.code
+        for function, given in at_exit:         # a run gives its folder free when the process ends
+            function(*given)
         printed = capsys.readouterr()
         assert status == code, printed
         return printed.out if code == 0 else printed.err.strip().splitlines()[-1]
