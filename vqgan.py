@@ -236,8 +236,8 @@ class FiniteScalarQuantizer(Quantizer):
         levels = torch.tensor(levels).view(-1, 1, 1)                                # (D, 1, 1)
         # An index is a number whose digits are the levels: their place values are 1, L1, L1 L2, ...
         place_values = levels.flatten().cumprod(0).view(-1, 1, 1) // levels
-        self.register_buffer("levels", levels, persistent=False)
-        self.register_buffer("place_values", place_values, persistent=False)
+        self.register_buffer("levels", levels)
+        self.register_buffer("place_values", place_values)
 
     def bound(self, features: Tensor) -> Tensor:
         """Squeezes each number so that rounding gives L integers, from -(L // 2) upwards."""
