@@ -5,8 +5,7 @@
     python train_transformer.py --decoder autoregressive        # the raster-scan baseline
     torchrun --nproc_per_node 8 train_transformer.py --data imagenet --cache-tokens 10
 
-Writes runs/NAME/transformer.pt (or autoregressive.pt), and beside it the log, its curves and the
-latest samples.
+Writes runs/NAME/transformer.pt (or autoregressive.pt), a log, its curves and the latest samples.
 """
 import argparse
 from dataclasses import replace
@@ -133,7 +132,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         content = Path(args.vqgan).read_bytes()
         write_atomically(own_tokenizer, lambda file: file.write(content))
 
-    # Images as tokens: all of them now, or each batch as it comes.
+    # Images become tokens: all of them now, or each batch as it comes.
     judge = None
     if args.evaluate_every:
         judge = Judge(args, machine, data, val, run.folder)
@@ -163,17 +162,16 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         labels = machine.put(labels, own_share=True)                                # (B,)
         if config.null_class:
             labels = drop_labels(labels, args.class_dropout, model.null_label, generator)
-        if sequential:
-            visible = tokens                                # each position sees those before it,
-            mask = torch.ones_like(tokens, dtype=torch.bool)           # and every token is a target
+        if sequential:                  # each position sees those before it; all tokens are targets
+            visible = tokens
+            mask = torch.ones_like(tokens, dtype=torch.bool)
         else:
             visible, mask = mask_tokens(tokens, args.schedule, model.mask_id, generator)
 
-        # The gradient of Eq. 1, summed over micro-batches.
+        # The gradients of Eq. 1, summed over micro-batches.
         ddp_model.zero_grad(set_to_none=True)
         for part in optim.micro_batches(len(tokens), num_parts):
-            last = part.stop == len(tokens)
-            with machine.exchange_gradients(ddp_model, last):
+            with machine.exchange_gradients(ddp_model, last=part.stop == len(tokens)):
                 with machine.autocast():
                     logits = ddp_model(visible[part], labels[part])                 # (b, N, K)
                     loss, accuracy = compute_loss(
@@ -181,7 +179,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
                 (loss / num_parts).backward()
             log.add(step, loss=loss, accuracy=accuracy)
 
-        # The step.
+        # The update of the weights and of their average.
         gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers.values():
             optimizer.step()
@@ -214,14 +212,14 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
             draw_log(run.curve, run.log_file)
         if saving:
             run.save(done, saved, about)
-    following = command("sample.py", "--run", run.folder)
-    run.say(f"wrote {run.model_file}; look at {run.picture}. Next: {following}")
+    next_command = command("sample.py", "--run", run.folder)
+    run.say(f"wrote {run.model_file}; look at {run.picture}. Next: {next_command}")
 
 
 def configuration(
     args: argparse.Namespace, codebook_size: int, num_tokens: int, num_classes: int,
 ) -> MaskGITConfig:
-    """Returns the configuration that the flags, the tokenizer and the data decide.
+    """Returns the configuration that follows from the flags, the tokenizer and the data.
 
     Raises UserError for a width that the heads do not divide."""
     if args.dim % args.heads:
@@ -244,10 +242,10 @@ def configuration(
 def continued_model(
     args: argparse.Namespace, config: MaskGITConfig, tokenizer_id: str, classes: list[str],
 ) -> MaskGIT:
-    """Returns a model with the sizes and weights of the run that --init names.
+    """Returns a model with the sizes and weights of the run named by --init.
 
-    The rows of the classes are taken over only if both runs have the same classes. Raises UserError
-    if that run belongs to another tokenizer or to another number of tokens."""
+    The embeddings of classes are copied only if both runs have the same classes. Raises UserError
+    if that run has another tokenizer or another number of tokens."""
     stage = STAGES[args.decoder]
     start, checkpoint = rebuild(Path(args.init, f"{stage}.pt"), stage, MODELS[stage])
     if checkpoint["tokenizer"] != tokenizer_id:
@@ -274,7 +272,7 @@ def continued_model(
 def loss_and_accuracy(
     logits: Tensor, targets: Tensor, mask: Tensor, label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    """Returns Eq. 1, and the fraction of masked tokens that are predicted right."""
+    """Returns Eq. 1, and the fraction of masked tokens that are predicted correctly."""
     loss = mvtm_loss(logits, targets, mask, label_smoothing)
     return loss, masked_accuracy(logits, targets, mask)
 
@@ -283,11 +281,11 @@ def loss_and_accuracy(
 def validation(
     args: argparse.Namespace, model: MaskGIT, tokens: Tensor, labels: Tensor, machine: Machine,
 ) -> dict[str, float]:
-    """Returns the loss as in training and the NLL that bounds the likelihood, under fixed masks.
+    """Returns the loss as in training, and a bound on the negative log-likelihood; masks are fixed.
 
     tokens: (n, N), labels: (n,), on the CPU. Under the linear schedule all mask ratios are equally
-    frequent. The mean loss is then a bound on -log p(image) / N in nats (Uria et al. 2014), which
-    compares with the loss of the autoregressive decoder."""
+    frequent, and the mean loss bounds -log p(tokens) / N in nats (Uria et al. 2014). So it can be
+    compared with the loss of the autoregressive decoder."""
     loss = masked_loss(args, model, tokens, labels, args.schedule, args.label_smoothing, machine)
     nll = masked_loss(args, model, tokens, labels, "linear", 0.0, machine)
     return {"val_loss": loss, "val_nll": nll}
@@ -297,7 +295,7 @@ def masked_loss(
     args: argparse.Namespace, model: MaskGIT, tokens: Tensor, labels: Tensor,
     schedule: str, label_smoothing: float, machine: Machine,
 ) -> float:
-    """Returns the mean of Eq. 1 over validation tokens, masked by a schedule and a fixed seed."""
+    """Returns the mean of Eq. 1 over validation tokens, masked with a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     losses = []
     for targets, classes in zip(tokens.split(64), labels.split(64), strict=True):
@@ -350,7 +348,7 @@ def training_flops(model: MaskGIT) -> float:
 
 
 def print_plan(args: argparse.Namespace, machine: Machine, num_parts: int) -> None:
-    """Prints what the run would take, for --dry-run, before there is a tokenizer or any data."""
+    """Prints what a run would take (--dry-run), before there is a tokenizer or any data."""
     image_size, stride, codebook_size, num_classes = PLANNED[args.preset]
     num_tokens = ((args.image_size or image_size) // stride) ** 2
     config = configuration(args, codebook_size, num_tokens, num_classes)

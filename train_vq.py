@@ -7,7 +7,7 @@
     torchrun --nproc_per_node 8 train_vq.py --data imagenet         # the paper's, on eight GPUs
     python train_vq.py --data imagenet --device xla                 # and on all TPU chips of a host
 
-Writes runs/NAME/vqgan.pt, and beside it the log, its curves and the latest reconstructions.
+Writes runs/NAME/vqgan.pt, a log, its curves and the latest reconstructions.
 """
 import argparse
 import math
@@ -31,13 +31,13 @@ from lib.run import Log, Run, command
 from lib.runtime import Machine, from_first_rank, launch
 from vqgan import QUANTIZERS, VQGAN, VQGANConfig
 
-counts = {"type": count, "nargs": "+"}
+COUNTS = {"type": count, "nargs": "+"}
 # Each flag: its type; its value for `shapes` (a CPU), `cifar10` (a GPU), `imagenet` (the paper's);
 # its help.
 FLAGS = {
     "image_size": (count, 32, 32, 256, "pixels along each side"),
     "filters": (count, 48, 64, 128, "width of the tokenizer at full resolution"),
-    "multipliers": (counts, (1, 1, 1), (1, 2), (1, 1, 2, 2, 4),
+    "multipliers": (COUNTS, (1, 1, 1), (1, 2), (1, 1, 2, 2, 4),
                     "widths at each resolution in units of --filters, finest first; each further "
                     "one halves the token grid"),
     "res_blocks": (count, 1, 2, 2, "residual blocks at each resolution"),
@@ -45,7 +45,7 @@ FLAGS = {
     "quantizer": (list(QUANTIZERS), "vq", "vq", "vq", "vq: a learned codebook; fsq: --levels"),
     "codebook_size": (count, 256, 1024, 1024, "entries in the codebook (vq)"),
     "codebook_dim": (count, 8, 8, 256, "numbers in each entry (vq)"),
-    "levels": (counts, (8, 6, 5), (8, 5, 5, 5), (8, 5, 5, 5), "values of each number (fsq)"),
+    "levels": (COUNTS, (8, 6, 5), (8, 5, 5, 5), (8, 5, 5, 5), "values of each number (fsq)"),
     "codebook_lr": (non_negative, 3.0, 3.0, 1.0,
                     "learning rate of the codebook in units of --lr; above 1, the codebook also "
                     "starts from encoded images"),
@@ -71,7 +71,7 @@ FLAGS = {
     "gan_loss": (["non-saturating", "hinge"], "non-saturating", "non-saturating", "non-saturating",
                  "adversarial loss"),
     "r1": (non_negative, 0.1, 0.1, 10.0, "cost of the discriminator's gradient penalty"),
-    "r1_every": (count, 16, 16, 16, "steps between penalties, each scaled up by as much"),
+    "r1_every": (count, 16, 16, 16, "steps between penalties, which are multiplied by it"),
     "log_every": (count, 50, 50, 50, "steps between log lines"),
     "picture_every": (count, 500, 1000, 5000, "steps between validations, with a picture"),
     "save_every": (count, 500, 1000, 5000, "steps between checkpoints"),
@@ -133,9 +133,9 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
             f"{(args.image_size // config.stride) ** 2} tokens of {config.codebook_size}, "
             f"on {machine.device} x {machine.devices}")
 
-    # What a step calls. The discriminator comes in three guises: while it learns, ranks exchange
-    # its gradients; while the tokenizer learns from it, they do not; and the R1 penalty needs it
-    # uncompiled, as torch.compile has no second derivatives.
+    # What a step calls. The discriminator comes in three guises: ddp_disc learns, with gradients
+    # exchanged among ranks; frozen_disc only teaches the tokenizer; and R1 calls disc itself,
+    # uncompiled, since torch.compile has no second derivatives.
     ddp_model = machine.wrap(model)
     ddp_disc = machine.wrap(disc)
     frozen_disc = machine.compile(disc)
@@ -160,8 +160,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         ddp_model.zero_grad(set_to_none=True)
         restored = []
         for part in optim.micro_batches(len(images), num_parts):
-            last = part.stop == len(images)
-            with machine.exchange_gradients(ddp_model, last):
+            with machine.exchange_gradients(ddp_model, last=part.stop == len(images)):
                 with machine.autocast():
                     loss, terms, reconstructions = tokenizer_loss(
                         args, ddp_model, frozen_disc, lpips, adversarial, images[part])
@@ -173,8 +172,8 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         optim.update_average(ema, model, args.ema, step)
         log.add(step, gradient=gradient)
 
-        # The discriminator learns to tell images from those reconstructions. Its learning rate
-        # warms up as well, or its first steps overshoot.
+        # The discriminator learns to tell images from these reconstructions. Without a warm-up of
+        # its own, its first steps would overshoot.
         if adversarial > 0:
             optim.set_learning_rate(
                 disc_optimizer, gan_step, args.disc_lr, args.gan_ramp, total=0, decay=False)
@@ -182,8 +181,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
             ddp_disc.zero_grad(set_to_none=True)
             slices = optim.micro_batches(len(images), num_parts)
             for part, fakes in zip(slices, restored, strict=True):
-                last = part.stop == len(images)
-                with machine.exchange_gradients(ddp_disc, last):
+                with machine.exchange_gradients(ddp_disc, last=part.stop == len(images)):
                     with machine.autocast():
                         both = torch.cat([images[part], fakes])
                         real_logits, fake_logits = ddp_disc(both).float().chunk(2)
@@ -207,21 +205,21 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         saving = last or done % args.save_every == 0
         figures = {}
         if drawing:
-            restored = reconstruct(ema, val_images, args.micro_batch or 64, machine)
-            figures = validation(val_images, *restored, config.codebook_size)
-            save_preview(run, val_images, restored[0])
+            val_restored, tokens = reconstruct(ema, val_images, args.micro_batch or 64, machine)
+            figures = validation(val_images, val_restored, tokens, config.codebook_size)
+            save_preview(run, val_images, val_restored)
         if drawing or saving or done % args.log_every == 0:
             log.write(done, **figures)
         if drawing and machine.leads:
             draw_log(run.curve, run.log_file)
         if saving:
             run.save(done, saved, about)
-    following = command("train_transformer.py", "--data", args.data, "--run", args.run)
-    run.say(f"wrote {run.model_file}; look at {run.picture}. Next: {following}")
+    next_command = command("train_transformer.py", "--data", args.data, "--run", args.run)
+    run.say(f"wrote {run.model_file}; look at {run.picture}. Next: {next_command}")
 
 
 def configuration(args: argparse.Namespace) -> VQGANConfig:
-    """Returns the configuration that the flags give, or that of the run to start from.
+    """Returns the configuration in the flags, or that of the run named by --init.
 
     Raises UserError if it does not fit the image size."""
     if args.init:
@@ -269,7 +267,7 @@ def tokenizer_optimizer(
 
 @torch.no_grad()
 def start_quantizer(model: VQGAN, images: Tensor, generator: torch.Generator) -> None:
-    """Starts the quantizer from the features of these images; all ranks get that of the first."""
+    """Starts the quantizer from the features of these images, on all ranks as on the first."""
     model.quantizer.start_from(model.encoder(images), generator)
     for parameter in model.quantizer.parameters():
         from_first_rank(parameter)
@@ -281,11 +279,11 @@ def tokenizer_loss(
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Returns the tokenizer's loss, its terms by name, and the reconstructions (b, 3, S, S).
 
-    The tokenizer is to reconstruct, to stay near the codes and use them all, to look alike to
-    `lpips`, and to pass for real. images: (b, 3, S, S) in [0, 1]. adversarial: the present weight
-    of the adversarial loss; at 0 the discriminator is not called."""
+    It is small if reconstructions equal the images, look the same to `lpips` and pass for real, and
+    if features are near codes that are all in use. images: (b, 3, S, S) in [0, 1]. adversarial: the
+    present weight of the adversarial loss; at 0 the discriminator is not called."""
     restored, _, terms = model(images)
-    loss = sum(terms.values())                                              # of the quantizer
+    loss = sum(terms.values())                                  # the quantizer's, already weighted
     terms["reconstruction"] = F.mse_loss(restored.float(), images)
     loss = loss + args.reconstruction * terms["reconstruction"]
     if lpips is not None:
@@ -298,11 +296,9 @@ def tokenizer_loss(
 
 
 @torch.no_grad()
-def reconstruct(
-    model: VQGAN, images: Tensor, batch: int, machine: Machine,
-) -> tuple[Tensor, Tensor]:
+def reconstruct(model: VQGAN, images: Tensor, batch: int, machine: Machine) -> tuple[Tensor, ...]:
     """Returns reconstructions (n, 3, S, S) of uint8 images, and their tokens, both on the CPU."""
-    # Each part comes back at once, so that one small program serves all parts on a TPU.
+    # Each part returns to the CPU at once, so that on a TPU one small program serves all parts.
     tokens = [model.encode(machine.to_floats(part)).cpu() for part in images.split(batch)]
     restored = [model.decode(machine.put(part)).cpu() for part in tokens]
     return torch.cat(restored), torch.cat(tokens)
@@ -344,7 +340,7 @@ def training_flops(
         images = torch.zeros(1, 3, args.image_size, args.image_size)
         flops = 3 * costs.forward_flops(model, images)
         if args.adversarial > 0:
-            # The tokenizer's step: forward, gradient of the input. Its own: real and fake images.
+            # In the tokenizer's step: forward, gradient of the input. In its own: two images.
             flops += (2 + 2 * 3) * costs.forward_flops(disc, images)
         if lpips is not None:
             # It sees both images, and only the restored ones need a gradient.
@@ -355,7 +351,7 @@ def training_flops(
 def print_plan(
     args: argparse.Namespace, machine: Machine, config: VQGANConfig, num_parts: int,
 ) -> None:
-    """Prints what the run would take, for --dry-run, before any file is read."""
+    """Prints what a run would take (--dry-run), before any file is read."""
     micro_batch = args.batch // machine.devices // num_parts
     model = VQGAN(config)
     disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width)

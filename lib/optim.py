@@ -1,5 +1,4 @@
-"""What a step does to the weights: learning rate, Muon and AdamW, averaged weights; micro-batches.
-"""
+"""Optimization: micro-batches, the learning rate, Muon and AdamW, averaged weights."""
 import copy
 import math
 
@@ -11,7 +10,7 @@ from lib.runtime import Machine
 
 
 def count_micro_batches(batch: int, micro_batch: int | None, devices: int) -> int:
-    """Returns into how many micro-batches each device splits its part of a batch.
+    """Returns the number of micro-batches into which each device splits its part of a batch.
 
     Raises UserError if the batch does not divide evenly."""
     size = micro_batch or max(1, batch // devices)
@@ -31,10 +30,10 @@ def micro_batches(length: int, count: int) -> list[slice]:
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, step: int, base: float, warmup: int, total: int, decay: bool,
 ) -> None:
-    """Sets a linear warm-up over `warmup` steps, then a constant rate or a cosine down to 1% of
-    `base` at step `total`.
+    """Sets the learning rate of a step: a linear warm-up, then constant or a cosine decay.
 
-    A group of parameters with a "base" of its own follows that."""
+    warmup: in steps. The decay ends at 1% of `base` at step `total`. A group of parameters may have
+    a "base" of its own."""
     for group in optimizer.param_groups:
         rate = group.get("base", base)
         if step < warmup:
@@ -46,13 +45,12 @@ def set_learning_rate(
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose singular values are all made about 1, so that a matrix moves equally far in
-    all directions.
+    """Moves each matrix by its momentum with all singular values made about 1.
 
-    Adam follows a few strong directions instead (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon). matrices: parameters of two dimensions. dtype: of
-    the iterations. Matrices of one shape are iterated together: torch.optim.Muon loops over them,
-    which costs milliseconds of Python a step."""
+    So it moves equally far in all directions, where Adam follows a few strong ones (Jordan et al.
+    2024, https://kellerjordan.github.io/posts/muon). matrices: parameters of two dimensions. dtype:
+    of the iterations. Matrices of one shape are iterated together: torch.optim.Muon loops over
+    them, which costs milliseconds of Python a step."""
 
     def __init__(
         self, matrices: list[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype,
@@ -66,6 +64,7 @@ class Muon(torch.optim.Optimizer):
             for matrices in by_shape(group["params"]):
                 gradients = [matrix.grad for matrix in matrices]
                 momenta = [self._momentum(matrix) for matrix in matrices]
+                # Nesterov's momentum, 0.95.
                 torch._foreach_lerp_(momenta, gradients, 0.05)
                 nesterov = torch._foreach_lerp(gradients, momenta, 0.95)
                 updates = orthogonal(torch.stack(nesterov).to(self.dtype)).to(matrices[0].dtype)
@@ -82,7 +81,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def by_shape(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Returns the tensors in lists of one shape each."""
+    """Groups tensors by shape."""
     lists = {}
     for tensor in tensors:
         lists.setdefault(tensor.shape, []).append(tensor)
@@ -90,10 +89,10 @@ def by_shape(tensors: list[Tensor]) -> list[list[Tensor]]:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """(n, rows, columns) -> about the nearest matrices with orthonormal rows or columns.
+    """Returns roughly the nearest matrices with orthonormal rows or columns: (n, rows, columns).
 
-    These are five Newton-Schulz iterations; their coefficients raise small singular values fastest
-    and leave all between 0.7 and 1.2 (Jordan et al. 2024)."""
+    These are five Newton-Schulz iterations, with coefficients that raise small singular values
+    fastest and leave all of them between 0.7 and 1.2 (Jordan et al. 2024)."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -108,55 +107,51 @@ def transformer_optimizers(
 ) -> dict[str, torch.optim.Optimizer]:
     """Returns the optimizers of a transformer by name: AdamW, and Muon for the blocks' matrices.
 
-    kind: adamw (AdamW for everything) or muon. Weight decay acts on matrices; biases and LayerNorms
-    are left alone."""
-    muon = []
-    matrices = []
+    kind: muon, or adamw for everything. Weight decay spares biases and LayerNorms."""
+    muon_matrices = []
+    adamw_matrices = []
     vectors = []
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             vectors.append(parameter)
         elif kind == "muon" and name.startswith("blocks."):
-            muon.append(parameter)
+            muon_matrices.append(parameter)
         else:
-            matrices.append(parameter)
+            adamw_matrices.append(parameter)
     groups = [
-        {"params": matrices, "weight_decay": weight_decay},
+        {"params": adamw_matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
     optimizers = {"adamw": torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.96), fused=machine.fused)}
-    if muon:
-        optimizers["muon"] = Muon(
-            muon, muon_lr, weight_decay, torch.bfloat16 if machine.bf16 else torch.float32)
+    if muon_matrices:
+        dtype = torch.bfloat16 if machine.bf16 else torch.float32
+        optimizers["muon"] = Muon(muon_matrices, muon_lr, weight_decay, dtype)
     return optimizers
 
 
 def averaged(model: nn.Module) -> nn.Module:
-    """Returns a copy of a model for use, in which update_average() keeps a moving average of its
-    weights."""
+    """Returns a frozen copy of a model, whose weights update_average() turns into an average."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def update_average(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Moves the weights of `ema` a fraction 1 - decay towards the model's, and further in the first
-    steps."""
-    decay = min(decay, (1 + step) / (10 + step))      # the first, poor weights are forgotten faster
+    """Moves the averaged weights a fraction 1 - decay towards the model's."""
+    decay = min(decay, (1 + step) / (10 + step))        # to forget the first, poor weights faster
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Loads an optimizer's moments and step counts, and keeps its own hyperparameters (a run may
-    resume with others).
+    """Loads an optimizer's moments and step counts, but not its hyperparameters.
 
-    Moments get the memory layout of their parameters: the run may come from a device with another
-    one, and the CPU's fused Adam would take the numbers in the wrong order."""
+    A run may resume with other flags. Moments get the memory layout of their parameters: the run
+    may come from a device with another one, and the CPU's fused Adam would misread them."""
     hyperparameters = []
     for group in optimizer.param_groups:
         hyperparameters.append({name: value for name, value in group.items() if name != "params"})
     optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, hyperparameters, strict=True):
-        group.update(own)
+    for group, kept in zip(optimizer.param_groups, hyperparameters, strict=True):
+        group.update(kept)
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             if torch.is_tensor(value) and value.shape == parameter.shape:
@@ -164,5 +159,5 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Returns how many numbers a model learns."""
+    """Returns the number of parameters of a model."""
     return sum(parameter.numel() for parameter in model.parameters())
