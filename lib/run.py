@@ -79,7 +79,8 @@ class Run:
             raise UserError(f"cannot write to {self.folder} ({error.strerror}): "
                             f"choose another folder with --run") from error
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock(), whose lock the reader processes of a killed run would still hold.
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is training the {self.stage} in {self.folder}: "
                             f"wait for it, stop it, or choose another folder with --run") from None

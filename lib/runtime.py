@@ -212,7 +212,7 @@ class Machine:
         averages the gradients over the ranks."""
         if self.world > 1 and self.mesh is None:
             model = nn.parallel.DistributedDataParallel(
-                model, gradient_as_bucket_view=True, bucket_cap_mb=200, broadcast_buffers=False)
+                model, gradient_as_bucket_view=True, bucket_cap_mb=200)
         return self.compile(model)
 
     # ---- the steps of a loop

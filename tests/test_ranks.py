@@ -98,16 +98,28 @@ def one_process(script, *arguments):
     return [sys.executable, str(ROOT / script), *map(str, arguments)]
 
 
+def children_of(process):
+    return subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+
+
+def kill_with_children(process):
+    """Kills torchrun's ranks as well: they would go on without it."""
+    children = children_of(process)
+    process.kill()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    process.stdout.read()               # until the last of them has closed it
+    process.wait()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first, then", [(torchrun, one_process), (one_process, torchrun)])
 def test_a_run_moves_from_two_processes_to_one_and_back(first, then, tmp_path):
     run("train_vq.py", "--run", tmp_path / "alone", *SPLITTABLE)
     command = ["train_vq.py", "--run", tmp_path / "moved", *SPLITTABLE]
-    process = subprocess.Popen(first(*command), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
-                               start_new_session=True)
+    process = subprocess.Popen(first(*command), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     wait_for_step(process, 3)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_with_children(process)
     result = subprocess.run(then(*command, "--resume"), capture_output=True, text=True, env=ENVIRONMENT, timeout=120,
                             check=False)
     assert result.returncode == 0, result.stderr
@@ -140,14 +152,13 @@ def test_a_rank_that_is_killed_ends_the_others(tmp_path):
     process = subprocess.Popen(torchrun("train_vq.py", "--run", tmp_path, *TINY_VQ, "--steps", 100000), text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
     wait_for_step(process, 2)
-    children = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(process.pid)], text=True).split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(int(children_of(process)[-1]), signal.SIGKILL)
     started = time.time()
     process.communicate(timeout=60)
     assert process.returncode not in (0, None) and time.time() - started < 60
 
 
-# ---- how ranks end
+# ---- how ranks and readers end
 
 class Zeros:
     """A data set whose reader processes go on for ever."""
@@ -219,6 +230,17 @@ def stop_beside_readers():
     def main():
         runtime.launch(loop, CPU)
     flags.command_line(main)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_while_its_readers_still_live(tmp_path):
+    """They end within five seconds, and must not keep the lock of the run's folder until then."""
+    command = ["train_vq.py", "--run", tmp_path, *TINY_VQ, "--workers", 2, "--steps"]
+    process = subprocess.Popen(one_process(*command, 100000), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    wait_for_step(process, 3)
+    process.kill()
+    process.wait()
+    assert "wrote" in run(*command, 6, "--resume")
 
 
 @pytest.mark.parametrize("ending", [SystemExit(143), None])
