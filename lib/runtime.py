@@ -339,16 +339,7 @@ def hashed_uniform(key: int, indices: Sequence[int] | np.ndarray, columns: int) 
     return ((x ^ (x >> 31)) >> 40).astype(np.float32) / (1 << 24)
 
 
-# ---- what one device needs
-
-def from_host(tensor: Tensor, like: Tensor) -> Tensor:
-    """Returns a CPU tensor on the device of `like`.
-
-    It goes through pinned memory on CUDA, so that the CPU need not wait for the copy."""
-    if like.is_cuda:
-        tensor = tensor.pin_memory()
-    return tensor.to(like.device, non_blocking=True)
-
+# ---- what torch-xla needs
 
 class RepeatPixels(nn.Module):
     """Repeats every pixel along both sides: (B, C, H, W) -> (B, C, factor H, factor W)."""
