@@ -70,7 +70,8 @@ PRESETS = flags.presets(FLAGS, {
 })
 # A resumed run may change every flag but these: weights and tokens depend on them.
 FIXED = {"data", "classes", "image_size", "tokenizer", "dim", "depth", "heads", "null_class"}
-# Image size, stride, codebook size and classes for --dry-run, which reads no tokenizer and no data.
+# Image size, stride, codebook size and classes for --dry-run, which reads no data, and which may
+# come before there is a tokenizer.
 PLANNED = {
     "shapes": (32, 4, 256, 10),
     "folder": (32, 4, 1024, 10),
@@ -253,8 +254,7 @@ def continued_model(
     if start.config.num_tokens != config.num_tokens:
         raise UserError(f"{args.init} draws {start.config.num_tokens} tokens, not "
                         f"{config.num_tokens}: add --image-size {checkpoint['image_size']}")
-    config = replace(start.config, num_classes=config.num_classes, dropout=config.dropout,
-                     null_class=config.null_class)
+    config = continued_configuration(start, config)
     model = MODELS[stage](config)
     weights = start.state_dict()
     codes = config.codebook_size
@@ -267,6 +267,12 @@ def continued_model(
         weights[name] = rows
     model.load_state_dict(weights)
     return model
+
+
+def continued_configuration(start: MaskGIT, config: MaskGITConfig) -> MaskGITConfig:
+    """Returns the sizes of `start`, with the classes and the dropout of `config`."""
+    return replace(start.config, num_classes=config.num_classes, dropout=config.dropout,
+                   null_class=config.null_class)
 
 
 def loss_and_accuracy(
@@ -348,20 +354,35 @@ def training_flops(model: MaskGIT) -> float:
 
 
 def print_plan(args: argparse.Namespace, machine: Machine, num_parts: int) -> None:
-    """Prints what a run would take (--dry-run), before there is a tokenizer or any data."""
+    """Prints what the run would take, for --dry-run, even before there is a tokenizer.
+
+    Raises UserError as train() does for a tokenizer, a run or sizes that do not fit."""
+    stage = STAGES[args.decoder]
     image_size, stride, codebook_size, num_classes = PLANNED[args.preset]
-    num_tokens = ((args.image_size or image_size) // stride) ** 2
-    config = configuration(args, codebook_size, num_tokens, num_classes)
+    tokenizer_file = Path(args.vqgan or args.run / "vqgan.pt")
+    if args.vqgan or tokenizer_file.exists():
+        tokenizer, checkpoint = rebuild(tokenizer_file, "vqgan", VQGAN)
+        image_size = checkpoint["image_size"]
+        stride = tokenizer.config.stride
+        codebook_size = tokenizer.config.codebook_size
+    image_size = args.image_size or image_size
+    if image_size % stride:
+        raise UserError(f"--image-size {image_size} is not divisible by the tokenizer's stride "
+                        f"{stride}: choose a multiple of {stride}")
+    config = configuration(args, codebook_size, (image_size // stride) ** 2, num_classes)
+    if args.init:
+        start, _ = rebuild(Path(args.init, f"{stage}.pt"), stage, MODELS[stage])
+        config = continued_configuration(start, config)
     micro_batch = args.batch // machine.devices // num_parts
-    model = MODELS[STAGES[args.decoder]](config)
+    model = MODELS[stage](config)
     with costs.imagined():
-        tokens = torch.zeros(micro_batch, num_tokens, dtype=torch.long)
+        tokens = torch.zeros(micro_batch, config.num_tokens, dtype=torch.long)
         labels = torch.zeros(micro_batch, dtype=torch.long)
         activations = costs.kept_for_backward(model, tokens, labels)
     if machine.leads:
         costs.print_plan(
-            args, f"{num_tokens} tokens of {codebook_size}", trained=[model], averaged=model,
-            flops=training_flops(model), micro_batch=micro_batch,
+            args, f"{config.num_tokens} tokens of {config.codebook_size}", trained=[model],
+            averaged=model, flops=training_flops(model), micro_batch=micro_batch,
             activations=activations / 2 if machine.bf16 else activations)
 
 

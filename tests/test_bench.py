@@ -1,0 +1,169 @@
+"""The benchmark, and what --dry-run counts."""
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import bench
+import train_transformer
+import train_vq
+from lib import costs
+from maskgit import MaskGIT, MaskGITConfig
+
+# ---- the benchmark
+
+def enough(machine, sizes, batch, repeats):
+    return bench.Cost(seconds=1.0, flops=1.0)
+
+
+def too_much(machine, sizes, batch, repeats):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def read_rows(path):
+    return json.loads(path.read_text())["rows"]
+
+
+def test_bench_goes_on_after_a_row_without_memory(call_main, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "matrix_peak", lambda machine: 1e12)
+    monkeypatch.setitem(bench.ROWS, "decode", enough)
+    monkeypatch.setitem(bench.ROWS, "sequential", too_much)
+    monkeypatch.setitem(bench.ROWS, "encode", enough)
+    output = call_main(bench, tmp_path, "--preset", "shapes", "--rows", "decode", "sequential", "encode",
+                       "--batch", 1, "--json", "bench.json")
+    assert "sequential             1   out of memory" in output
+    assert [row["row"] for row in read_rows(tmp_path / "bench.json")] == ["decode", "encode"]
+
+
+def test_rows_are_written_as_they_come(call_main, tmp_path, monkeypatch):
+    def interrupted(machine, sizes, batch, repeats):
+        assert [row["row"] for row in read_rows(tmp_path / "bench.json")] == ["decode"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "matrix_peak", lambda machine: 1e12)
+    monkeypatch.setitem(bench.ROWS, "decode", enough)
+    monkeypatch.setitem(bench.ROWS, "encode", interrupted)
+    call_main(bench, tmp_path, "--preset", "shapes", "--rows", "decode", "encode", "--batch", 1,
+              "--json", "bench.json", code=130)
+    assert len(read_rows(tmp_path / "bench.json")) == 1
+
+
+def test_any_other_error_ends_the_benchmark(call_main, tmp_path, monkeypatch):
+    def broken(machine, sizes, batch, repeats):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(bench, "matrix_peak", lambda machine: 1e12)
+    monkeypatch.setitem(bench.ROWS, "decode", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        call_main(bench, tmp_path, "--preset", "shapes", "--rows", "decode", "--batch", 1)
+
+
+def test_the_compiler_is_reset_before_each_row(call_main, tmp_path, monkeypatch):
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append("reset"))
+    monkeypatch.setattr(bench, "matrix_peak", lambda machine: 1e12)
+    monkeypatch.setitem(bench.ROWS, "decode", enough)
+    call_main(bench, tmp_path, "--preset", "shapes", "--rows", "decode", "--batch", 1, 2, 3)
+    assert len(resets) == 3
+
+
+@pytest.mark.parametrize("row", bench.ROWS)
+def test_each_row_is_measured(row, call_main, tmp_path):
+    output = call_main(bench, tmp_path, "--preset", "shapes", "--rows", row, "--batch", 2, "--repeats", 1,
+                       "--bf16", "no", "--json", "bench.json")
+    [numbers] = read_rows(tmp_path / "bench.json")
+    assert numbers["row"] == row and row in output and "float32" in output
+    assert 0 < numbers["share"] < 1.2
+    assert numbers["images_per_second"] == pytest.approx(2 / numbers["seconds"])
+    assert numbers["flops"] > 1e6 and numbers["memory"] > 1e7
+
+
+@pytest.mark.parametrize("preset, tokens, steps, image_size", [
+    ("imagenet256", 256, 8, 256), ("imagenet512", 1024, 12, 512), ("cifar10", 256, 8, 32), ("shapes", 64, 8, 32)])
+def test_presets_are_those_of_the_training_scripts(preset, tokens, steps, image_size):
+    sizes = bench.sizes_of(preset)
+    assert sizes.maskgit.num_tokens == sizes.grid ** 2 == tokens
+    assert sizes.maskgit.default_steps == steps
+    assert sizes.vq.image_size == image_size
+    assert sizes.vq.perceptual == ("lpips" if image_size >= 128 else "none")
+
+
+# ---- FLOPs and memory, counted on tensors without numbers
+
+def transformer_flops(positions, dim, depth, codebook_size):
+    """Counts the multiply-adds of a forward pass by hand, times 2."""
+    matrices = depth * 12 * dim ** 2
+    attention = depth * 2 * positions * dim
+    head = dim ** 2 + dim * codebook_size
+    return 2 * positions * (matrices + attention), 2 * head
+
+
+def test_flops_of_the_transformer():
+    blocks, head = transformer_flops(positions=65, dim=128, depth=4, codebook_size=256)
+    model = MaskGIT(MaskGITConfig(256, 10, 64, dim=128, depth=4, heads=4, mlp_dim=512))
+    assert train_transformer.training_flops(model) == 3 * (blocks + 64 * head)
+
+
+def test_memory_for_the_backward_pass_leaves_out_the_weights():
+    model = nn.Sequential(nn.Linear(1000, 1000), nn.GELU(), nn.Linear(1000, 10))
+    with costs.imagined():
+        kept = costs.kept_for_backward(model, torch.zeros(7, 1000))
+    assert kept == 3 * 7 * 1000 * 4                     # the input of each layer
+
+
+# ---- --dry-run
+
+def plan(call_main, script, folder, *flags):
+    """Returns what --dry-run prints: {row: text}."""
+    output = call_main(script, folder, *flags, "--dry-run", 1, "--bf16", "no")
+    rows = {}
+    for line in output.splitlines():
+        name, _, text = line.partition(" ")
+        rows[name] = text.strip()
+    assert not list(folder.glob("runs"))
+    return rows
+
+
+def number(text):
+    return float(text.split()[0])
+
+
+TINY = ["--dim", 16, "--depth", 2, "--heads", 2, "--batch", 4]
+
+
+def test_a_dry_run_of_stage_2_follows_the_sizes(call_main, tmp_path):
+    tiny = plan(call_main, train_transformer, tmp_path, *TINY)
+    assert "64 tokens of 256" in tiny["parameters"] and tiny[""].endswith("a micro-batch of 4")
+    larger = plan(call_main, train_transformer, tmp_path, *TINY, "--image-size", 64)
+    assert "256 tokens of 256" in larger["parameters"]
+    assert number(larger["FLOPs"]) > 4 * number(tiny["FLOPs"])
+    deeper = plan(call_main, train_transformer, tmp_path, *TINY, "--depth", 4)
+    assert number(deeper["parameters"]) > number(tiny["parameters"])
+    assert number(deeper["FLOPs"]) > 1.5 * number(tiny["FLOPs"])
+
+
+def test_a_dry_run_of_stage_2_reads_the_tokenizer_and_the_run_that_it_is_given(call_main, untrained, tmp_path):
+    with_tokenizer = plan(call_main, train_transformer, tmp_path, *TINY, "--vqgan", untrained / "vqgan.pt")
+    assert "64 tokens of 32" in with_tokenizer["parameters"]
+    continued = plan(call_main, train_transformer, tmp_path, "--batch", 4, "--init", untrained)
+    assert continued["parameters"].startswith("0.0") and "64 tokens of 32" in continued["parameters"]
+
+
+def test_a_dry_run_refuses_what_a_run_would(call_main, tmp_path):
+    line = call_main(train_transformer, tmp_path, *TINY, "--image-size", 30, "--dry-run", 1, code=2)
+    assert "--image-size 30" in line and "stride 4" in line
+
+
+def test_a_dry_run_of_stage_1_follows_the_sizes(call_main, tmp_path):
+    tiny = ["--filters", 8, "--batch", 4]
+    at_32 = plan(call_main, train_vq, tmp_path, *tiny)
+    at_64 = plan(call_main, train_vq, tmp_path, *tiny, "--image-size", 64)
+    assert "256 tokens of 256" in at_64["parameters"]
+    assert number(at_64["FLOPs"]) > 3.5 * number(at_32["FLOPs"])
+    without_disc = plan(call_main, train_vq, tmp_path, *tiny, "--adversarial", 0)
+    assert number(without_disc["FLOPs"]) < number(at_32["FLOPs"])
+    fsq = plan(call_main, train_vq, tmp_path, *tiny, "--quantizer", "fsq", "--levels", 5, 4)
+    assert "64 tokens of 20" in fsq["parameters"]
+    in_parts = plan(call_main, train_vq, tmp_path, *tiny, "--micro-batch", 2)
+    assert in_parts[""].endswith("a micro-batch of 2")
