@@ -9,6 +9,7 @@ import bench
 import train_transformer
 import train_vq
 from lib import costs
+from lib.runtime import Machine
 from maskgit import MaskGIT, MaskGITConfig
 
 # ---- the benchmark
@@ -69,7 +70,8 @@ def test_the_compiler_is_reset_before_each_row(call_main, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("row", bench.ROWS)
-def test_each_row_is_measured(row, call_main, tmp_path):
+def test_each_row_is_measured(row, call_main, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "matrix_peak", lambda machine: 1e12)
     output = call_main(bench, tmp_path, "--preset", "shapes", "--rows", row, "--batch", 2, "--repeats", 1,
                        "--bf16", "no", "--json", "bench.json")
     [numbers] = read_rows(tmp_path / "bench.json")
@@ -77,6 +79,11 @@ def test_each_row_is_measured(row, call_main, tmp_path):
     assert 0 < numbers["share"] < 1.2
     assert numbers["images_per_second"] == pytest.approx(2 / numbers["seconds"])
     assert numbers["flops"] > 1e6 and numbers["memory"] > 1e7
+
+
+@pytest.mark.slow
+def test_the_peak_is_a_plausible_speed():
+    assert 1e9 < bench.matrix_peak(Machine("cpu", bf16=False)) < 1e14
 
 
 @pytest.mark.parametrize("preset, tokens, steps, image_size", [
@@ -101,7 +108,7 @@ def transformer_flops(positions, dim, depth, codebook_size):
 
 def test_flops_of_the_transformer():
     blocks, head = transformer_flops(positions=65, dim=128, depth=4, codebook_size=256)
-    model = MaskGIT(MaskGITConfig(256, 10, 64, dim=128, depth=4, heads=4, mlp_dim=512))
+    model = MaskGIT(MaskGITConfig(256, 10, 64, dim=128, depth=4, heads=4, mlp_dim=512, dropout=0.0))
     assert train_transformer.training_flops(model) == 3 * (blocks + 64 * head)
 
 
@@ -157,12 +164,12 @@ def test_a_dry_run_refuses_what_a_run_would(call_main, tmp_path):
 
 def test_a_dry_run_of_stage_1_follows_the_sizes(call_main, tmp_path):
     tiny = ["--filters", 8, "--batch", 4]
-    at_32 = plan(call_main, train_vq, tmp_path, *tiny)
-    at_64 = plan(call_main, train_vq, tmp_path, *tiny, "--image-size", 64)
+    with_disc = plan(call_main, train_vq, tmp_path, *tiny)
+    at_32 = plan(call_main, train_vq, tmp_path, *tiny, "--adversarial", 0)
+    assert number(at_32["FLOPs"]) < number(with_disc["FLOPs"])
+    at_64 = plan(call_main, train_vq, tmp_path, *tiny, "--adversarial", 0, "--image-size", 64)
     assert "256 tokens of 256" in at_64["parameters"]
     assert number(at_64["FLOPs"]) > 3.5 * number(at_32["FLOPs"])
-    without_disc = plan(call_main, train_vq, tmp_path, *tiny, "--adversarial", 0)
-    assert number(without_disc["FLOPs"]) < number(at_32["FLOPs"])
     fsq = plan(call_main, train_vq, tmp_path, *tiny, "--quantizer", "fsq", "--levels", 5, 4)
     assert "64 tokens of 20" in fsq["parameters"]
     in_parts = plan(call_main, train_vq, tmp_path, *tiny, "--micro-batch", 2)
