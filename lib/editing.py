@@ -1,44 +1,109 @@
-"""What edit.py and demo.py share: crop a photo to the model's square, choose a class, blend."""
+"""What editing a photo takes: fit it to the model's square, say which tokens are repainted, choose
+the class, and blend the result into the photo."""
+import math
+from fractions import Fraction
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 from lib.flags import UserError
 
+# ------------------------------------------------------------------------------------- the square
 
-def fit_square(
-    image: Image.Image, size: int, fit: str, padding: str = "edge",
-) -> tuple[Image.Image, tuple[int, int, int]]:
-    """Scales a PIL image to size x size: crops its longer side, or pads its shorter one.
+def square_place(width: int, height: int, fit: str) -> tuple[int, int, int]:
+    """Returns the (left, top, side) of the square that the model sees, in pixels of the photo.
 
-    fit: "crop" or "pad". padding: a mode of numpy.pad. Returns the image, and (left, top, side) of
-    the square in pixels of the original; left or top is negative where the image was padded."""
-    width, height = image.size
+    fit: "crop" the longer side, or "pad" the shorter one, so that left or top is negative."""
     side = min(width, height) if fit == "crop" else max(width, height)
-    left = (width - side) // 2
-    top = (height - side) // 2
+    return (width - side) // 2, (height - side) // 2, side
+
+
+def fit_square(image: Image.Image, size: int, fit: str, padding: str = "edge") -> Image.Image:
+    """Crops or pads a PIL image to a square and scales it to size x size.
+
+    fit: "crop" or "pad". padding: a mode of numpy.pad."""
+    left, top, side = square_place(*image.size, fit)
     box = (left, top, left + side, top + side)
     if fit == "pad":
-        rows = (-top, side - height + top)
-        columns = (-left, side - width + left)
+        rows = (-top, side - image.height + top)
+        columns = (-left, side - image.width + left)
         image = Image.fromarray(np.pad(np.asarray(image), (rows, columns, (0, 0)), padding))
-        box = (0, 0, side, side)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box), (left, top, side)
+        box = None                                                  # all of it
+    return image.resize((size, size), Image.Resampling.BICUBIC, box)
 
 
 def to_square(photo: Image.Image, size: int, fit: str) -> Tensor:
     """Returns a PIL image as the model takes it: (3, size, size) in [0, 1]. fit: crop or pad."""
-    square, _ = fit_square(photo, size, fit)
-    return torch.from_numpy(np.array(square)).movedim(-1, 0).float() / 255
+    square = np.array(fit_square(photo, size, fit))
+    return torch.from_numpy(square).movedim(-1, 0).float() / 255
 
 
-def default_feather(stride: int) -> int:
-    """Returns the blur of an edit's border, in pixels, that hides the seam: a token's width less 1.
+# ------------------------------------------------------------------------------------- the region
+# A region is (side, side) bool over the tokens of the square, true where they are repainted.
 
-    stride: the width of a token in pixels."""
-    return stride - 1
+def box_region(box: tuple[int, ...], place: tuple[int, ...], side: int) -> Tensor:
+    """Returns the tokens that a box touches, and one more on each side as in the released code.
 
+    box: (top, left, height, width) in pixels of the photo. place: of the square_place()."""
+    top, left, height, width = box
+    square_left, square_top, square_side = place
+    rows = tokens_touched(top - square_top, height, square_side, side)
+    columns = tokens_touched(left - square_left, width, square_side, side)
+    return rows[:, None] & columns
+
+
+def tokens_touched(start: int, length: int, square_side: int, side: int) -> Tensor:
+    """Returns where box_region() is true along one axis: (side,) bool.
+
+    start: of the box, in pixels from the edge of the square; length, square_side: in pixels."""
+    token = Fraction(square_side, side)                             # its width in pixels, exactly
+    first = max(0, start / token)
+    last = min(side, (start + length) / token)
+    tokens = torch.arange(side)
+    if first >= last:                                               # the crop cut the box off
+        return tokens < 0
+    # As released, the region ends one token after as many tokens as the box is long, but here never
+    # before the last token that the box touches.
+    end = max(math.floor(first) + math.floor(last - first) + 1, math.ceil(last))
+    return (tokens >= math.floor(first) - 1) & (tokens < end)
+
+
+def mask_region(mask: Image.Image, fit: str, size: int, side: int) -> Tensor:
+    """Returns the tokens in which a mask, as large as the photo, has a white pixel.
+
+    size: of the square, in pixels."""
+    square = fit_square(mask, size, fit, "constant")                # padding is black: kept
+    white = torch.from_numpy(np.array(square.convert("L"))) > 127
+    return F.max_pool2d(white[None].float(), size // side)[0] > 0
+
+
+def centre_region(side: int) -> Tensor:
+    """Returns the tokens of the centre, half of the width and of the height."""
+    region = torch.zeros(side, side, dtype=torch.bool)
+    margin = side // 4
+    region[margin:side - margin, margin:side - margin] = True
+    return region
+
+
+def outpaint_region(direction: str, fraction: float, side: int) -> Tensor:
+    """Returns the tokens at one side of the photo. direction: left, right, up or down."""
+    region = torch.zeros(side, side, dtype=torch.bool)
+    count = math.ceil(fraction * side)
+    if direction == "left":
+        region[:, :count] = True
+    elif direction == "right":
+        region[:, side - count:] = True
+    elif direction == "up":
+        region[:count] = True
+    else:
+        region[side - count:] = True
+    return region
+
+
+# -------------------------------------------------------------------------------------- the class
 
 def likeliest_class(model: nn.Module, known: Tensor, seed: int) -> int:
     """Returns the class that best explains the known tokens: the one of highest likelihood.
@@ -48,12 +113,12 @@ def likeliest_class(model: nn.Module, known: Tensor, seed: int) -> int:
     likelier quarter of the classes stays in the race. Raises UserError if no token is known."""
     places = (known.cpu() != model.mask_id).nonzero()[:, 0]
     if len(places) == 0:
-        raise UserError("the region covers the whole image, so nothing tells its class: name one "
-                        "with --class, or keep a part of the image")
+        raise UserError("the region covers the whole image, so nothing tells its class: choose a "
+                        "class (--class), or keep a part of the image")
     shuffle = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
     places = places[shuffle].to(known.device)
     classes = torch.arange(model.config.num_classes, device=known.device)
-    score = torch.zeros(len(classes), device=known.device)              # log-likelihoods
+    score = torch.zeros(len(classes), device=known.device)          # log-likelihoods
     visible = torch.full_like(known, model.mask_id)
     for group in places.chunk(4):
         logits = torch.cat([
@@ -68,13 +133,20 @@ def likeliest_class(model: nn.Module, known: Tensor, seed: int) -> int:
     return classes[score[classes].argmax()].item()
 
 
+# -------------------------------------------------------------------------------------- the blend
+
+def default_feather(stride: int) -> int:
+    """Returns the feather that hides the seam: one pixel less than a token's width, the stride."""
+    return stride - 1
+
+
 def composite(photo: Tensor, painted: Tensor, mask: Tensor, feather: float) -> Tensor:
     """Returns the painted images where the mask is true, and the photo elsewhere: (n, 3, H, W).
 
     photo: (3, H, W). painted: (n, 3, H, W). mask: (H, W) bool. feather: the standard deviation, in
-    pixels, of the Gaussian that blends the two outside of the mask, 0 for none. Only the outside is
-    blended (released: both sides), so that nothing of what was masked shines through. Pixels more
-    than 3 * feather + 1 away from the mask are exactly the photo's."""
+    pixels, of the Gaussian that blends the two outside the mask, 0 for none. Only the outside is
+    blended (released: both sides), so that nothing that was masked shines through. Pixels more than
+    3 * feather + 1 away from the mask are exactly the photo's."""
     blur = ImageFilter.GaussianBlur(feather)
     blurred = Image.fromarray(mask.numpy().astype(np.uint8) * 255).filter(blur)
     weight = torch.from_numpy(np.array(blurred)) / 255                      # 1/2 at the border

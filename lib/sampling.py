@@ -7,11 +7,13 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lib.files import fingerprint, rebuild
 from lib.flags import UserError, add_flags, count, non_negative, whole
 from lib.orders import ORDERS, make_order
+from lib.pictures import grey_out
 from lib.runtime import Machine
 from maskgit import SCHEDULES, MaskGIT, check_decoding, decode
 from sequential import CausalTransformer, decode_sequential
@@ -78,6 +80,20 @@ def default_guidance(model: MaskGIT) -> float:
 def sampler_of(model: MaskGIT) -> Callable[..., Tensor]:
     """Returns the model's decoding function: sampler(model, labels, **options) -> tokens (B, N)."""
     return decode_sequential if isinstance(model, CausalTransformer) else decode
+
+
+@torch.no_grad()
+def draw_step(
+    tokenizer: VQGAN, tokens: Tensor, masked: Tensor, opacity: float = 0.85, batch: int = 64,
+) -> Tensor:
+    """Returns a step of decoding as images (n, 3, H, W), on the CPU: grey where it is masked.
+
+    tokens, masked: (n, h, w). opacity: of the grey; below 1, what was predicted shines through.
+    batch: images to decode at once."""
+    images = []
+    for codes, mask in zip(tokens.split(batch), masked.split(batch), strict=True):
+        images.append(grey_out(tokenizer.decode(codes), mask, opacity).float().cpu())
+    return torch.cat(images)
 
 
 def load_run(

@@ -9,9 +9,17 @@ from conftest import ROOT, refused, run
 from PIL import Image
 
 import edit
-from edit import box_region, extrapolate, mask_region, outpaint_region, panorama, repaint
+from edit import extrapolate, paint
 from lib import pictures
-from lib.editing import composite, fit_square, likeliest_class
+from lib.editing import (
+    box_region,
+    centre_region,
+    composite,
+    likeliest_class,
+    mask_region,
+    outpaint_region,
+    square_place,
+)
 from lib.features import Classifier
 from lib.files import load_checkpoint, load_weights
 from lib.runtime import Machine, hashed_uniform
@@ -98,7 +106,7 @@ def test_a_box_takes_one_token_more_before_it(box, rows, columns):
 ])
 def test_a_box_in_a_photo_of_another_size(fit, box, rows, columns):
     """96 x 48 pixels on 8 x 8 tokens of 4: cropped, 6 of its pixels are a token; padded, 12 are."""
-    _, place = fit_square(Image.new("RGB", (96, 48)), 32, fit)
+    place = square_place(96, 48, fit)
     expected = torch.zeros(8, 8, dtype=torch.bool)
     expected[slice(*rows), slice(*columns)] = True
     assert torch.equal(box_region(box, place, 8), expected)
@@ -123,8 +131,8 @@ def test_what_is_padded_is_not_masked():
 def test_the_centre():
     region = torch.zeros(8, 8, dtype=torch.bool)
     region[2:6, 2:6] = True
-    assert torch.equal(edit.centre_region(8), region)
-    assert edit.centre_region(16)[4:12, 4:12].all() and edit.centre_region(16).sum() == 64
+    assert torch.equal(centre_region(8), region)
+    assert centre_region(16)[4:12, 4:12].all() and centre_region(16).sum() == 64
 
 
 @pytest.mark.parametrize("side, rows, columns", [("left", (0, 8), (0, 3)), ("right", (0, 8), (5, 8)),
@@ -205,30 +213,30 @@ def test_a_panorama_keeps_the_photo(call, photo, width):
 
 def test_each_window_is_half_known(model):
     """Every call sees half of its window known, known tokens stay, and nothing is left unknown."""
-    tokens = torch.randint(0, 24, (2, 4, 4))
+    tokens = torch.randint(0, 24, (4, 4))
     steps = extrapolate(model, tokens, torch.tensor([0, 1]), 3, 5, {"steps": 2})
-    known = [(canvas[0, 0] != model.mask_id).nonzero()[:, 0].tolist() for canvas in steps]
+    known = [(~masked[0, 0]).nonzero()[:, 0].tolist() for _, masked in steps]
     # The photo lies in columns 3 to 6. Two columns at a time: 5 to the right, then 3 to the left.
     assert known == [list(range(3, 7)), list(range(3, 9)), list(range(3, 11)), list(range(3, 12)), list(range(1, 12)),
                      list(range(12))]
-    for canvas in steps:
-        assert canvas.shape == (2, 4, 12) and torch.equal(canvas[:, :, 3:7], tokens)
-    for before, after in zip(steps, steps[1:], strict=False):
-        assert torch.equal(before[before != model.mask_id], after[before != model.mask_id])
-    assert steps[-1].max() < 24
+    for canvas, masked in steps:
+        assert canvas.shape == masked.shape == (2, 4, 12) and torch.equal(canvas[:, :, 3:7], tokens.expand(2, 4, 4))
+        assert canvas.max() < 24
+    for (before, masked), (after, _) in zip(steps, steps[1:], strict=False):
+        assert torch.equal(before[~masked], after[~masked])
 
 
 @pytest.mark.parametrize("margins", [(0, 1), (2, 3), (8, 8)])
 def test_what_is_painted_beside_the_photo_fits_to_it(model, margins):
     """In each frame of a panorama the photo's tokens lie at its own place, though whole tokens overhang on the left."""
     tokens, width = torch.randint(0, 24, (4, 4)), 16 + sum(margins)
-    frames = panorama(Tiles(), model, tokens, torch.tensor([0, 1]), margins, {"steps": 2}, film=True)
+    frames = paint(Tiles(), model, tokens, torch.tensor([0, 1]), margins, {"steps": 2}, film=True)
     for frame in frames:
         assert frame.shape == (2, 3, 16, width)
         assert torch.equal(frame[0, :, :, margins[0]:margins[0] + 16], Tiles().decode(tokens[None])[0])
     grey = [(frame == 0.5).all(0).all(0).all(0).sum().item() for frame in frames]           # columns
     assert grey == sorted(grey, reverse=True) and grey[0] == width - 16 and grey[-1] == 0
-    result, = panorama(Tiles(), model, tokens, torch.tensor([0, 1]), margins, {"steps": 2})
+    result, = paint(Tiles(), model, tokens, torch.tensor([0, 1]), margins, {"steps": 2}, film=False)
     assert result.shape == frames[-1].shape
 
 
@@ -242,11 +250,11 @@ def test_what_is_painted_is_what_was_decoded(model):
     tokens = decode(model, labels, known=known.flatten().expand(2, 16), on_step=lambda *step: told.append(step), **options)
 
     options["generator"].manual_seed(5)
-    result, = repaint(Tiles(), model, known, labels, options)
+    result, = paint(Tiles(), model, known, labels, (0, 0), options, film=False)
     assert torch.equal(result, Tiles().decode(as_grid(tokens)))
 
     options["generator"].manual_seed(5)
-    frames = repaint(Tiles(), model, known, labels, options, film=True)
+    frames = paint(Tiles(), model, known, labels, (0, 0), options, film=True)
     assert len(frames) == 3 and torch.equal(frames[-1], result)
     for frame, (_, sampled, masked, _) in zip(frames, told, strict=True):
         grey = 0.85 * to_pixels(as_grid(masked), 4)[:, None]
@@ -388,7 +396,7 @@ def test_what_is_repainted_shows_its_class():
     top, left = (1 - (2 * u[:, 4] - 1) * (1 - size) - size) * 16, (1 + (2 * u[:, 3] - 1) * (1 - size) - size) * 16
     boxes = [box_region((int(y), int(x), int(32 * s), int(32 * s)), (0, 0, 32), 8)
              for y, x, s in zip(top, left, size, strict=True)]
-    cases = {"inpainting": (edit.centre_region(8).expand(n, 8, 8), labels),
+    cases = {"inpainting": (centre_region(8).expand(n, 8, 8), labels),
              "editing": (torch.stack(boxes), (labels + 1) % 10)}
     right = {}
     with torch.no_grad():
