@@ -4,7 +4,7 @@
     python sample.py --run runs/shapes --class heart 3 --num 12 --seed 1
     python sample.py --film                                 # also the steps, as a strip and a GIF
 
-edit.py draws into a photo of which a part is kept; demo.py shows the decoding in a browser.
+edit.py repaints a part of a photo; demo.py shows the decoding in a browser.
 """
 import argparse
 import time
@@ -30,12 +30,12 @@ FLAGS = {
              "also write the decoding steps, of one image of each class, as a strip and a GIF"),
     "out": (str, None, "the picture to write (default: samples.png in the run's folder)"),
 }
-BATCH = 64                      # images that are decoded at once
-SEQUENTIAL_FRAMES = 8           # of a film of the sequential decoder, evenly spaced
+BATCH = 64                      # images decoded at once
+SEQUENTIAL_FRAMES = 8           # in a film of the sequential decoder, evenly spaced
 
 
 def sequential_moments(num_tokens: int) -> list[int]:
-    """Returns after how many of N tokens a film of the sequential decoder has a frame."""
+    """Returns when a film of the sequential decoder has a frame, in numbers of decoded tokens."""
     frames = range(1, SEQUENTIAL_FRAMES + 1)
     return [round(i * num_tokens / SEQUENTIAL_FRAMES) for i in frames]
 
@@ -47,10 +47,10 @@ def draw(
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Draws an image for each label, BATCH at a time.
 
-    labels: (n,) int64. options: of the transformer's decoder. moments: steps t to keep for a film.
-    Returns the images (n, 3, H, W) in [0, 1], on the CPU; and for each moment the tokens that were
-    sampled and a mask of those that are masked again, both (n, N)."""
-    sampled_at = {t: [] for t in moments}               # by step: one tensor for each batch
+    labels: (n,) int64. options: of the decoding function. moments: steps t to keep for a film.
+    Returns images (n, 3, H, W) in [0, 1] on the CPU; and for each moment the sampled tokens and a
+    mask of those that are masked again, both (n, N)."""
+    sampled_at = {t: [] for t in moments}               # by step: a tensor for each batch
     masked_at = {t: [] for t in moments}
 
     def keep(t: int, sampled: Tensor, masked: Tensor, confidence: Tensor) -> None:
@@ -66,13 +66,13 @@ def draw(
         images.append(tokenizer.decode(as_grid(tokens)).float().cpu())
         if len(labels) > BATCH:
             progress.show(sum(map(len, images)))
-    steps = [(torch.cat(sampled_at[t]), torch.cat(masked_at[t])) for t in sampled_at]
+    steps = [(torch.cat(sampled_at[t]), torch.cat(masked_at[t])) for t in moments]
     return torch.cat(images), steps
 
 
 @torch.no_grad()
 def draw_step(tokenizer: VQGAN, sampled: Tensor, masked: Tensor, opacity: float) -> Tensor:
-    """Returns a step of the decoder as images (n, 3, H, W): sampled tokens, grey where masked.
+    """Returns images (n, 3, H, W) of a decoding step: the sampled tokens, grey where masked.
 
     sampled, masked: (n, N). opacity: of the grey."""
     images = []
@@ -83,7 +83,7 @@ def draw_step(tokenizer: VQGAN, sampled: Tensor, masked: Tensor, opacity: float)
 
 
 def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
-    """Draws a row of images for each class. Every rank draws the same, and the first one writes."""
+    """Draws a row of images for each class. All ranks draw the same; the first one writes."""
     folder, tokenizer, transformer, checkpoint = load_run(
         args.run, machine, args.vqgan, args.decoder)
     names = checkpoint["classes"]
@@ -111,7 +111,7 @@ def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
         moments = []
     with machine.autocast():
         images, steps = draw(tokenizer, transformer, machine.put(labels), options, moments)
-        # The sequential decoder has nothing to show where it has not been yet.
+        # Where the sequential decoder has not been yet, its tokens are arbitrary: hide them.
         opacity = 1.0 if sequential else 0.85
         frames = [draw_step(tokenizer, sampled[::args.num], masked[::args.num], opacity)
                   for sampled, masked in steps]                     # one image of each class
@@ -126,12 +126,12 @@ def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
 
 
 def check_size(num: int, out: Path, captions: Sequence[str], image_size: int) -> None:
-    """Raises UserError if the picture is too large for its format, or for the memory."""
+    """Raises UserError if the picture is too large for its format or for the memory."""
     layout = pictures.GridLayout(num, len(captions), (image_size, image_size), captions)
     pictures.check_picture(out, layout.size, "a lower --num")
     width, height = layout.size
     floats = 3 * image_size ** 2 * num * len(captions)
-    # The images as floats of 4 bytes, once more while their batches are joined, and the grid.
+    # The images as floats of 4 bytes, twice while their batches are joined, and the grid.
     flags.check_memory(2 * 4 * floats + 3 * width * height, f"--num {num}")
 
 

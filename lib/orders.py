@@ -1,4 +1,4 @@
-"""What is revealed first: the paper's order by name, and two that the paper does not have.
+"""Orders of revealing tokens, by name: the paper's, and two that the paper does not have.
 
 To add an order, write a function that returns one (see maskgit.Order) and name it in MAKERS.
 """
@@ -21,19 +21,19 @@ def by_halton(num_tokens: int, device: torch.device | str = "cpu") -> Order:
     """Returns an order that covers the image evenly, whatever the tokens are (Besnier et al. 2025).
 
     Raises ValueError if num_tokens is not a square."""
-    earlier_is_higher = -halton_order(num_tokens).argsort().float().to(device)
+    ranks = halton_order(num_tokens).argsort()                      # (N,): 0 is revealed first
+    confidence = (-ranks).float().to(device)
 
     def order(log_p: Tensor, progress: float, generator: torch.Generator | None) -> Tensor:
-        return earlier_is_higher.expand(log_p.shape)
+        return confidence.expand(log_p.shape)
     return order
 
 
 def halton_order(num_tokens: int) -> Tensor:
-    """Returns a permutation of the token grid that covers it evenly at every length.
+    """Returns a permutation of the token grid whose first n positions, for any n, cover it evenly.
 
-    It follows the Halton points of bases 2 and 3 (Halton 1964). num_tokens: a square number. The
-    permutation is (num_tokens,) int64: raster positions in the order in which they are revealed.
-    Raises ValueError if num_tokens is not a square."""
+    They are the Halton points of bases 2 and 3 (Halton 1964), as raster positions (num_tokens,)
+    int64. Raises ValueError if num_tokens is not a square."""
     side = math.isqrt(num_tokens)
     if side * side != num_tokens:
         raise ValueError(f"the halton order needs a square token grid, not {num_tokens} tokens")
@@ -48,7 +48,7 @@ def halton_order(num_tokens: int) -> Tensor:
 
 
 def radical_inverse(i: int, base: int) -> float:
-    """Mirrors the digits of i at the point: 6 = 110 in base 2 -> 0.011 = 0.375."""
+    """Mirrors the digits of i at the point: in base 2, 6 = 110 gives 0.011 = 0.375."""
     value = 0.0
     scale = 1.0
     while i:

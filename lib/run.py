@@ -36,8 +36,8 @@ REPEAT_SECONDS = 3      # torchrun and a scheduler may both pass on one SIGTERM 
 class Run:
     """One stage's training in a run's folder. Only the leading process writes and prints.
 
-    Attributes: step, how many steps were done at the start; stage; folder; the paths model_file,
-    best_file, resume_file, log_file, curve and picture; best, the least distance measured so far.
+    Attributes: step, at which this process starts; stage; folder; the paths model_file, best_file,
+    resume_file, log_file, curve and picture; best, the least distance (FID or FCD) so far.
     Raises UserError if another run is in the way, or another process is training it."""
 
     def __init__(self, stage: str, args: argparse.Namespace, machine: Machine):
@@ -64,9 +64,9 @@ class Run:
             self._resume_or_refuse()
 
     def _lock(self) -> None:
-        """Refuses to train a stage that another process trains in this folder.
+        """Locks the stage in this folder, or raises UserError if another process trains it.
 
-        The lock is let go when the process ends, however it ends."""
+        The lock is released when the process ends, however it ends."""
         try:
             import fcntl
         except ImportError:                                                 # Windows has none
@@ -87,7 +87,7 @@ class Run:
         atexit.register(self._unlock, path)
 
     def _unlock(self, path: Path) -> None:
-        """Leaves no lock, and no folder if nothing was written."""
+        """Removes the lock, and the folder if nothing was written to it."""
         with contextlib.suppress(OSError):
             path.unlink()
             self.folder.rmdir()
@@ -98,6 +98,7 @@ class Run:
             leftover.unlink()
 
     def _resume_or_refuse(self) -> None:
+        """Reads the state to resume from, or raises UserError if the folder is taken."""
         state = None
         if self.resume_file.exists():
             state = load_checkpoint(self.resume_file, f"{self.stage} training state")
@@ -115,10 +116,10 @@ class Run:
         self.state = state
 
     def compare(self, settings: dict, flags: Iterable[str], fixed: set[str]) -> None:
-        """Keeps the settings of this run, and says what has changed if it is resumed.
+        """Notes the settings of this run, and prints what has changed if it is resumed.
 
-        settings: plain values by name, besides the flags of these names. fixed: the names that
-        weights or tokens depend on. Raises UserError if one of those has changed."""
+        flags: the names of flags to note. settings: other plain values by name. fixed: the names
+        that weights or tokens depend on; UserError is raised if one of these has changed."""
         self.settings = {name: getattr(self.args, name) for name in flags} | settings
         self.settings |= {"seed": self.args.seed, "bf16": self.machine.bf16}
         if self.state is None:
@@ -136,7 +137,7 @@ class Run:
             self.say("resuming with " + ", ".join(changes))
 
     def restore(self, parts: dict[str, nn.Module | torch.optim.Optimizer]) -> None:
-        """Brings models and optimizers, by name, to where the run stopped, if it is resumed."""
+        """Loads models and optimizers, by name, from where the run stopped, if it is resumed."""
         if self.state is None:
             return
         for name, part in parts.items():
@@ -144,7 +145,7 @@ class Run:
                 load_optimizer(part, self.state[name])
             else:
                 part.load_state_dict(self.state[name])
-        self.state = None                                           # it is as large as the models
+        self.state = None                                   # it takes as much memory as `parts`
 
     def say(self, text: str) -> None:
         """Prints a line, in the leading process only."""
@@ -154,9 +155,9 @@ class Run:
     def save(self, step: int, parts: dict, about: dict) -> None:
         """Writes the model for use, and then the state to resume from.
 
-        In this order, a complete state implies a model. parts: models and optimizers by name;
-        "ema" is for use. about: plain values that the model's file holds besides its weights.
-        Raises UserError if a file cannot be written; what was there before is then still there."""
+        In this order, wherever there is a state there is a model. parts: models and optimizers by
+        name; "ema" is for use. about: plain values to store beside the weights of the model.
+        Raises UserError if a file cannot be written; the one before it then stays."""
         if not self.machine.leads:
             return
         self.save_model(self.model_file, step, parts["ema"], about)
@@ -167,7 +168,7 @@ class Run:
         }))
 
     def save_model(self, path: Path, step: int, model: nn.Module, about: dict) -> None:
-        """Writes a model for use."""
+        """Writes one model for use, with its configuration. The other arguments: see save()."""
         if not self.machine.leads:
             return
         save_checkpoint(path, on_cpu({
@@ -176,17 +177,17 @@ class Run:
         }))
 
     def keep_best(self, step: int, distance: float, model: nn.Module, about: dict) -> None:
-        """Writes STAGE.best.pt if no distance before was as small."""
+        """Writes STAGE.best.pt if this distance is the least so far."""
         if distance < self.best:
             self.best = distance
             self.save_model(self.best_file, step, model, about)
 
     def catch_signals(self) -> None:
-        """From now on Ctrl-C or SIGTERM lets the step end; should_stop() tells of it."""
+        """Makes Ctrl-C and SIGTERM wait for the end of a step, where should_stop() reports them."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember)
+            signal.signal(number, self._on_signal)
 
-    def _remember(self, number: int, frame: object) -> None:
+    def _on_signal(self, number: int, frame: object) -> None:
         now = time.monotonic()
         if self.signal is None:
             self.signal = number
@@ -196,10 +197,10 @@ class Run:
             os.kill(os.getpid(), number)
 
     def should_stop(self, step: int) -> bool:
-        """Returns whether a signal has asked to stop after this step. All ranks get one answer."""
+        """Returns True if a signal asks to stop after this step; all ranks get the same answer."""
         if self.machine.world == 1:
             return self.signal is not None
-        # The ranks must agree; asking costs a little, so they ask at every tenth step.
+        # The ranks must agree. That costs a little time, so they only ask at every tenth step.
         return step % 10 == 0 and self.machine.any(self.signal is not None)
 
     def exit(self, step: int) -> NoReturn:
@@ -211,9 +212,9 @@ class Run:
 
 
 class Log:
-    """A CSV file with a row of means now and then, each also shown as a line of progress.
+    """A CSV file of means over the latest steps; each row is also shown as a line of progress.
 
-    columns: the names of all values. flops: of a training step, for an image. A resumed run's
+    columns: the names of all values. flops: of a training step, for one image. When a run resumes,
     rows beyond its step are dropped, since those steps are done again."""
 
     def __init__(self, run: Run, columns: list[str], flops: float):
@@ -225,14 +226,14 @@ class Log:
         self.file = None
 
     def add(self, step: int, **values: Tensor) -> None:
-        """Keeps scalar tensors on the device until write(), so that no step waits for them."""
+        """Collects scalar tensors on the device until write(), so that no step waits for them."""
         for name, value in values.items():
             self.pending.setdefault(name, []).append(value.detach().float())
-        if not self.times:                                          # the first step also compiles
+        if not self.times:                  # the clock starts after the first step, which compiles
             self.times = [(step + 1, time.time())]
 
     def write(self, step: int, **figures: float) -> None:
-        """Writes and shows the means since the last call, over all ranks, and figures of this step.
+        """Writes and shows the means since the last call, over all ranks, and this step's figures.
 
         Raises UserError if a mean is not finite."""
         machine = self.run.machine
@@ -258,13 +259,14 @@ class Log:
         show_line("  ".join([f"step {step}/{args.steps}", *shown, rate, left]), step == args.steps)
 
     def images_per_second(self, step: int) -> float:
-        """Returns the speed over the last ten lines; 0 if it is not known yet."""
+        """Returns the speed since ten lines ago; 0 if it is not known yet."""
         first_step, first_time = self.times[0]
         now = time.time()
         self.times = [*self.times[-10:], (step, now)]
         return (step - first_step) * self.run.args.batch / max(now - first_time, 1e-9)
 
     def _write_row(self, row: dict) -> None:
+        """Writes a row, and opens the file for the first one."""
         if self.file is None:
             self._open()
         cells = {}
@@ -273,7 +275,7 @@ class Log:
         self.table.writerow(cells)
 
     def _open(self) -> None:
-        """Opens the file for the first row, and keeps the rows of a resumed run."""
+        """Opens the file, and keeps the rows of a resumed run."""
         path = self.run.log_file
         rows = []
         if self.run.step and path.exists():

@@ -1,5 +1,4 @@
-"""What the scripts that draw have in common: flags of the run and of the sampler, and a run's
-models.
+"""What all scripts that draw share: flags of the run and of the sampler, and loading a run.
 
 This is the one file of lib/ that knows the models of both stages.
 """
@@ -19,12 +18,13 @@ from maskgit import SCHEDULES, MaskGIT, check_decoding, decode
 from sequential import CausalTransformer, decode_sequential
 from vqgan import VQGAN
 
-STAGES = {"parallel": "transformer", "autoregressive": "autoregressive"}   # decoder: its checkpoint
-MODELS = {"transformer": MaskGIT, "autoregressive": CausalTransformer}     # checkpoint: its class
+# A decoder's stage of training, which names its files in a run's folder; and the stage's model.
+STAGES = {"parallel": "transformer", "autoregressive": "autoregressive"}
+MODELS = {"transformer": MaskGIT, "autoregressive": CausalTransformer}
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say which run to use, for every script that draws with one."""
+    """Adds the flags that say which run to draw with."""
     add_flags(parser, {
         "run": (str, None, "the run's folder (default: the newest in runs/ with a transformer)"),
         "vqgan": (str, None, "tokenizer file (default: vqgan.pt in the run's folder)"),
@@ -37,7 +37,7 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, {
         "steps": (count, None, "T, decoding steps (default: 8; 12 for 32 x 32 tokens)"),
         "schedule": (SCHEDULES, "cosine", "mask schedule"),
-        "choice_temperature": (non_negative, 4.5, "noise in the choice of the tokens to keep"),
+        "choice_temperature": (non_negative, 4.5, "noise in the choice of which tokens to keep"),
         "temperature": (non_negative, 1.0,
                         "temperature of the token samples; 0 takes the likeliest"),
         "top_k": (count, None, "sample among the K likeliest tokens (default: all)"),
@@ -50,7 +50,7 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def sampler_options(args: argparse.Namespace, model: MaskGIT) -> dict:
-    """Returns the keyword arguments that these flags mean for the model's sampler.
+    """Returns the keyword arguments for the model's decoding function that the flags ask for.
 
     Raises UserError for a flag that does not suit the model."""
     config = model.config
@@ -73,7 +73,7 @@ def sampler_options(args: argparse.Namespace, model: MaskGIT) -> dict:
 
 
 def default_guidance(model: MaskGIT) -> float:
-    """Returns the weight of guidance without --cfg: 1 for a model with a null class, else 0."""
+    """Returns the default of --cfg: 1 for a model with a null class, else 0."""
     return 0.0 if model.null_label is None else 1.0
 
 
@@ -100,13 +100,12 @@ def load_run(
     folder: str | Path | None, machine: Machine,
     vqgan: str | None = None, decoder: str | None = None,
 ) -> tuple[Path, VQGAN, MaskGIT, dict]:
-    """Returns a run's folder, its tokenizer and transformer on the machine, and the transformer's
-    checkpoint.
+    """Loads a run's models onto the machine.
 
-    folder: None for the one in runs/ whose transformer was written last, or example/ if there is
-    none. vqgan: another tokenizer file. decoder: one of STAGES; None for parallel, unless the run
-    holds only the other. Raises UserError if a file is missing or the two do not belong together.
-    """
+    folder: of the run; None for newest_run(). vqgan: another tokenizer file. decoder: one of
+    STAGES; None for parallel, unless the run holds only the other.
+    Returns the folder, the tokenizer, the transformer, and the transformer's checkpoint.
+    Raises UserError if a file is missing or the two models do not belong together."""
     folder = Path(folder or newest_run())
     if decoder is None:
         decoder = "parallel"
@@ -131,8 +130,7 @@ def load_run(
 
 
 def newest_run() -> Path:
-    """Returns the folder in runs/ whose transformer was written last, or example/ if there is none.
-    """
+    """Returns the folder in runs/ whose transformer is the newest, or example/ without any."""
     transformers = [path for stage in MODELS for path in Path("runs").glob(f"*/{stage}.pt")]
     if not transformers:
         return Path(__file__).parent.parent / "example"
