@@ -29,7 +29,7 @@ import torch
 import train_transformer
 import train_vq
 from discriminator import Discriminator, discriminator_loss, r1_penalty
-from lib import costs, flags, optim
+from lib import costs, flags, optim, plans
 from lib.files import write_atomically
 from lib.lpips import LPIPS
 from lib.runtime import Machine, launch
@@ -129,7 +129,7 @@ def time_train_transformer(machine: Machine, sizes: Sizes, batch: int, repeats: 
     """Times a step of train_transformer.py, from tokens on."""
     args = sizes.transformer
     model = MaskGIT(sizes.maskgit)
-    flops = batch * train_transformer.training_flops(model)
+    flops = batch * plans.transformer_flops(model)
     model = machine.place(model)
     ema = optim.averaged(model)
     optimizers = optim.transformer_optimizers(
@@ -171,7 +171,8 @@ class TokenizerTraining:
         self.disc = Discriminator(
             args.image_size, args.disc_width, args.disc_max_width, centred=True)
         self.lpips = LPIPS() if args.perceptual == "lpips" else None
-        self.flops = batch * train_vq.training_flops(args, self.model, self.disc, self.lpips)
+        self.flops = batch * plans.tokenizer_flops(
+            self.model, self.disc, self.lpips, args.image_size)
         machine.place(self.model)
         machine.place(self.disc)
         if self.lpips is not None:

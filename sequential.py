@@ -123,7 +123,8 @@ def decode_sequential(
     tokens = torch.zeros(B, N, dtype=torch.long, device=labels.device)
     masked = torch.ones(B, N, dtype=torch.bool, device=labels.device)
     rows = labels[:, None] + model.config.codebook_size                     # the class comes first
-    cache = KeyValueCache(model.config, B, labels.device, product_dtype(model, labels.device))
+    if cached:
+        cache = KeyValueCache(model.config, B, labels.device, product_dtype(model, labels.device))
 
     for i in range(N):
         if cached:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib import costs, flags, optim
+from lib import flags, optim, plans
 from lib.data import DATA_FLAGS, check_run_outside_data, open_data, resolve_data, spread
 from lib.features import JUDGE_FLAGS, Judge
 from lib.files import rebuild, write_atomically
@@ -70,15 +70,6 @@ PRESETS = flags.presets(FLAGS, {
 })
 # A resumed run may change every flag but these: weights and tokens depend on them.
 FIXED = {"data", "classes", "image_size", "tokenizer", "dim", "depth", "heads", "null_class"}
-# Image size, stride, codebook size and classes for --dry-run, which reads no data, and which may
-# come before there is a tokenizer.
-PLANNED = {
-    "shapes": (32, 4, 256, 10),
-    "folder": (32, 4, 1024, 10),
-    "cifar10": (32, 2, 1024, 10),
-    "imagenet": (256, 16, 1024, 1000),
-    "places2": (256, 16, 1024, 365),
-}
 COLUMNS = ["loss", "accuracy", "gradient", "val_loss", "val_nll", "FCD", "FID"]
 
 
@@ -88,7 +79,8 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     sequential = args.decoder == "autoregressive"
     num_parts = optim.count_micro_batches(args.batch, args.micro_batch, machine.devices)
     if args.dry_run:
-        print_plan(args, machine, num_parts)
+        config = configuration(args, *plans.planned_tokens(args))
+        plans.print_transformer_plan(args, machine, MODELS[stage](config), num_parts)
         return
 
     # The tokenizer of stage 1, the run's folder, the data.
@@ -112,12 +104,10 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
 
     # The model, its average, its optimizers.
     torch.manual_seed(args.seed)
+    model = MODELS[stage](config)
     if args.init:
-        model = continued_model(args, config, tokenizer.fingerprint, classes)
-        config = model.config
-    else:
-        model = MODELS[stage](config)
-    flops = training_flops(model)
+        load_pretrained(args, model, tokenizer.fingerprint, classes)
+    flops = plans.transformer_flops(model)
     model = machine.place(model)
     ema = optim.averaged(model)
     optimizers = optim.transformer_optimizers(
@@ -141,7 +131,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         folder = run.folder / "tokens" / tokenizer.fingerprint
         data = CachedTokens(folder, data, args.cache_tokens, config.num_tokens)
         data.encode(tokenizer.encode, machine.rank, machine.world)
-        machine.any(False)                                      # waits until all ranks have encoded
+        machine.wait()
     val_images, val_labels = spread(val, 512)
     val_tokens = tokenizer.encode(val_images).cpu()
 
@@ -222,11 +212,16 @@ def configuration(
 ) -> MaskGITConfig:
     """Returns the configuration that follows from the flags, the tokenizer and the data.
 
-    Raises UserError for a width that the heads do not divide."""
+    With --init, the sizes are those of that run. Raises UserError for a width that the heads do
+    not divide."""
+    guided = args.class_dropout > 0 and args.decoder == "parallel"
+    if args.init:
+        start, _ = open_start(args)
+        return replace(start.config, num_classes=num_classes, num_tokens=num_tokens,
+                       dropout=args.dropout, null_class=guided)
     if args.dim % args.heads:
         raise UserError(f"--dim {args.dim} is not divisible by --heads {args.heads}: choose a "
                         f"multiple")
-    guided = args.class_dropout > 0 and args.decoder == "parallel"
     return MaskGITConfig(
         codebook_size=codebook_size,
         num_classes=num_classes,
@@ -240,24 +235,21 @@ def configuration(
     )
 
 
-def continued_model(
-    args: argparse.Namespace, config: MaskGITConfig, tokenizer_id: str, classes: list[str],
-) -> MaskGIT:
-    """Returns a model with the sizes and weights of the run named by --init.
+def load_pretrained(
+    args: argparse.Namespace, model: MaskGIT, tokenizer_id: str, classes: list[str],
+) -> None:
+    """Copies the weights of the run named by --init into a model of the same sizes.
 
     The embeddings of classes are copied only if both runs have the same classes. Raises UserError
     if that run has another tokenizer or another number of tokens."""
-    stage = STAGES[args.decoder]
-    start, checkpoint = rebuild(Path(args.init, f"{stage}.pt"), stage, MODELS[stage])
+    start, checkpoint = open_start(args)
     if checkpoint["tokenizer"] != tokenizer_id:
         raise UserError(f"{args.init} has another tokenizer: add --vqgan {args.init}/vqgan.pt")
-    if start.config.num_tokens != config.num_tokens:
+    if start.config.num_tokens != model.config.num_tokens:
         raise UserError(f"{args.init} draws {start.config.num_tokens} tokens, not "
-                        f"{config.num_tokens}: add --image-size {checkpoint['image_size']}")
-    config = continued_configuration(start, config)
-    model = MODELS[stage](config)
+                        f"{model.config.num_tokens}: add --image-size {checkpoint['image_size']}")
     weights = start.state_dict()
-    codes = config.codebook_size
+    codes = model.config.codebook_size
     for name in ("token_embedding.weight", "head_bias"):
         rows = model.state_dict()[name].clone()
         rows[:codes] = weights[name][:codes]
@@ -266,13 +258,12 @@ def continued_model(
             rows[codes:model.mask_id] = weights[name][codes:start.mask_id]
         weights[name] = rows
     model.load_state_dict(weights)
-    return model
 
 
-def continued_configuration(start: MaskGIT, config: MaskGITConfig) -> MaskGITConfig:
-    """Returns the sizes of `start`, with the classes and the dropout of `config`."""
-    return replace(start.config, num_classes=config.num_classes, dropout=config.dropout,
-                   null_class=config.null_class)
+def open_start(args: argparse.Namespace) -> tuple[MaskGIT, dict]:
+    """Returns the transformer of the run named by --init, and its checkpoint."""
+    stage = STAGES[args.decoder]
+    return rebuild(Path(args.init, f"{stage}.pt"), stage, MODELS[stage])
 
 
 def loss_and_accuracy(
@@ -343,47 +334,6 @@ def save_preview(
     machine.sync()
     if machine.leads:
         save_image(run.picture, grid((images.cpu() / 255).split(8), classes))
-
-
-def training_flops(model: MaskGIT) -> float:
-    """Returns the FLOPs of a training step for one image: three times those of a forward pass."""
-    with costs.imagined():
-        tokens = torch.zeros(1, model.config.num_tokens, dtype=torch.long)
-        labels = torch.zeros(1, dtype=torch.long)
-        return 3 * costs.forward_flops(model, tokens, labels)
-
-
-def print_plan(args: argparse.Namespace, machine: Machine, num_parts: int) -> None:
-    """Prints what the run would take, for --dry-run, even before there is a tokenizer.
-
-    Raises UserError as train() does for a tokenizer, a run or sizes that do not fit."""
-    stage = STAGES[args.decoder]
-    image_size, stride, codebook_size, num_classes = PLANNED[args.preset]
-    tokenizer_file = Path(args.vqgan or args.run / "vqgan.pt")
-    if args.vqgan or tokenizer_file.exists():
-        tokenizer, checkpoint = rebuild(tokenizer_file, "vqgan", VQGAN)
-        image_size = checkpoint["image_size"]
-        stride = tokenizer.config.stride
-        codebook_size = tokenizer.config.codebook_size
-    image_size = args.image_size or image_size
-    if image_size % stride:
-        raise UserError(f"--image-size {image_size} is not divisible by the tokenizer's stride "
-                        f"{stride}: choose a multiple of {stride}")
-    config = configuration(args, codebook_size, (image_size // stride) ** 2, num_classes)
-    if args.init:
-        start, _ = rebuild(Path(args.init, f"{stage}.pt"), stage, MODELS[stage])
-        config = continued_configuration(start, config)
-    micro_batch = args.batch // machine.devices // num_parts
-    model = MODELS[stage](config)
-    with costs.imagined():
-        tokens = torch.zeros(micro_batch, config.num_tokens, dtype=torch.long)
-        labels = torch.zeros(micro_batch, dtype=torch.long)
-        activations = costs.kept_for_backward(model, tokens, labels)
-    if machine.leads:
-        costs.print_plan(
-            args, f"{config.num_tokens} tokens of {config.codebook_size}", trained=[model],
-            averaged=model, flops=training_flops(model), micro_batch=micro_batch,
-            activations=activations / 2 if machine.bf16 else activations)
 
 
 def main() -> None:

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from discriminator import Discriminator, discriminator_loss, generator_loss, r1_penalty
-from lib import costs, flags, metrics, optim
+from lib import flags, metrics, optim, plans
 from lib.data import DATA_FLAGS, check_run_outside_data, open_data, resolve_data, spread
 from lib.files import rebuild
 from lib.flags import UserError, count, fraction, non_negative, whole, yes_or_no
 from lib.image_files import admit_pixels
 from lib.loader import batches
-from lib.lpips import LPIPS, load_lpips
+from lib.lpips import load_lpips
 from lib.pictures import draw_log, grid, save_image
 from lib.run import Log, Run, command
 from lib.runtime import Machine, from_first_rank, launch
@@ -96,7 +96,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     config = configuration(args)
     num_parts = optim.count_micro_batches(args.batch, args.micro_batch, machine.devices)
     if args.dry_run:
-        print_plan(args, machine, config, num_parts)
+        plans.print_tokenizer_plan(args, machine, config, num_parts)
         return
 
     # The run's folder and the data.
@@ -117,7 +117,8 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         model.load_state_dict(start.state_dict())
     disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width, centred=True)
     lpips = load_lpips() if args.perceptual == "lpips" else None
-    flops = training_flops(args, model, disc, lpips)
+    counted_disc = disc if args.adversarial > 0 else None
+    flops = plans.tokenizer_flops(model, counted_disc, lpips, args.image_size)
     model = machine.place(model)
     disc = machine.place(disc)
     if lpips is not None:
@@ -328,47 +329,6 @@ def save_preview(run: Run, images: Tensor, restored: Tensor) -> None:
         if start < len(images):
             rows += [images[start:start + 16], restored[start:start + 16]]
     save_image(run.picture, grid(rows, ["image", "restored"] * (len(rows) // 2)))
-
-
-def training_flops(
-    args: argparse.Namespace, model: VQGAN, disc: Discriminator, lpips: LPIPS | None,
-) -> float:
-    """Returns the FLOPs of a training step for one image, with the discriminator, without R1.
-
-    A backward pass costs two forward passes, or one where only the input needs a gradient."""
-    with costs.imagined():
-        images = torch.zeros(1, 3, args.image_size, args.image_size)
-        flops = 3 * costs.forward_flops(model, images)
-        if args.adversarial > 0:
-            # In the tokenizer's step: forward, gradient of the input. In its own: two images.
-            flops += (2 + 2 * 3) * costs.forward_flops(disc, images)
-        if lpips is not None:
-            # It sees both images, and only the restored ones need a gradient.
-            flops += 1.5 * costs.forward_flops(lpips, images, images)
-    return flops
-
-
-def print_plan(
-    args: argparse.Namespace, machine: Machine, config: VQGANConfig, num_parts: int,
-) -> None:
-    """Prints what a run would take (--dry-run), before any file is read."""
-    micro_batch = args.batch // machine.devices // num_parts
-    model = VQGAN(config)
-    disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width)
-    lpips = LPIPS() if args.perceptual == "lpips" else None
-    with costs.imagined():
-        images = torch.zeros(micro_batch, 3, args.image_size, args.image_size)
-        activations = costs.kept_for_backward(model, images)
-        if args.adversarial > 0:
-            activations += costs.kept_for_backward(disc, images)
-        if lpips is not None:
-            activations += costs.kept_for_backward(lpips, images, images)
-    if machine.leads:
-        costs.print_plan(
-            args, f"{(args.image_size // config.stride) ** 2} tokens of {config.codebook_size}",
-            trained=[model, disc], averaged=model,
-            flops=training_flops(args, model, disc, lpips), micro_batch=micro_batch,
-            activations=activations / 2 if machine.bf16 else activations)
 
 
 def main() -> None:

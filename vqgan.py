@@ -203,13 +203,13 @@ def entropy_loss(affinity: Tensor, temperature: float) -> Tensor:
     (`entropy_loss`, type softmax), including the 1e-5 inside the logarithm."""
     log_probs = (affinity.flatten(0, -2) / temperature).log_softmax(-1)
     probs = log_probs.exp()
-    usage = mean_over_ranks(probs.mean(0))
+    usage = joint_usage(probs.mean(0))
     usage_entropy = -(usage * (usage + 1e-5).log()).sum()
     sample_entropy = -(probs * log_probs).sum(-1).mean()
     return sample_entropy - usage_entropy
 
 
-def mean_over_ranks(usage: Tensor) -> Tensor:
+def joint_usage(usage: Tensor) -> Tensor:
     """Returns the usage of codes in the batch of all processes; gradients reach only our own part.
 
     The entropy of a mean is not the mean of entropies, so it is not enough that

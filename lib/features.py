@@ -139,7 +139,7 @@ def load_classifier(path: Path, train: DataSet, steps: int, machine: Machine) ->
     if machine.leads and not expected.items() <= kept.items():
         model = train_classifier(train, steps, 0, machine, "classifier of real images")
         save_checkpoint(path, on_cpu(expected | {"model": model.state_dict()}))
-    machine.any(False)                          # the other ranks wait until the file is there
+    machine.wait()                              # until the file is there
     weights = load_checkpoint(path, "classifier")["model"]
     model = load_weights(Classifier(len(train.classes)), weights, path)
     model.eval().requires_grad_(False)
@@ -163,7 +163,7 @@ def load_inception(path: str | None, machine: Machine) -> nn.Module:
     if path:
         load_tensors(path)          # the package would run code in it; this admits tensors only
     if not machine.leads:
-        machine.any(False)          # the other ranks wait until rank 0 has fetched the file
+        machine.wait()                          # until rank 0 has fetched the file
     try:
         model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
                                             feature_extractor_weights_path=path)
@@ -174,7 +174,7 @@ def load_inception(path: str | None, machine: Machine) -> nn.Module:
         raise UserError(f"torch-fidelity could not fetch Inception's weights ({error}): name their "
                         f"file with --inception") from error
     if machine.leads:
-        machine.any(False)
+        machine.wait()
     return model.to(machine.device)
 
 

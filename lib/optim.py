@@ -13,8 +13,8 @@ def count_micro_batches(batch: int, micro_batch: int | None, devices: int) -> in
     """Returns the number of micro-batches into which each device splits its part of a batch.
 
     Raises UserError if the batch does not divide evenly."""
-    size = micro_batch or max(1, batch // devices)
-    size = min(size, max(1, batch // devices))
+    per_device = max(1, batch // devices)
+    size = min(micro_batch or per_device, per_device)
     if batch % (devices * size):
         raise UserError(f"--batch {batch} on {devices} devices does not split into micro-batches "
                         f"of {size}: choose --micro-batch so that it does")

@@ -261,6 +261,10 @@ class Machine:
         flags = torch.full((devices_here,), float(flag))
         return self.fetch(mean_over_ranks(self.put(flags, own_share=True)).mean()) > 0
 
+    def wait(self):
+        """Waits until all ranks are here."""
+        self.any(False)
+
     def fetch(self, tensor: Tensor):
         """Returns the values of a tensor as Python numbers. Waits for the device."""
         self.sync()

@@ -8,7 +8,7 @@ from torch import nn
 import bench
 import train_transformer
 import train_vq
-from lib import costs
+from lib import costs, plans
 from lib.runtime import Machine
 from maskgit import MaskGIT, MaskGITConfig
 
@@ -109,7 +109,7 @@ def transformer_flops(positions, dim, depth, codebook_size):
 def test_flops_of_the_transformer():
     blocks, head = transformer_flops(positions=65, dim=128, depth=4, codebook_size=256)
     model = MaskGIT(MaskGITConfig(256, 10, 64, dim=128, depth=4, heads=4, mlp_dim=512, dropout=0.0))
-    assert train_transformer.training_flops(model) == 3 * (blocks + 64 * head)
+    assert plans.transformer_flops(model) == 3 * (blocks + 64 * head)
 
 
 def test_memory_for_the_backward_pass_leaves_out_the_weights():

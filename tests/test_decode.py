@@ -5,7 +5,16 @@ import pytest
 import torch
 
 from lib.orders import ORDERS, halton_order, make_order
-from maskgit import SCHEDULES, MaskGIT, MaskGITConfig, by_confidence, decode, gamma, mask_counts, masked_after
+from maskgit import (
+    SCHEDULES,
+    MaskGIT,
+    MaskGITConfig,
+    by_confidence,
+    decode,
+    gamma,
+    mask_counts,
+    masked_after,
+)
 
 LABELS = torch.tensor([0, 1, 2, 1])
 # Without noise: the likeliest token at each position, and the most confident of these first.
