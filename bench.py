@@ -61,7 +61,7 @@ def sizes_of(preset: str) -> Sizes:
     vq = Namespace(**train_vq.PRESETS[name], init=None)
     vq.image_size = image_size
     vq.perceptual = "lpips" if image_size >= 128 else "none"
-    transformer = Namespace(**train_transformer.PRESETS[name], decoder="parallel")
+    transformer = Namespace(decoder="parallel", init=None, **train_transformer.PRESETS[name])
     vqgan = train_vq.configuration(vq)
     grid = image_size // vqgan.stride
     maskgit = train_transformer.configuration(
