@@ -16,7 +16,7 @@ import train_transformer
 import train_vq
 from lib import files, flags
 
-# What the capital words stand for: RUN is a finished toy run, NEW does not exist, and for the others see `folder`.
+# What the capital words stand for: RUN is a small run, NEW does not exist, and for the others see `folder`.
 
 # A good command line of each script. A bad number is added to it, and the line must name the flag.
 COMMANDS = {
@@ -124,10 +124,11 @@ CASES += OTHERS
 
 
 @pytest.fixture(scope="module")
-def folder(trained, tmp_path_factory):
+def folder(untrained, tmp_path_factory):
     """Makes the folder that the command lines are run in."""
     folder = tmp_path_factory.mktemp("bad")
-    shutil.copytree(trained, folder / "RUN", ignore=shutil.ignore_patterns(".*.lock"))
+    shutil.copytree(untrained, folder / "RUN")
+    (folder / "RUN" / "autoregressive.pt").unlink()
     (folder / "EMPTY").mkdir()
     (folder / "TEXT").write_text("this is no picture")
     Image.linear_gradient("L").convert("RGB").resize((40, 40)).save(folder / "PHOTO", format="png")
