@@ -1,7 +1,7 @@
 """The data sets by name: `shapes` (drawn on the fly, the default), cifar10, imagenet, places2.
 
-Any other name is the path of a folder of images (lib.folders). To add a data set, write a class
-like Cifar10 below, which is a lib.loader.DataSet, and enter a function that opens it in DATA_SETS.
+Any other name is the path of a folder of images (lib.folders). To add a data set, write a
+lib.loader.DataSet such as Cifar10 below, and enter a function that opens it in DATA_SETS.
 """
 import hashlib
 import os
@@ -21,14 +21,14 @@ from lib.shapes import Shapes
 DATA_FLAGS = {
     "data_dir": (str, "data", "the folder of cifar10, imagenet and places2"),
     "max_pixels": (count, 178_956_970,
-                   "of an image file; a file of more may be a trap that fills the memory")}
+                   "of an image file; a larger one may be a trap that fills the memory")}
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt").read_text().splitlines()
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 
 
-class Cifar10:
-    """50,000 training and 10,000 validation images, 32 x 32; random flips if there are draws.
+class Cifar10(DataSet):
+    """50,000 training and 10,000 validation images, 32 x 32, flipped at random in training.
 
     folder: where cifar-10-binary.tar.gz is, or is downloaded to. Raises UserError if it cannot be
     downloaded or has a wrong checksum."""
@@ -63,10 +63,6 @@ class Cifar10:
             images = np.where(flip, images[..., ::-1], images)
         return torch.from_numpy(images), torch.from_numpy(self.labels[indices]).long()
 
-    def signatures(self) -> np.ndarray:
-        """Returns a number for each image (the archive never changes)."""
-        return np.arange(len(self), dtype=np.uint64)
-
 
 def open_shapes(size: int | None, folder: str) -> tuple:
     check_size("shapes", size)
@@ -89,14 +85,14 @@ def open_places2(size: int | None, folder: str) -> tuple:
     return open_large(Path(folder, "places2"), size, "365 classes")
 
 
-# Each function takes the image size (None: the set's own) and the folder --data-dir. It returns the
-# training and the validation set.
+# Each function takes the image size (None: the default of the set) and the folder --data-dir. It
+# returns the training and the validation set.
 DATA_SETS = {"shapes": open_shapes, "cifar10": open_cifar10, "imagenet": open_imagenet,
              "places2": open_places2}
 
 
 def check_size(name: str, size: int | None) -> None:
-    """Raises UserError if a data set of 32 x 32 images is asked for another size."""
+    """Raises UserError if another size than 32 is asked of a data set of 32 x 32 images."""
     if size not in (None, 32):
         raise UserError(f"{name} has images of 32 pixels, not {size}: leave --image-size out")
 
@@ -113,9 +109,9 @@ def open_large(root: Path, size: int | None, classes: str) -> tuple:
 def open_data(name: str, size: int | None = None, folder: str = "data") -> tuple:
     """Returns the training and the validation set.
 
-    name: one of DATA_SETS, or the path of a folder of images. size: S; None: that of the data set,
-    and 32 for folders. folder: where the named data sets are. Raises UserError for an unknown name
-    or bad data."""
+    name: one of DATA_SETS, or the path of a folder of images. size: S; None: the default of the
+    data set, 32 for a folder. folder: where the named data sets are. Raises UserError for an
+    unknown name or bad data."""
     if name in DATA_SETS:
         return DATA_SETS[name](size, folder)
     if not os.path.isdir(name):
@@ -126,7 +122,7 @@ def open_data(name: str, size: int | None = None, folder: str = "data") -> tuple
 
 
 def resolve_data(name: str) -> str:
-    """Returns the name of a data set as it is, and the path of a folder as an absolute one."""
+    """Returns the name of a data set unchanged, and the path of a folder made absolute."""
     return name if name in DATA_SETS else os.path.abspath(name)
 
 
@@ -148,30 +144,25 @@ def spread(data: DataSet, count: int) -> ImagesAndLabels:
 
 
 def find_class(text: str, classes: list[str]) -> int:
-    """Returns the label of the class with this name, this number, or this in its name alone.
+    """Returns the label of a class, given its name, its number, or a part of its name alone.
 
-    A number means a label only if no class has a number for its name. Raises UserError."""
+    If any class is called by a number, numbers are names. Raises UserError if no class fits, or
+    several do."""
     if text in classes:
         return classes.index(text)
-    if text.isdecimal():
-        return find_label(int(text), classes)
-    same = [name for name in classes if name.lower() == text.lower()]
-    similar = same or [name for name in classes if text.lower() in name.lower()]
+    if text.isdecimal() and not any(name.isdecimal() for name in classes):
+        if int(text) < len(classes):
+            return int(text)
+        raise UserError(f"class {text} does not exist: this run has classes 0 to "
+                        f"{len(classes) - 1}")
+    similar = [name for name in classes if name.lower() == text.lower()]
+    if not similar and not text.isdecimal():
+        similar = [name for name in classes if text.lower() in name.lower()]
     if len(similar) == 1:
         return classes.index(similar[0])
     if similar:
         raise UserError(f"class '{text}' fits several: {first_names(similar)}")
     raise UserError(f"class '{text}' does not exist: this run has {first_names(classes)}")
-
-
-def find_label(number: int, classes: list[str]) -> int:
-    """Returns a number if it is a label. Raises UserError if not, or if names are numbers."""
-    if any(name.isdecimal() for name in classes):
-        raise UserError(f"class '{number}' does not exist: this run has {first_names(classes)}")
-    if number >= len(classes):
-        raise UserError(f"class {number} does not exist: this run has classes 0 to "
-                        f"{len(classes) - 1}")
-    return number
 
 
 def first_names(names: list[str]) -> str:

@@ -32,7 +32,7 @@ def write_atomically(path: Path | str, write: Callable[[BinaryIO], object]):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch.save answers an OSError, such as a full disk, with a RuntimeError of its own.
+        # After an OSError, such as a full disk, torch.save raises a RuntimeError of its own.
         problem = error if isinstance(error, OSError) else error.__context__
         if not isinstance(problem, OSError):
             raise
@@ -182,7 +182,7 @@ def download(url: str, name: str, sha256: str | None = None, offline: bool = Fal
         if received != expected:
             raise UserError(f"{url} broke off after {received} of {expected} bytes: run this again")
         part.replace(path)
-    except RuntimeError as error:           # torch.hub's word for a wrong checksum
+    except RuntimeError as error:           # torch.hub raises it for a wrong checksum
         raise UserError(f"{url} has a wrong checksum ({error}): run this again, or put the right "
                         f"file at {path}") from error
     except OSError as error:                # also urllib's errors

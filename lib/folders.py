@@ -127,29 +127,17 @@ def open_folder(root: str, size: int, check: bool = True) -> tuple[Folder, Folde
     root = os.path.abspath(root)
     folders = split_folders(root)
     splits = [list_images(folder) for folder in folders]
-    train = splits[0]
-    val = splits[-1]
-    different = sorted(train.keys() ^ val.keys())
+    different = sorted(splits[0].keys() ^ splits[-1].keys())
     if different:
         raise UserError(f"class '{different[0]}' is in only one of {folders[0]} and {folders[1]}: "
                         f"both need the same class folders")
-
     pixels = {}
     if check:
-        files = []
-        for by_class in splits:
-            for paths in by_class.values():
-                files += paths
-        if size <= 64 and fits_in_memory(root, len(files), 2 * size):
-            pixels = decode_all(root, files, 2 * size)
-            readable = set(pixels)
-        else:
-            readable = set(check_all(root, files, size))
-        for by_class in splits:
-            for name, paths in by_class.items():
-                by_class[name] = [path for path in paths if path in readable]
-    if len(splits) == 1:
-        train, val = hold_out(root, train)
+        splits, pixels = leave_out_broken(root, splits, size)
+    if len(splits) == 2:
+        train, val = splits
+    else:
+        train, val = hold_out(root, splits[0])
 
     classes = []
     for name in sorted(train, key=as_people_count):
@@ -177,6 +165,30 @@ def split_folders(root: str) -> list[str]:
         raise UserError(f"{root} holds {splits[0]}/ and {splits[1]}/, but no train/: add it, or "
                         f"rename them if they are classes")
     return [subfolders["train"], subfolders[splits[1]]]
+
+
+def leave_out_broken(root: str, splits: list[dict[str, list[str]]],
+                     size: int) -> tuple[list[dict[str, list[str]]], dict[str, np.ndarray]]:
+    """Decodes all images -> (splits without broken files, {path: pixels}).
+
+    splits: {class: paths} of one or two folders. The pixels are {} unless the images are small and
+    fit in memory. Raises UserError if too many are broken."""
+    files = []
+    for by_class in splits:
+        for paths in by_class.values():
+            files += paths
+    if size <= 64 and fits_in_memory(root, len(files), 2 * size):
+        pixels = decode_all(root, files, 2 * size)
+        readable = set(pixels)
+    else:
+        pixels = {}
+        readable = set(check_all(root, files, size))
+    whole = []
+    for by_class in splits:
+        whole.append({})
+        for name, paths in by_class.items():
+            whole[-1][name] = [path for path in paths if path in readable]
+    return whole, pixels
 
 
 def fits_in_memory(root: str, count: int, side: int) -> bool:

@@ -8,23 +8,23 @@ from PIL import Image, ImageOps
 
 from lib.flags import UserError
 
-# By these a folder's images are told from whatever else lies in it.
+# A folder's files with other endings are not taken for images.
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif",
                  ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".tga", ".pcx")
-HUGE = 4_000_000                                 # pixels: an image of more takes much memory,
-ONE_HUGE_IMAGE_AT_A_TIME = threading.Lock()      # so threads take turns with those
+HUGE = 4_000_000                    # pixels; threads take turns with larger images, to save memory
+ONE_HUGE_IMAGE_AT_A_TIME = threading.Lock()
 
 
 def read_image(path: str, size: int | None = None) -> Image.Image:
     """Returns an image file as an upright RGB image.
 
-    size: the file may be decoded at a reduced scale, but not to a shorter side below this.
-    Raises UserError, which names the file, if it cannot be read as an image."""
+    size: the image may be reduced, but its shorter side not below this. Raises UserError, which
+    names the file, if it cannot be read as an image."""
     try:
-        # Pillow warns of large images; those over --max-pixels are errors.
+        # Pillow warns of large images; only those over --max-pixels are errors.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if size:
-                image.draft("RGB", (size, size))              # a JPEG is never decoded larger
+                image.draft("RGB", (size, size))              # a JPEG is reduced while decoding
             huge = image.width * image.height > HUGE
             with ONE_HUGE_IMAGE_AT_A_TIME if huge else contextlib.nullcontext():
                 return to_rgb(ImageOps.exif_transpose(reduced(image, size)))
@@ -34,9 +34,8 @@ def read_image(path: str, size: int | None = None) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:                   # Pillow raises nearly everything on broken files
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{path} is not a readable image ({reason}): repair or remove it") from error
+        raise UserError(f"{path} is not a readable image ({type(error).__name__}: {error}): repair "
+                        f"or remove it") from error
 
 
 def reduced(image: Image.Image, size: int | None) -> Image.Image:
@@ -62,7 +61,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:
-    """Returns a grey image of integers or floats as "L": its mode or maximum tells the white."""
+    """Returns a grey image of integers or floats as "L", scaled by its mode or maximum."""
     pixels = np.asarray(image, np.float64)
     if image.mode.startswith("I;16") or pixels.max() > 255:
         white = 65535
@@ -74,15 +73,15 @@ def to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def admit_pixels(most: int) -> None:
-    """Lets read_image() read files of up to so many pixels; larger ones may fill the memory."""
+    """Lets read_image() read files of up to so many pixels."""
     Image.MAX_IMAGE_PIXELS = most / 2            # Pillow warns from here on, and refuses twice this
 
 
 def random_crop(width: int, height: int, area: float, aspect: float, across: float,
                 down: float) -> tuple[float, float, float, float]:
-    """Returns RandomResizedCrop's box (left, top, right, bottom).
+    """Returns the box (left, top, right, bottom) of RandomResizedCrop.
 
-    It has 80 to 100% of the area, and an aspect of 3:4 to 4:3: long images are not squeezed.
+    It has 80 to 100% of the area (less of a long image) and an aspect ratio of 3:4 to 4:3.
     area, aspect, across, down: numbers in [0, 1) that choose the box."""
     pixels = (0.8 + 0.2 * area) * width * height
     ratio = np.exp((2 * aspect - 1) * np.log(4 / 3))

@@ -19,14 +19,11 @@ ImagesAndLabels = tuple[torch.Tensor, torch.Tensor]     # (B, 3, S, S) uint8, (B
 
 
 class DataSet(Protocol):
-    """A training or validation set.
+    """A training or validation set."""
 
-    classes: names by label. image_size: S. workers: how many processes should read ahead; 0 if
-    images are in memory or drawn."""
-
-    classes: list[str]
-    image_size: int
-    workers: int
+    classes: list[str]        # names by label
+    image_size: int           # S
+    workers: int              # processes that read ahead; 0 if images are in memory or drawn
 
     def __len__(self) -> int: ...
 
@@ -36,7 +33,10 @@ class DataSet(Protocol):
         draws: an integer for each image, which seeds its augmentation; None: no augmentation."""
 
     def signatures(self) -> np.ndarray:
-        """Returns a number (uint64) for each image, which changes if it or its label does."""
+        """Returns a number (uint64) for each image that changes if the image or its label does.
+
+        Here: for images that never change."""
+        return np.arange(len(self), dtype=np.uint64)
 
 
 @functools.lru_cache(maxsize=1)
@@ -46,17 +46,17 @@ def shuffled(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 def augmentation_draws(seed: int, places: np.ndarray) -> np.ndarray:
-    """Returns the integer that seeds the augmentation of each place in the stream.
+    """Returns an integer for each place in the stream, which seeds the augmentation of its image.
 
-    The lower 40 bits are the place; the 22 bits above come from the seed, so that two differ."""
+    The lower 40 bits are the place; the 22 bits above come from the seed."""
     return places + (seed % (1 << 22) << 40)
 
 
 class Steps:
     """Batch number `step` of an endless stream of shuffled epochs: a pure function of (seed, step).
 
-    size: images in a batch. Each of `world` ranks gets its own part of every batch, so that all
-    ranks together get the batch of one process."""
+    size: B. Each of `world` ranks gets B / world images of every batch; together they get the batch
+    that one process would get."""
 
     def __init__(self, data: DataSet, size: int, seed: int, rank: int = 0, world: int = 1):
         self.data = data
@@ -78,32 +78,30 @@ def batches(data: DataSet, size: int, seed: int, first: int, last: int,
             machine: Machine | None = None) -> Iterator[ImagesAndLabels]:
     """Iterates over the batches of steps first .. last - 1 of the stream.
 
-    size: B, over all ranks. workers: processes that read ahead; None: as many as suit the data.
-    machine: whose rank and device the batches are for; None: one process on the CPU. Raises
-    UserError as data.batch() does."""
-    if machine is None:
-        return loader(Steps(data, size, seed), range(first, last), data, workers)
-    steps = Steps(data, size, seed, machine.rank, machine.world)
-    on_cuda = machine.device.type == "cuda"
-    return loader(steps, range(first, last), data, workers, pin_memory=on_cuda)
-
-
-def loader(dataset: object, keys: Iterable, data: DataSet, workers: int | None = None,
-           pin_memory: bool = False) -> Iterator:
-    """Iterates over dataset[key] for every key, read ahead by processes.
-
-    workers: how many; None: data.workers. Raises UserError if dataset[key] does, or a reader dies.
-    """
+    size: B, over all ranks. workers: processes that read ahead; None: data.workers. machine: whose
+    rank and device the batches are for; None: one process on the CPU. Raises UserError as
+    data.batch() does."""
     if workers is None:
         workers = data.workers
+    if machine is None:
+        return loader(Steps(data, size, seed), range(first, last), workers)
+    steps = Steps(data, size, seed, machine.rank, machine.world)
+    on_cuda = machine.device.type == "cuda"
+    return loader(steps, range(first, last), workers, pin_memory=on_cuda)
+
+
+def loader(dataset: object, keys: Iterable, workers: int, pin_memory: bool = False) -> Iterator:
+    """Iterates over dataset[key] for every key. If workers > 0, so many processes read ahead.
+
+    Raises UserError if dataset[key] does, or if one of these processes dies."""
     readers = torch.utils.data.DataLoader(
         ErrorsAsValues(dataset), batch_size=None, sampler=keys, num_workers=workers,
         pin_memory=pin_memory, worker_init_fn=ignore_signals)
     try:
         readers = iter(readers)
         if workers > 0 and threading.current_thread() is threading.main_thread():
-            # If a reader dies, torch's handler would raise an error anywhere in a training step.
-            # Without it, the next batch is where that shows, after five seconds at most.
+            # If a reader died, torch's handler would raise an error anywhere in a training step.
+            # Without it the error comes with the next batch, within five seconds.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for item in readers:
             if isinstance(item, UserError):
@@ -118,9 +116,9 @@ def loader(dataset: object, keys: Iterable, data: DataSet, workers: int | None =
 
 
 class ErrorsAsValues:
-    """A data set that returns a UserError where another one raises it.
+    """A data set that returns a UserError where `dataset` raises it.
 
-    What a reader process raises, torch re-raises with a traceback in its text."""
+    If a reader process raised it, torch would put the traceback into its message."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -135,8 +133,8 @@ class ErrorsAsValues:
 def ignore_signals(worker: int) -> None:
     """Makes a reader process ignore Ctrl-C and SIGTERM, which torchrun sends to the whole group.
 
-    The training loop answers them by a last step, for which it may need its readers. They end with
-    it (flags.end_readers); if it is killed, torch's watchdog ends them within five seconds."""
+    The training loop finishes its step first, and may need the readers for it. Then it ends them
+    (flags.end_readers); if it is killed, torch's watchdog ends them within five seconds."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -145,11 +143,11 @@ def ignore_signals(worker: int) -> None:
 def interruptible(message: str) -> Iterator[None]:
     """Lets Ctrl-C and SIGTERM end a long task at once, with a KeyboardInterrupt of this message.
 
-    Training answers them only at the end of a step (lib.run), which may be hours away."""
+    Otherwise a training run reacts to them only after its next step (lib.run)."""
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(message)
 
-    if threading.current_thread() is not threading.main_thread():     # others cannot set handlers
+    if threading.current_thread() is not threading.main_thread():   # only this one may set handlers
         yield
         return
     on_interrupt = signal.signal(signal.SIGINT, stop)

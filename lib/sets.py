@@ -84,7 +84,7 @@ class Batches:
 def read_batches(data: DataSet, size: int, numbers: range) -> Iterator[Batch]:
     """Iterates over the batches of these numbers; reader processes read ahead, if the data has any.
     """
-    return iter(loader(Batches(data, size), numbers, data))
+    return iter(loader(Batches(data, size), numbers, data.workers))
 
 
 def labels_in_turn(number: int, size: int, count: int, classes: int) -> Tensor:

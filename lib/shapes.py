@@ -2,19 +2,19 @@
 import numpy as np
 import torch
 
-from lib.loader import ImagesAndLabels
+from lib.loader import DataSet, ImagesAndLabels
 from lib.runtime import hashed_uniform
 
 SHAPES = ["ball", "box", "cone", "fish", "ring", "cross", "heart", "moon", "house", "tree"]
-FAR = 9.0                   # the distance of a part that is not there
+FAR = 9.0                   # the distance to a second part where the object has none
 
 
-class Shapes:
+class Shapes(DataSet):
     """50,000 training and 5,000 validation images, 32 x 32; image i is of class i % 10.
 
-    It is a pure function of (split, i). One light falls from a random side: it grades the
-    background, shades the object and casts its shadow the other way, so tokens far apart have to
-    agree. Colour, size, position and rotation vary."""
+    It is a pure function of (split, i). Light falls from a random side: it grades the background,
+    shades the object and casts its shadow on the other side, so tokens far apart have to agree.
+    Colour, size, position and rotation vary."""
 
     classes = SHAPES
     image_size = 32
@@ -32,10 +32,6 @@ class Shapes:
         labels = np.asarray(indices) % len(SHAPES)
         images = draw_scenes(labels, hashed_uniform(self.key, indices, 13))
         return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels).long()
-
-    def signatures(self) -> np.ndarray:
-        """Returns a number for each image (they never change)."""
-        return np.arange(len(self), dtype=np.uint64)
 
 
 # ---- outlines: signed distances of points (x, y), y up, in units of the object's size; inside < 0
@@ -118,7 +114,7 @@ def hsv_to_rgb(h: np.ndarray, s: np.ndarray, v: np.ndarray) -> np.ndarray:
 def draw_scenes(labels: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     """Returns images (B, 32, 32, 3) uint8.
 
-    labels: (B,) ints below 10. uniform: (B, 13) in [0, 1), which decide everything else."""
+    labels: (B,) ints below 10. uniform: (B, 13) in [0, 1), which decides everything else."""
     draws = uniform.T[..., None, None]                             # (13, B, 1, 1)
 
     def between(low: float, high: float, column: int) -> np.ndarray:
@@ -147,7 +143,7 @@ def draw_scenes(labels: np.ndarray, uniform: np.ndarray) -> np.ndarray:
 
     # Anti-aliasing: a pixel is covered in proportion to its distance from the outline, within half
     # a pixel. The shadow is softer, over 4 pixels. Beyond a sharp corner the distance is too small,
-    # which would draw the shadow out into spikes: hence the circle around it.
+    # which would give the shadow spikes: hence the circle around it.
     to_shadow = np.maximum(distances[1], np.hypot(x[1], y[1]) - 1)
     cover = np.clip(0.5 - distances[0] * size * 16, 0, 1)[..., None]
     cover_second = np.clip(0.5 - second[0] * size * 16, 0, 1)[..., None]

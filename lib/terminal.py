@@ -17,9 +17,9 @@ def time_left(amount: float, speed: float | None) -> str:
 
 
 def show_line(text: str, last: bool = False, stream: TextIO | None = None) -> None:
-    """Prints a line of progress, which on a terminal replaces the line before it.
+    """Prints a line of progress. On a terminal the next one will replace it, unless it is the last.
 
-    last: the task is done, so the line stays. stream: None is stdout."""
+    stream: None is stdout."""
     stream = stream or sys.stdout
     if not stream.isatty():
         print(text, file=stream, flush=True)
@@ -32,20 +32,17 @@ def show_line(text: str, last: bool = False, stream: TextIO | None = None) -> No
 class Progress:
     """Shows how far a long task is and how much time is left.
 
-    task: its name. total: how much there is to do, in `unit`. done: how much was done before.
-    stream: None is stdout."""
+    task: its name. total: how many units there are to do. stream: None is stdout."""
 
-    def __init__(self, task: str, total: float, unit: str = "images", done: float = 0,
-                 stream: TextIO | None = None):
+    def __init__(self, task: str, total: int, unit: str = "images", stream: TextIO | None = None):
         self.task = task
         self.total = total
         self.unit = unit
-        self.done_before = done
         self.stream = stream or sys.stdout
         self.started = time.time()
         self.shown = self.started                           # when the latest line was printed
 
-    def show(self, done: float) -> None:
+    def show(self, done: int) -> None:
         """Prints a line if the latest one is old enough, or if `done` reaches the total."""
         now = time.time()
         last = done >= self.total
@@ -53,12 +50,10 @@ class Progress:
         if not last and now - self.shown < seconds_between_lines:
             return
         self.shown = now
-        speed = (done - self.done_before) / max(now - self.started, 1e-9)
-        amounts = f"{done} of {self.total}"
-        if isinstance(done, float):
-            amounts = f"{done:.4g} of {self.total:.4g}"
+        speed = done / max(now - self.started, 1e-9)
         left = time_left(self.total - done, speed)
-        show_line(f"{self.task}: {amounts} {self.unit}, {speed:.4g}/s, {left}", last, self.stream)
+        show_line(f"{self.task}: {done} of {self.total} {self.unit}, {speed:.4g}/s, {left}", last,
+                  self.stream)
 
 
 def format_cell(value: float | str) -> str:

@@ -17,11 +17,10 @@ from lib.terminal import Progress
 
 
 class FrozenTokenizer:
-    """A trained tokenizer as stage 2 uses it.
+    """A trained tokenizer as stage 2 uses it: it turns images into tokens.
 
-    path, model_class: as for rebuild(). image_size: of the images to come; None: of those that it
-    was trained on. at_once: how many of them it encodes at a time.
-    Attributes: model, image_size, num_tokens, codebook_size, fingerprint.
+    path, model_class: see rebuild(). image_size: None for the size that it was trained on.
+    at_once: how many images it encodes at a time.
     Raises UserError as rebuild() does, and if the tokenizer's stride does not divide the size."""
 
     def __init__(self, path: str | Path, model_class: type, image_size: int | None, at_once: int,
@@ -44,11 +43,11 @@ class FrozenTokenizer:
     def encode(self, images: torch.Tensor, own_share: bool = False) -> torch.Tensor:
         """Returns the tokens (n, N) of images (n, 3, S, S) uint8, on the device.
 
-        own_share: as for Machine.put()."""
+        own_share: see Machine.put()."""
         tokens = []
         with self.machine.autocast():
-            for some in self.machine.to_floats(images, own_share).split(self.at_once):
-                tokens.append(self.compiled_encode(some).flatten(1))
+            for part in self.machine.to_floats(images, own_share).split(self.at_once):
+                tokens.append(self.compiled_encode(part).flatten(1))
         return torch.cat(tokens)
 
 
@@ -56,14 +55,14 @@ class CachedTokens:
     """All training images as tokens, encoded once in several augmented views: a data set of tokens.
 
     A row is the N tokens and the label of one view of one image; the first views of all images come
-    first. The rows are in chunks, files NNNNN-HASH.npy of uint16 in `folder`. The hash is of what
-    was encoded (DataSet.signatures), so chunks of images that have changed are encoded anew.
+    first. The rows are stored in chunks, files NNNNN-HASH.npy of uint16 in `folder`. The hash is of
+    DataSet.signatures(), so chunks of images that have changed are encoded anew.
     data: the images. num_tokens: N."""
 
-    ROWS = 4096              # of a chunk; more if there would be over FILES chunks,
-    FILES = 256              # as each stays open
-    # Rows that a reader process reads at once: with 8 ranks of 16 readers, two batches each are on
-    # the way, which at 256 pixels is 3 GB of shared memory.
+    FILES = 256              # at most, as each stays open
+    ROWS = 4096              # of a chunk; more if there would be too many files
+    # Rows that a reader process reads at once. With 8 ranks of 16 readers, and two batches of each
+    # waiting, this takes 3 GB of shared memory at 256 pixels.
     BATCH = 64
 
     workers = 0
@@ -72,15 +71,14 @@ class CachedTokens:
         self.folder = Path(folder)
         self.data = data
         self.views = views
-        rows = len(data) * views
-        self.chunk_rows = max(self.ROWS, math.ceil(rows / self.FILES))
-        self.chunks = [range(rows)[first:first + self.chunk_rows]
-                       for first in range(0, rows, self.chunk_rows)]
+        rows = range(len(data) * views)
+        self.chunk_rows = max(self.ROWS, math.ceil(len(rows) / self.FILES))
+        self.chunks = split(rows, self.chunk_rows)
         signatures = data.signatures()
         self.paths = []
         for number, chunk in enumerate(self.chunks):
             digest = hashlib.md5(f"{num_tokens} {chunk} {len(data)}".encode())
-            digest.update(signatures[np.arange(chunk.start, chunk.stop) % len(data)].tobytes())
+            digest.update(signatures[np.array(chunk) % len(data)].tobytes())
             self.paths.append(self.folder / f"{number:05}-{digest.hexdigest()[:16]}.npy")
 
     def __len__(self) -> int:
@@ -88,30 +86,32 @@ class CachedTokens:
 
     def __getitem__(self, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the images and labels of some rows, for encode()."""
-        rows = np.arange(rows.start, rows.stop)
-        return self.data.batch(rows % len(self.data), rows + (1 << 50))
+        numbers = np.array(rows)
+        return self.data.batch(numbers % len(self.data), numbers + (1 << 50))
 
     def encode(self, tokenize: Callable[[torch.Tensor], torch.Tensor], rank: int = 0,
                world: int = 1) -> None:
         """Writes the chunks that are missing, and removes those of other images.
 
         tokenize: images (n, 3, S, S) uint8 -> tokens (n, N). Each rank writes its share of the
-        chunks, and each of them whole or not at all, so an interrupted encoding can go on. Raises
+        chunks, each of them whole or not at all, so an interrupted encoding can go on. Raises
         UserError as data.batch() does, KeyboardInterrupt on Ctrl-C."""
         if rank == 0:
             self.remove_others()
         missing = [number for number in range(rank, len(self.paths), world)
                    if not self.paths[number].exists()]
-        pieces = [piece for number in missing for piece in self.pieces(number)]
-        images_of_pieces = loader(self, pieces, self.data)
-        total = sum(len(piece) for piece in pieces)
+        batches = []
+        for number in missing:
+            batches += split(self.chunks[number], self.BATCH)
+        stream = loader(self, batches, self.data.workers)
+        total = sum(map(len, batches))
         progress = Progress(f"encoding views into {self.folder}", total, stream=sys.stderr)
         done = 0
         with interruptible("stopped while encoding images: the same command with --resume goes on"):
             for number in missing:
                 rows = []
-                for _ in self.pieces(number):
-                    images, labels = next(images_of_pieces)
+                for _ in split(self.chunks[number], self.BATCH):
+                    images, labels = next(stream)
                     rows.append(torch.cat([tokenize(images).cpu(), labels[:, None]], 1))
                     done += len(labels)
                     if rank == 0:
@@ -119,17 +119,12 @@ class CachedTokens:
                 rows = torch.cat(rows).numpy().astype(np.uint16)
                 write_atomically(self.paths[number], functools.partial(np.save, arr=rows))
 
-    def pieces(self, number: int) -> list[range]:
-        """Returns the rows of a chunk in pieces of up to BATCH rows."""
-        chunk = self.chunks[number]
-        return [chunk[first:first + self.BATCH] for first in range(0, len(chunk), self.BATCH)]
-
     def remove_others(self) -> None:
         """Deletes the chunks of other images, or of these before they changed, and says so."""
-        others = [path for path in self.folder.glob("*.npy") if path not in self.paths]
+        others = set(self.folder.glob("*.npy")) - set(self.paths)
         if others:
-            print(f"{len(others)} files in {self.folder} hold tokens of other images or of other "
-                  f"versions of them: they are removed, and what is missing is encoded anew",
+            print(f"{len(others)} files in {self.folder} hold tokens of images that have changed "
+                  f"or are not used now: they are removed, and what is missing is encoded anew",
                   file=sys.stderr)
         for path in others:
             path.unlink()
@@ -142,9 +137,13 @@ class CachedTokens:
     def batch(self, indices: np.ndarray, draws: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns tokens (B, N) int32 and labels (B,) int64, in the views that the draws choose."""
         views = (hashed_uniform(5, draws, 1)[:, 0] * self.views).astype(np.int64)
-        numbers = views * len(self.data) + indices
-        chunks, places = np.divmod(numbers, self.chunk_rows)
+        chunks, places = np.divmod(views * len(self.data) + indices, self.chunk_rows)
         pairs = zip(chunks, places, strict=True)
         rows = np.stack([self.arrays[chunk][place] for chunk, place in pairs])
         labels = torch.from_numpy(rows[:, -1].astype(np.int64))
         return torch.from_numpy(rows[:, :-1].astype(np.int32)), labels
+
+
+def split(rows: range, size: int) -> list[range]:
+    """Returns consecutive ranges of up to `size` rows."""
+    return [rows[first:first + size] for first in range(0, len(rows), size)]

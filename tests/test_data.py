@@ -730,7 +730,8 @@ def test_readers_survive_signals(tmp_path):
     coloured(tmp_path / "imagenet", 50)
     batch_came = multiprocessing.Event()
     process = start(lambda: read_for_ever(tmp_path, batch_came, [signal.SIGINT, signal.SIGTERM]))
-    wait_for_another(batch_came)
+    for _ in range(2):                                      # each reader has brought one, and so is ready
+        wait_for_another(batch_came)
     readers = readers_of(process)
     os.killpg(process.pid, signal.SIGTERM)
     os.killpg(process.pid, signal.SIGINT)

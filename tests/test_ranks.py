@@ -182,7 +182,7 @@ def fail_beside_readers(error, failing_rank):
     def loop(args, machine):
         if machine.world > 1:
             threading.Thread(target=threading.Event().wait).start()     # never ends, as NCCL's may not
-        stream = iter(loader(Zeros(), range(10_000), Zeros, workers=2))
+        stream = iter(loader(Zeros(), range(10_000), workers=2))
         for step in range(1000):
             next(stream)
             if step == 3 and machine.rank == failing_rank:
@@ -232,7 +232,7 @@ def test_a_stop_that_all_ranks_agree_on_ends_the_readers(world):
 
 def stop_beside_readers():
     def loop(args, machine):
-        stream = iter(loader(Zeros(), range(10_000), Zeros, workers=2))
+        stream = iter(loader(Zeros(), range(10_000), workers=2))
         next(stream)
         sys.exit(143)
 
