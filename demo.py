@@ -3,9 +3,9 @@
     python demo.py                    # the newest run, or example/, at http://127.0.0.1:8000
     python demo.py --run runs/shapes --port 8001
 
-The page is in lib/demo/. It asks /about, /photo, /validation, /draw and /look, which are methods of
-Demo; lib/web.py carries questions and answers. Nothing is kept between requests. When the page no
-longer wants an answer it closes the connection, and the work for it stops.
+The page is in lib/demo/. Its questions, /about, /photo, /validation, /draw and /look, go through
+lib/web.py to the methods of Demo with these names. Nothing is kept between requests. When the page
+no longer wants an answer it closes the connection, and the work for it stops.
 """
 import argparse
 import base64
@@ -16,7 +16,6 @@ import math
 import os
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from lib.editing import composite, default_feather, likeliest_class, to_square
 from lib.files import fingerprint
 from lib.flags import UserError
 from lib.image_files import admit_pixels, read_image
+from lib.loader import DataSet
 from lib.orders import ORDERS
 from lib.pictures import to_pil
 from lib.runtime import Machine
@@ -49,23 +49,8 @@ class SettingsParser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse_settings(settings: dict[str, str]) -> argparse.Namespace:
-    """Parses {flag of sample.py or edit.py: its text, or "" for its default}.
-
-    Raises UserError for a bad value."""
-    parser = SettingsParser(add_help=False, allow_abbrev=False)
-    flags.add_flags(parser, {
-        "num": (flags.number(int, 1, MAX_IMAGES), 10, "images"),
-        "decoder": (list(STAGES), "parallel", "which transformer of the run"),
-        "feather": (flags.non_negative, None, "blur of an edit's border in pixels"),
-    })
-    add_sampler_flags(parser)
-    given = [f"--{name}={text}" for name, text in settings.items() if text != ""]
-    return parser.parse_args(given)
-
-
 class Upload(io.BytesIO):
-    """The bytes of a file that has no path, for read_image() to name in its errors."""
+    """The bytes of a file without a path. Errors of read_image() name it by its repr."""
 
     def __repr__(self) -> str:
         return "this file"
@@ -76,14 +61,6 @@ def data_url(image: Tensor) -> str:
     file = io.BytesIO()
     to_pil(image).save(file, "png", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-@dataclass
-class Edit:
-    """A picture and the part of it that is to be painted anew."""
-    picture: Tensor         # (3, S, S) in [0, 1]
-    region: Tensor          # (side, side) bool, true where it is painted anew
-    known: Tensor           # (N,) int64, mask_id where it is painted anew
 
 
 class Demo:
@@ -104,34 +81,38 @@ class Demo:
                     self.folder, machine, args.vqgan, decoder="autoregressive")
                 self.models["autoregressive"] = sequential
             except UserError as error:
-                print(f"without Compare, as the sequential decoder does not fit: {error}")
+                print(f"the page has no Compare: {error}")
         self.classes = self.checkpoint["classes"]
         self.stride = self.tokenizer.config.stride
 
     @functools.cached_property
     def run_id(self) -> str:
-        """A text that no server of other models has."""
+        """Identifies the models: a server of other models has another text."""
         models = [self.tokenizer, *self.models.values()]
         return "-".join(fingerprint(model) for model in models)
 
     @functools.cached_property
-    def validation_images(self):
-        """The run's validation data set. Raises UserError if it is not there."""
+    def validation_images(self) -> DataSet:
+        """The run's validation data set. Raises UserError if it cannot be opened."""
         admit_pixels(self.args.max_pixels)
         name = self.checkpoint["data"]
         try:
             _, validation = open_data(name, self.checkpoint["image_size"], self.args.data_dir)
         except UserError as error:
             raise UserError(f"the data of this run cannot be opened ({error}): start demo.py in "
-                            f"the folder where it was trained, or name --data-dir") from error
+                            f"the folder where it was trained, or give --data-dir") from error
         return validation
 
     def read_settings(self, texts: dict[str, str]) -> argparse.Namespace:
-        """Returns settings as of parse_settings(), with this run's border for an edit."""
-        settings = parse_settings(texts)
-        if settings.feather is None:
-            settings.feather = default_feather(self.stride)
-        return settings
+        """Parses {flag of sample.py or edit.py: its text, or "" for its default}."""
+        parser = SettingsParser(add_help=False, allow_abbrev=False)
+        flags.add_flags(parser, {
+            "num": (flags.number(int, 1, MAX_IMAGES), 10, "images"),
+            "decoder": (list(STAGES), "parallel", "which transformer of the run"),
+            "feather": (flags.non_negative, default_feather(self.stride), "blur of the border"),
+        })
+        add_sampler_flags(parser)
+        return parser.parse_args([f"--{flag}={text}" for flag, text in texts.items() if text != ""])
 
     def about(self, body: bytes, tell: Tell) -> None:
         """Tells what the page must know before it asks anything else."""
@@ -175,15 +156,15 @@ class Demo:
     def draw(self, body: bytes, tell: Tell) -> None:
         """Draws images, or paints a region of a picture anew.
 
-        The request: "settings", as for parse_settings(); "label", the index of a class or null; to
-        edit, "picture", a data URL, and "region", for each token whether it is painted anew.
-        Without a label each class is drawn in turn, or the likeliest is painted. Tells of each
-        pass; then the steps, see steps_in_numbers(); then the images of each step, the last first.
-        """
+        The request: "settings", as for read_settings(); "label", the index of a class or null for
+        each in turn, or for the likeliest in an edit; to edit, "picture", a data URL, and "region",
+        for each token whether it is painted anew. Tells of each pass; then the steps, see
+        steps_in_numbers(); then the images of each step, the last first."""
         request = json.loads(body)
         settings = self.read_settings(request["settings"])
         model = self.models[settings.decoder]
         options = sampler_options(settings, model)
+        options["generator"] = self.machine.generator(settings.seed)
         passes = options.get("steps", model.config.num_tokens)
         steps = []
 
@@ -194,16 +175,20 @@ class Demo:
 
         with self.machine.autocast():
             started = time.time()
-            edit = None
+            label = request["label"]
+            picture = None
             unknown = torch.ones(model.config.num_tokens, dtype=torch.bool)
             if "picture" in request:
-                edit = self.read_edit(request["picture"], request["region"])
-                unknown = edit.region.flatten()
-                options["known"] = edit.known.expand(settings.num, -1)
-            labels = self.choose_labels(request["label"], settings, edit)
-            generator = self.machine.generator(settings.seed)
-            sample = sampler_of(model)
-            sample(model, self.machine.put(labels), generator=generator, on_step=on_step, **options)
+                picture, known = self.read_edit(request["picture"], request["region"])
+                unknown = (known == model.mask_id).cpu()
+                options["known"] = known.expand(settings.num, -1)
+                if label is None:
+                    label = likeliest_class(model, known, settings.seed)
+            labels = torch.arange(settings.num) % len(self.classes)
+            if label is not None:
+                labels = torch.full((settings.num,), label)
+            sampler = sampler_of(model)
+            sampler(model, self.machine.put(labels), on_step=on_step, **options)
             tell({
                 **steps_in_numbers(steps, settings.schedule, int(unknown.sum())),
                 "unknown": unknown.tolist(),
@@ -214,33 +199,23 @@ class Demo:
             for t in range(len(steps), 0, -1):
                 sampled, _, _ = steps[t - 1]
                 images = self.tokenizer.decode(as_grid(sampled)).float().cpu()
-                if edit is not None:
-                    mask = to_pixels(edit.region, self.stride).cpu()
-                    images = composite(edit.picture, images, mask, settings.feather)
+                if picture is not None:
+                    mask = to_pixels(as_grid(unknown[None]), self.stride)[0]
+                    images = composite(picture, images, mask, settings.feather)
                 tell({"step": t, "images": [data_url(image) for image in images]})
 
-    def read_edit(self, picture_url: str, painted: list[bool]) -> Edit:
-        """Returns an edit of a picture, a data URL, of the tokens that are painted over.
+    def read_edit(self, picture_url: str, region: list[bool]) -> tuple[Tensor, Tensor]:
+        """Reads a picture, a data URL, and the region of tokens that is to be painted anew.
 
-        Raises UserError if there are none."""
+        Returns the picture (3, S, S) in [0, 1] and its tokens (N,), mask_id in the region. Raises
+        UserError if nothing is marked."""
+        if not any(region):
+            raise UserError("nothing is painted over yet: mark the region to draw anew")
         _, _, encoded = picture_url.partition(",")
         picture = self.read_photo(base64.b64decode(encoded))
-        tokens = self.tokenizer.encode(picture[None].to(self.machine.device))[0]    # (side, side)
-        region = torch.tensor(painted, dtype=torch.bool, device=tokens.device).view_as(tokens)
-        if not region.any():
-            raise UserError("nothing is painted over yet: mark the region that is to be drawn anew")
-        known = torch.where(region, self.models["parallel"].mask_id, tokens).flatten()
-        return Edit(picture, region, known)
-
-    def choose_labels(
-        self, label: int | None, settings: argparse.Namespace, edit: Edit | None,
-    ) -> Tensor:
-        """Returns the class of each image, (B,) int64. label: the class that was asked for."""
-        if label is None and edit is None:
-            return torch.arange(settings.num) % len(self.classes)
-        if label is None:
-            label = likeliest_class(self.models["parallel"], edit.known, settings.seed)
-        return torch.full((settings.num,), label)
+        tokens = self.tokenizer.encode(picture[None].to(self.machine.device)).flatten()
+        tokens[torch.tensor(region, device=tokens.device)] = self.models["parallel"].mask_id
+        return picture, tokens
 
     def look(self, body: bytes, tell: Tell) -> None:
         """Tells the likeliest codes of one token at one step, and the code that was sampled.
@@ -326,12 +301,13 @@ def serve(args: argparse.Namespace, machine: Machine) -> None:
 
 
 def stop(number: int, frame: object) -> None:
-    """Leaves at once: Python would interrupt torch in a computation, which aborts. There is nothing
-    to save."""
+    """Ends the process at once: an exception in the midst of torch would abort it. Nothing is lost.
+    """
     os._exit(0)
 
 
 def main() -> None:
+    """Parses the flags and serves."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_flags(parser, {

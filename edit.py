@@ -93,7 +93,7 @@ def chosen_region(args: argparse.Namespace, photo: Image.Image, size: int, side:
         columns_fit = 0 <= left < left + width <= photo.width
         if not rows_fit or not columns_fit:
             raise UserError(f"--box {top},{left},{height},{width} is empty or reaches outside "
-                            f"{args.photo}, which is {photo.width} x {photo.height} pixels")
+                            f"{args.photo}: its pixels are {photo.width} x {photo.height}")
         place = editing.square_place(*photo.size, args.fit)
         region = editing.box_region(args.box, place, side)
     else:
@@ -125,8 +125,8 @@ def check_flags(args: argparse.Namespace, out: Path, size: int, steps: int) -> N
 
 
 # ---------------------------------------------------------------------------------------- painting
-# Both functions return a list of (tokens, masked), (B, side, width) each: what an image holds after
-# each step, and which of its tokens are still masked. The last is the result.
+# repaint() and extrapolate() return (tokens, masked) of each step, both (B, side, width): the
+# predicted tokens, and which of them are still masked. The last step is the result.
 
 def repaint(
     transformer: MaskGIT, known: Tensor, labels: Tensor, options: dict,
@@ -182,8 +182,8 @@ def paint(
     """Paints a variant for each label (n,), BATCH at a time: a panorama if there are margins.
 
     known: (side, side), mask_id where it is repainted. margins: pixels to paint left and right of
-    it. options: of decode(). Returns images (n, 3, S, left + S + right) on the CPU, in a list: the
-    result alone or, with film, one tensor for each step."""
+    the square. options: of decode(). Returns images (n, 3, S, left + S + right) on the CPU, in a
+    list: the result alone or, with film, one tensor for each step."""
     stride = tokenizer.config.stride
     left = math.ceil(margins[0] / stride)                           # in tokens
     right = math.ceil(margins[1] / stride)
@@ -241,7 +241,7 @@ def edit(args: argparse.Namespace, machine: runtime.Machine) -> None:
     photo = read_image(args.photo)
     square = editing.to_square(photo, size, args.fit)               # (3, S, S)
     region = chosen_region(args, photo, size, size // stride)       # (side, side)
-    margin = max(0, (args.extrapolate or size) - size)
+    margin = (args.extrapolate or size) - size
     margins = (margin // 2, margin - margin // 2)                   # pixels left and right of it
     with machine.autocast():
         tokens = tokenizer.encode(square[None].to(machine.device))[0]

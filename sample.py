@@ -16,7 +16,14 @@ from torch import Tensor
 
 from lib import flags, pictures, runtime
 from lib.data import find_class
-from lib.sampling import add_run_flags, add_sampler_flags, load_run, sampler_of, sampler_options
+from lib.sampling import (
+    add_run_flags,
+    add_sampler_flags,
+    draw_step,
+    load_run,
+    sampler_of,
+    sampler_options,
+)
 from lib.terminal import Progress
 from maskgit import MaskGIT
 from sequential import CausalTransformer
@@ -31,13 +38,16 @@ FLAGS = {
     "out": (str, None, "the picture to write (default: samples.png in the run's folder)"),
 }
 BATCH = 64                      # images decoded at once
-SEQUENTIAL_FRAMES = 8           # in a film of the sequential decoder, evenly spaced
 
 
-def sequential_moments(num_tokens: int) -> list[int]:
-    """Returns when a film of the sequential decoder has a frame, in numbers of decoded tokens."""
-    frames = range(1, SEQUENTIAL_FRAMES + 1)
-    return [round(i * num_tokens / SEQUENTIAL_FRAMES) for i in frames]
+def check_size(num: int, out: Path, captions: Sequence[str], image_size: int) -> None:
+    """Raises UserError if the picture is too large for its format or for the memory."""
+    layout = pictures.GridLayout(num, len(captions), (image_size, image_size), captions)
+    pictures.check_picture(out, layout.size, "a lower --num")
+    width, height = layout.size
+    floats = 3 * image_size ** 2 * num * len(captions)
+    # The images as floats of 4 bytes, twice while their batches are joined, and the grid.
+    flags.check_memory(2 * 4 * floats + 3 * width * height, f"--num {num}")
 
 
 @torch.no_grad()
@@ -49,14 +59,14 @@ def draw(
 
     labels: (n,) int64. options: of the decoding function. moments: steps t to keep for a film.
     Returns images (n, 3, H, W) in [0, 1] on the CPU; and for each moment the sampled tokens and a
-    mask of those that are masked again, both (n, N)."""
+    mask of those that are masked again, both (n, side, side)."""
     sampled_at = {t: [] for t in moments}               # by step: a tensor for each batch
     masked_at = {t: [] for t in moments}
 
     def keep(t: int, sampled: Tensor, masked: Tensor, confidence: Tensor) -> None:
         if t in sampled_at:
-            sampled_at[t].append(sampled)
-            masked_at[t].append(masked)
+            sampled_at[t].append(as_grid(sampled))
+            masked_at[t].append(as_grid(masked))
 
     sampler = sampler_of(transformer)
     progress = Progress("drawing", len(labels))
@@ -68,18 +78,6 @@ def draw(
             progress.show(sum(map(len, images)))
     steps = [(torch.cat(sampled_at[t]), torch.cat(masked_at[t])) for t in moments]
     return torch.cat(images), steps
-
-
-@torch.no_grad()
-def draw_step(tokenizer: VQGAN, sampled: Tensor, masked: Tensor, opacity: float) -> Tensor:
-    """Returns images (n, 3, H, W) of a decoding step: the sampled tokens, grey where masked.
-
-    sampled, masked: (n, N). opacity: of the grey."""
-    images = []
-    for tokens, mask in zip(sampled.split(BATCH), masked.split(BATCH), strict=True):
-        shown = pictures.grey_out(tokenizer.decode(as_grid(tokens)), as_grid(mask), opacity)
-        images.append(shown.float().cpu())
-    return torch.cat(images)
 
 
 def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
@@ -95,13 +93,16 @@ def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
     out = pictures.picture_path(args.out, folder, "samples.png")
     check_size(args.num, out, captions, checkpoint["image_size"])
 
-    sequential = isinstance(transformer, CausalTransformer)
-    if sequential:
+    if isinstance(transformer, CausalTransformer):
         method = "token by token"
-        moments = sequential_moments(transformer.config.num_tokens)
+        moments = [round(i / 8 * transformer.config.num_tokens) for i in range(1, 9)]
+        titles = [f"{t} tokens" for t in moments]
+        opacity = 1.0                   # hides the tokens that are not decoded yet: they are arbitrary
     else:
         method = f"{options['steps']} steps, {args.schedule} schedule"
         moments = list(range(1, options["steps"] + 1))
+        titles = [f"step {t}" for t in moments]
+        opacity = 0.85
     if machine.leads:
         print(f"{folder}: samples, {method}, seed {args.seed}, on {machine.device}", flush=True)
     started = time.time()
@@ -111,28 +112,17 @@ def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
         moments = []
     with machine.autocast():
         images, steps = draw(tokenizer, transformer, machine.put(labels), options, moments)
-        # Where the sequential decoder has not been yet, its tokens are arbitrary: hide them.
-        opacity = 1.0 if sequential else 0.85
-        frames = [draw_step(tokenizer, sampled[::args.num], masked[::args.num], opacity)
-                  for sampled, masked in steps]                     # one image of each class
+        frames = []
+        for sampled, masked in steps:                               # one image of each class
+            frames.append(draw_step(
+                tokenizer, sampled[::args.num], masked[::args.num], opacity, BATCH))
     machine.sync()
     if not machine.leads:
         return
     pictures.save_image(out, pictures.grid(images.split(args.num), captions))
     print(f"wrote {out}: {len(labels)} images in {time.time() - started:.1f} s")
     if args.film:
-        titles = [f"{t} tokens" if sequential else f"step {t}" for t in moments]
         pictures.save_film(out, frames, titles)
-
-
-def check_size(num: int, out: Path, captions: Sequence[str], image_size: int) -> None:
-    """Raises UserError if the picture is too large for its format or for the memory."""
-    layout = pictures.GridLayout(num, len(captions), (image_size, image_size), captions)
-    pictures.check_picture(out, layout.size, "a lower --num")
-    width, height = layout.size
-    floats = 3 * image_size ** 2 * num * len(captions)
-    # The images as floats of 4 bytes, twice while their batches are joined, and the grid.
-    flags.check_memory(2 * 4 * floats + 3 * width * height, f"--num {num}")
 
 
 def main() -> None:

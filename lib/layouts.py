@@ -3,14 +3,21 @@
 A layout is a function of a model that yields (the name of an array in the file, our weights). The
 weights are a view in the shape of that array, to be read from or to be written to.
 """
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from lib.flags import UserError
 from maskgit import MaskGIT
 from vqgan import VQGAN, ResBlock
 
+PORT = "maskgit-vqgan-imagenet-f16-256.bin"             # the tokenizer in open-muse, 1d-tokenizer
+READABLE = (f"pretrained.py reads the authors' released files (Flax msgpack) and the tokenizer's "
+            f"PyTorch port ({PORT}), but no safetensors files or Lightning checkpoints (.ckpt)")
 # {our name of a layer of the transformer: the released one}
 LAYERS = {
     "token_embedding": "Embed_0/word_embeddings",
@@ -33,6 +40,50 @@ BLOCK_LAYERS = {
 WEIGHTS = {nn.Conv2d: "kernel", nn.Linear: "kernel", nn.Embedding: "embedding",
            nn.GroupNorm: "scale", nn.LayerNorm: "scale"}
 
+
+class ReleasedFile:
+    """The arrays of a file by name, each of which is to be used once. path: for messages."""
+
+    def __init__(self, path: Path | str, arrays: dict[str, Tensor]):
+        self.path = path
+        self.arrays = arrays
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of an array. Raises UserError if there is none of this name."""
+        if name not in self.arrays:
+            raise UserError(f"{self.path}: parameter {name} is missing: this is another model, or "
+                            f"a part of one; {READABLE}")
+        return tuple(self.arrays[name].shape)
+
+    def count(self, start: str) -> int:
+        """Returns how many different numbers follow `start` in the names."""
+        numbers = set()
+        for name in self.arrays:
+            if name.startswith(start):
+                numbers.add(re.match(r"\d*", name.removeprefix(start)).group())
+        return len(numbers)
+
+    def build(self, model_class: type, config: object, layout: Callable) -> nn.Module:
+        """Returns a model with these arrays, in eval mode.
+
+        layout: released_arrays or port_arrays. Raises UserError if an array is missing, misshapen
+        or left over."""
+        with torch.device("meta"):                      # takes no time for a random start
+            model = model_class(config)
+        model = model.to_empty(device="cpu")
+        for name, ours in layout(model):
+            shape = self.shape(name)
+            if shape != tuple(ours.shape):
+                raise UserError(f"{self.path}: parameter {name} has shape {shape}, but "
+                                f"{tuple(ours.shape)} is expected: this is another model")
+            ours.copy_(self.arrays.pop(name))
+        if self.arrays:
+            raise UserError(f"{self.path}: parameter {next(iter(self.arrays))} is unexpected: this "
+                            f"is another model")
+        return model.eval()
+
+
+# ----------------------------------------------------------------------------- the authors' layout
 
 def released_arrays(model: VQGAN | MaskGIT) -> Iterator[tuple[str, Tensor]]:
     """Yields every array of a released file: the layout of the authors."""
@@ -71,8 +122,8 @@ def layer_arrays(
     """Yields the arrays of one layer: its weight and, if it has one, its bias.
 
     heads: of the attention that the layer may be a part of."""
-    weight = layer.weight.detach()
-    bias = None if getattr(layer, "bias", None) is None else layer.bias.detach()
+    weight = layer.weight
+    bias = getattr(layer, "bias", None)
     if WEIGHTS[type(layer)] == "kernel":
         weight = weight.movedim((1, 0), (-2, -1))       # ours begin (out, in), theirs end (in, out)
     if released.endswith(("/query", "/key", "/value")):
@@ -80,10 +131,12 @@ def layer_arrays(
         bias = bias.unflatten(-1, (heads, -1))
     elif released.endswith("/self_attention/out"):
         weight = weight.unflatten(0, (heads, -1))       # the input is split by head
-    yield f"{released}/{WEIGHTS[type(layer)]}", weight
+    yield f"{released}/{WEIGHTS[type(layer)]}", weight.detach()
     if bias is not None:
-        yield f"{released}/bias", bias
+        yield f"{released}/bias", bias.detach()
 
+
+# ------------------------------------------------------------------------------ the port's layout
 
 def port_arrays(model: VQGAN) -> Iterator[tuple[str, Tensor]]:
     """Yields every array of the tokenizer's PyTorch port: its layout. The shapes are as ours."""

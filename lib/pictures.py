@@ -1,4 +1,4 @@
-"""Draws what a person looks at in a file: grids of images, films of the decoding, curves.
+"""Draws picture files: grids of images, films of the decoding, curves.
 
 Images are floats in [0, 1] of shape (n, 3, H, W). Every file is written whole or not at all.
 """
@@ -37,9 +37,9 @@ def to_pil(image: torch.Tensor) -> Image.Image:
 
 
 def grey_out(images: torch.Tensor, masked: torch.Tensor, opacity: float) -> torch.Tensor:
-    """Returns images (n, 3, H, W) with grey laid over the masked cells of a coarser grid.
+    """Returns images (n, 3, H, W) with grey over the masked cells of a coarser grid.
 
-    masked: (n, h, w), true where it becomes grey. opacity: 1 hides the image there altogether."""
+    masked: (n, h, w), true where it becomes grey. opacity: 1 hides the image there entirely."""
     weight = opacity * F.interpolate(masked[:, None].to(images), images.shape[2:])
     return images * (1 - weight) + 0.5 * weight
 
@@ -60,7 +60,7 @@ def load_font(texts: Sequence[str]) -> ImageFont.FreeTypeFont:
 
 
 class GridLayout:
-    """Where the images of a grid lie, in pixels.
+    """Lays out the images of a grid, in pixels.
 
     columns, rows: how many images there are across and down. image_size: (height, width) of each.
     captions: a text to the left of each row. titles: a text above each column. Either may be empty.
@@ -113,11 +113,8 @@ def grid(rows: Sequence[torch.Tensor], captions: Sequence[str] = (),
 # ------------------------------------------------------------------------------------------ files
 
 def picture_path(given: str | None, folder: Path, name: str) -> Path:
-    """Returns where a script writes its picture: the path that --out gives, or else `name` in the
-    run's folder.
-
-    The models in example/ are part of the code: without --out, their pictures go into the working
-    folder."""
+    """Returns where a script writes its picture: at the path of --out, or as `name` in the run's
+    folder; in the working folder for example/, which is part of the code."""
     if given is not None:
         return Path(given)
     if folder.resolve() == EXAMPLE:
@@ -131,7 +128,7 @@ def picture_format(path: Path) -> str:
 
 
 def check_picture(path: Path, size: tuple[int, int], remedy: str) -> None:
-    """Raises UserError where no picture of this (width, height) can be written to `path`.
+    """Raises UserError if no picture of this (width, height) can be written to `path`.
 
     Call it before the work is done. remedy: what else the user can do, such as 'a lower --num'."""
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
@@ -144,7 +141,7 @@ def check_picture(path: Path, size: tuple[int, int], remedy: str) -> None:
 
 
 def save_image(path: Path, image: Image.Image, **options) -> None:
-    """Writes a PIL image in the format of the path's ending. Raises UserError where it cannot.
+    """Writes a PIL image in the format of the path's ending. Raises UserError if it cannot.
 
     options: as for PIL.Image.Image.save."""
     def write(file: BinaryIO) -> None:
@@ -157,8 +154,8 @@ def save_film(path: Path, frames: Sequence[torch.Tensor], titles: Sequence[str])
     """Writes the steps of a decoding as a strip, a row for each image, and as a GIF, beside `path`.
 
     path: of the picture that the film belongs to. frames: images (n, 3, H, W), one tensor for each
-    step; the strip shows the first eight of the n, the GIF all of them. titles: of the steps.
-    Prints where the files are."""
+    step; the strip shows the first eight of the n, the GIF all. titles: of the steps. Prints where
+    the files are."""
     strip_path = path.with_suffix(".film.png")
     steps_of_each_image = torch.stack(list(frames), 1)              # (n, steps, 3, H, W)
     save_image(strip_path, grid(list(steps_of_each_image[:8]), titles=titles))
@@ -169,7 +166,7 @@ def save_film(path: Path, frames: Sequence[torch.Tensor], titles: Sequence[str])
     pages += pages[-1:] * 4                                         # the result stays longer
     if max(pages[0].size) > LONGEST_SIDES["GIF"]:
         raise UserError(f"{gif_path} would be too large for a GIF, so only {strip_path} was "
-                        f"written: use a lower --num")
+                        f"written: lower --num")
     save_image(gif_path, pages[0], save_all=True, append_images=pages[1:], duration=350, loop=0)
     print(f"wrote {strip_path} and {gif_path}")
 

@@ -1,8 +1,8 @@
-"""Serves one page on this machine and answers its questions; demo.py says which.
+"""Serves one page on this machine and answers its questions, which demo.py defines.
 
 A question is a POST. Its answer is lines of JSON: {"waits": true} while the server is busy with
 another request, then what the question tells, or {"error": ...}. A page that no longer wants an
-answer closes the connection: the next line that it would be told raises ConnectionError.
+answer closes the connection; telling it another line then raises ConnectionError.
 """
 import contextlib
 import json
@@ -72,17 +72,17 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(length))
         self.start(200)
         if self.headers.get("X-Run", self.server.run_id) != self.server.run_id:
-            self.tell({"error": "the server was started again with another run: reload this page"})
+            self.tell({"error": "the server now has another run: reload this page"})
             return
         self.answer(self.server.questions[self.path], body)
 
     def is_admitted(self, paths: dict) -> bool:
-        """Returns whether the page asks for one of these paths; refuses the request if not."""
+        """Returns True if the page asks for one of these paths, and refuses other requests."""
         host = self.headers.get("Host", "")
         origin = self.headers.get("Origin")
         is_local = urlsplit("//" + host).hostname in ("127.0.0.1", "localhost")
         if not is_local or origin not in (None, "http://" + host):
-            self.refuse(403, "only the page of this server is answered")
+            self.refuse(403, "only the page of this server may ask")
             return False
         if self.path not in paths:
             self.refuse(404, "there is nothing here but the page itself")
@@ -90,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
         return True
 
     def answer(self, question: Question, body: bytes) -> None:
-        """Sends the answer when its turn has come. Only a UserError is a text for the reader."""
+        """Sends the answer when its turn has come. Of errors, only a UserError's text is sent."""
         while not self.server.lock.acquire(timeout=0.2):
             self.tell({"waits": True})
         try:

@@ -358,7 +358,7 @@ def test_a_sequential_decoder_of_other_tokens(other, tmp_path, capsys):
     checkpoint = torch.load(ROOT / "example" / "autoregressive.pt", weights_only=True)
     torch.save(checkpoint | {"tokenizer": "another"}, tmp_path / "run" / "autoregressive.pt")
     assert list(load(tmp_path / "run").models) == ["parallel"]
-    assert "without Compare" in capsys.readouterr().out
+    assert "no Compare" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------- the command

@@ -279,21 +279,15 @@ def test_the_steps_of_a_film_are_what_the_decoder_tells(model, monkeypatch):
     _, steps = sample.draw(Tiles(), model, labels, options | {"generator": generator}, moments=[1, 3])
     assert len(steps) == 2
     for t, (sampled, masked) in zip([1, 3], steps, strict=True):
-        assert torch.equal(sampled, torch.cat([first[t - 1][1], second[t - 1][1]]))
-        assert torch.equal(masked, torch.cat([first[t - 1][2], second[t - 1][2]]))
+        assert torch.equal(sampled, as_grid(torch.cat([first[t - 1][1], second[t - 1][1]])))
+        assert torch.equal(masked, as_grid(torch.cat([first[t - 1][2], second[t - 1][2]])))
     assert steps[0][1].any()
-
-
-def test_the_moments_of_a_film_of_the_sequential_decoder():
-    """Eight, evenly spaced, the last one included."""
-    assert sample.sequential_moments(64) == [8, 16, 24, 32, 40, 48, 56, 64]
-    assert sample.sequential_moments(100)[-1] == 100
 
 
 def test_a_step_is_shown_with_grey_over_what_is_masked():
     sampled, masked = torch.arange(32).view(2, 16) % 24, torch.zeros(2, 16, dtype=torch.bool)
     masked[0, 5] = masked[1, 15] = True
-    image = sample.draw_step(Tiles(), sampled, masked, opacity=0.75)
+    image = sample.draw_step(Tiles(), as_grid(sampled), as_grid(masked), opacity=0.75, batch=1)
     plain = Tiles().decode(as_grid(sampled))
     grey = to_pixels(as_grid(masked), 2)[:, None].expand(2, 3, 8, 8)
     assert grey.sum() == 2 * 3 * 4

@@ -1,7 +1,7 @@
 'use strict';
 
-// The page of demo.py: draws images, shows each step of decoding (§3.3), looks into one token, edits
-// a picture with a brush, and compares the parallel decoder with the sequential one.
+// The page of demo.py: draws images, shows each step of decoding (§3.3), looks into one token,
+// edits a picture with a brush, and compares the parallel decoder with the sequential one.
 
 // ------------------------------------------------------------------------------------------ state
 
@@ -13,8 +13,8 @@ let about = null;           // what the server says of its run; null until it ha
 let side = 0;               // how many tokens are along a side of an image
 let stride = 0;             // how many pixels are along a side of a token
 
-// What was drawn: the answer to /draw, with `images`, a list of <img> for each step, and `photo`, the
-// picture that was edited.
+// What was drawn: the answer to /draw, with `images`, a list of <img> for each step, and `photo`,
+// the picture that was edited.
 let result = null;          // by the parallel decoder, with all its steps
 let sequential = null;      // in Compare: by the sequential decoder, with its last step only
 let chosenImage = 0;
@@ -36,7 +36,7 @@ const numberOfSteps = () => result.masked.length;
 const shownPass = () => Number(byId('time').value);
 const shownStep = () => Math.min(shownPass(), numberOfSteps());
 
-// Which tokens of an image are masked after a step; after step 0, those masked at the start.
+// Which tokens of an image are masked after a step; step 0 is the start.
 const maskedAfter = (step, image) => step ? result.masked[step - 1][image] : result.unknown;
 const imageAfter = (step, image) => step ? result.images[step - 1]?.[image] : result.photo;
 const count = flags => flags.filter(Boolean).length;
@@ -108,8 +108,8 @@ async function run() {
   const {signal} = drawing;
   clearTimeout(delay);
   keepLink();
-  if (isEditing() && !photo) return say('Drop a photo into the page, or take a validation image.');
-  if (isEditing() && !region.includes(true)) return say('Paint over what is to go.');
+  if (isEditing() && !photo) return say('Drop a photo on the page, or use a validation image.');
+  if (isEditing() && !region.includes(true)) return say('Paint over what should change.');
   const classIndex = field('class').value;
   const request = {settings: settings(), label: classIndex === '' ? null : Number(classIndex)};
   if (isEditing()) {
@@ -375,7 +375,7 @@ function sentences(step) {
   }
   let schedule = `n = ⌊γ(${time}) · ${total}⌋ = ⌊${gamma.toFixed(3)} · ${total}⌋ = ${scheduled}`;
   if (scheduled === after) schedule += '.';
-  else schedule += `, but one fewer than before, and at least one until the end: ${after}.`;
+  else schedule += `, but at least one, and fewer than before: ${after}.`;
   let choice = `the ${after} least confident are masked again; ${before - after} are kept.`;
   if (after === 0) choice = `none; the last ${before} are kept.`;
   return [
@@ -473,7 +473,7 @@ function tokenSentence(drawn, image, place, step, answer) {
   if (!drawn.unknown[place]) return start + 'a token of the picture, known from the start.';
   const keptAt = drawn.masked.findIndex(masks => !masks[image][place]) + 1;
   if (keptAt < step) {
-    return start + `code ${code}, kept at step ${keptAt}; what is predicted now is not used.`;
+    return start + `code ${code}, kept since step ${keptAt}; what is predicted now is ignored.`;
   }
   const logP = Math.log(answer.probabilities[answer.codes.indexOf(code)]);
   const confidence = drawn.confidence[step - 1][image][place];
@@ -740,8 +740,8 @@ function setField(name, value) {
 
 // Fills the form with what the server says of its run: choices, limits and defaults.
 function fillForm() {
-  byId('about').textContent = `${about.run} on ${about.device}: ${side} × ${side} tokens of `
-    + `${about.codes} codes, images of ${about.size} pixels`;
+  byId('about').textContent = `${about.run} on ${about.device}: ${side} × ${side} tokens, `
+    + `${about.codes} codes, ${about.size}-pixel images`;
   field('class').append(new Option('', ''));
   about.classes.forEach((name, index) => field('class').append(new Option(name, index)));
   for (const schedule of about.schedules) field('schedule').append(new Option(schedule));
