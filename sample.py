@@ -97,7 +97,7 @@ def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
         method = "token by token"
         moments = [round(i / 8 * transformer.config.num_tokens) for i in range(1, 9)]
         titles = [f"{t} tokens" for t in moments]
-        opacity = 1.0                   # hides the tokens that are not decoded yet: they are arbitrary
+        opacity = 1.0                   # hides what is not decoded yet: it is arbitrary
     else:
         method = f"{options['steps']} steps, {args.schedule} schedule"
         moments = list(range(1, options["steps"] + 1))
