@@ -108,7 +108,7 @@ def test_the_steps_of_a_start_in_the_middle_are_those_of_the_schedule(model):
 
 @pytest.mark.parametrize("cfg", [0, 0.6])
 def test_every_step_tells_how_confident_it_is_under_a_guidance_that_grows(model, cfg):
-    """Step t of T predicts by c + (W t / T)(c - u). The confidence is log p; infinite where a token was known before."""
+    """Step t of T predicts by c + (W t / T)(c - u). The confidence is log p; it is infinite where a token was known."""
     null = torch.full_like(LABELS, model.null_label)
     masked = torch.ones(4, 16, dtype=torch.bool)
     tokens = torch.full((4, 16), model.mask_id)

@@ -176,7 +176,7 @@ def test_fsq_rounds_each_number_to_its_nearest_level(levels):
     torch.testing.assert_close(quantized, quantizer.decode(indices))
     bounded = quantizer.bound(features)
     for place, level in enumerate(levels):
-        allowed = torch.arange(level) - level // 2                                   # L integers, from -(L // 2) upwards
+        allowed = torch.arange(level) - level // 2                                 # L integers, from -(L // 2) upwards
         nearest = (bounded[:, place, ..., None] - allowed).abs().min(-1)
         torch.testing.assert_close(quantized[:, place] * (level // 2), allowed[nearest.indices].float())
         assert nearest.values.max() <= 0.5
@@ -236,7 +236,7 @@ def test_micro_batches_are_equal_parts_of_the_batch():
 
 
 def test_muon_is_the_formula_in_float64():
-    """Against Jordan et al. 2024, written out, and torch's own: two steps of wide and tall matrices, two of one shape."""
+    """Against Jordan et al. 2024, written out, and torch's own: wide and tall matrices, two of them of one shape."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(8, 24), (24, 8), (8, 24), (16, 16)]
     matrices = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
@@ -273,7 +273,8 @@ def test_muon_moves_the_matrices_of_the_blocks_and_weight_decay_all_matrices():
     assert sorted(tuple(matrix.shape) for matrix in muon["params"]) == [(32, 32)] * 4 + [(32, 64), (64, 32)]
     matrices, vectors = optimizers["adamw"].param_groups
     assert matrices["weight_decay"] == 0.045 and vectors["weight_decay"] == 0
-    assert {matrix.ndim for matrix in matrices["params"]} == {2} and {vector.ndim for vector in vectors["params"]} == {1}
+    assert {parameter.ndim for parameter in matrices["params"]} == {2}
+    assert {parameter.ndim for parameter in vectors["params"]} == {1}
     optimizers = optim.transformer_optimizers(model, "adamw", 0.004, 0.02, 0.045, Machine("cpu"))
     assert list(optimizers) == ["adamw"]
     assert sum(len(group["params"]) for group in optimizers["adamw"].param_groups) == len(list(model.parameters()))
@@ -354,17 +355,19 @@ def assert_same_state(saved, models, optimizers):
         for number, moments in optimizer.state_dict()["state"].items():
             for moment in ("exp_avg", "exp_avg_sq"):
                 ours = saved[name]["state"][number][moment]
-                scale = moments[moment].abs().max().item()
-                torch.testing.assert_close(ours, moments[moment], atol=1e-3 * scale, rtol=1e-3,
+                tolerance = 1e-3 * moments[moment].abs().max().item()
+                tolerance += 1e-7 if moment == "exp_avg" else 1e-14        # the gradient of key biases is but rounding
+                torch.testing.assert_close(ours, moments[moment], atol=tolerance, rtol=1e-3,
                                            msg=f"{name} {number} {moment}")
 
 
 def test_stage_1_is_four_steps_written_out(call_main, exchanges, tmp_path):
     """The discriminator joins in at the second step, its weight grows over two, and R1 is due at the third."""
-    call_main(train_vq, tmp_path, "--run", "run", *EVERY_STEP, "--filters", 8, "--codebook-size", 32, "--codebook-dim", 4,
-              "--disc-width", 2, "--disc-max-width", 8, "--lr", 1e-3, "--codebook-lr", 1, "--disc-lr", 2e-3, "--beta1", 0.5,
-              "--warmup", 2, "--decay", "yes", "--ema", 0.2, "--reconstruction", 20, "--entropy", 0.1, "--adversarial", 8,
-              "--gan-start", 0.25, "--gan-ramp", 2, "--r1", 5, "--r1-every", 2)
+    call_main(train_vq, tmp_path, "--run", "run", *EVERY_STEP, "--filters", 8, "--codebook-size", 32,
+              "--codebook-dim", 4, "--disc-width", 2, "--disc-max-width", 8, "--lr", 1e-3, "--codebook-lr", 1,
+              "--disc-lr", 2e-3, "--beta1", 0.5, "--warmup", 2, "--decay", "yes", "--ema", 0.2,
+              "--reconstruction", 20, "--entropy", 0.1, "--adversarial", 8, "--gan-start", 0.25, "--gan-ramp", 2,
+              "--r1", 5, "--r1-every", 2)
     rows = read_log(tmp_path / "run" / "vqgan.log.csv")
 
     torch.manual_seed(0)
@@ -407,7 +410,8 @@ def test_stage_1_is_four_steps_written_out(call_main, exchanges, tmp_path):
             disc_adam.step()
 
     saved = torch.load(tmp_path / "run" / "vqgan.resume.pt", weights_only=True)
-    assert_same_state(saved, {"model": model, "ema": ema, "disc": disc}, {"optimizer": adam, "disc_optimizer": disc_adam})
+    optimizers = {"optimizer": adam, "disc_optimizer": disc_adam}
+    assert_same_state(saved, {"model": model, "ema": ema, "disc": disc}, optimizers)
     # Ranks exchange gradients in the last micro-batch only: of the tokenizer, then of the discriminator.
     assert exchanges == [False, True] + 3 * [False, True, False, True]
 

@@ -1,189 +1,146 @@
-"""Training as a user runs it: resume after SIGKILL, signals, refusals, logs."""
+"""Training as a user runs it: resuming, also with other settings, after kills and signals; locks, refusals, logs."""
 import copy
-import csv
+import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-import threading
-from types import SimpleNamespace
+import time
+from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY_TRANSFORMER, TINY_VQ, refused, run
+from conftest import ROOT, TINY_TRANSFORMER, TINY_VQ, call_script, on_ranks, read_log, wait_for_step
 from PIL import Image
 
 import train_transformer
 import train_vq
 from lib import optim
-from lib import run as run_
+from lib import run as run_module
 from lib.files import fingerprint, load_checkpoint, rebuild
+from lib.flags import UserError
+from lib.run import Run
 from lib.runtime import Machine, step_seed
 from vqgan import VQGAN
 
-STAGES = {"train_vq.py": ("vqgan", TINY_VQ), "train_transformer.py": ("transformer", TINY_TRANSFORMER)}
+STAGES = {"vqgan": (train_vq, TINY_VQ), "transformer": (train_transformer, TINY_TRANSFORMER)}
 
 
-def start(script, *arguments, **options):
-    return subprocess.Popen([sys.executable, ROOT / script, *map(str, arguments)], text=True, stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, **options)
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Puts back what a training in this process does with Ctrl-C and SIGTERM."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
-def read_log(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A finished run of both stages, to be changed."""
+    return shutil.copytree(trained, tmp_path / "copied")
 
 
-def wait_for_step(process, step):
-    for line in process.stdout:
-        if line.startswith(f"step {step}/"):
-            return
-    raise AssertionError(process.stderr.read())
-
-
-def with_tokenizer(trained, folder):
+def folder_for(stage, trained, folder):
+    """Returns a new run's folder, with a tokenizer if the stage needs one."""
     folder.mkdir()
-    shutil.copy(trained / "vqgan.pt", folder)
+    if stage == "transformer":
+        shutil.copy(trained / "vqgan.pt", folder)
     return folder
 
 
-@pytest.mark.parametrize("script", STAGES)
-def test_resume_after_sigkill_is_bit_exact(script, trained, tmp_path):
-    stage, flags = STAGES[script]
-    folder = with_tokenizer(trained, tmp_path / "killed") if stage == "transformer" else tmp_path / "killed"
-    process = start(script, "--run", folder, *flags)
-    wait_for_step(process, 5)           # the checkpoint of step 2 is written, and a thread may be writing step 4's
-    process.kill()
-    process.wait()
-    assert load_checkpoint(folder / f"{stage}.resume.pt", f"{stage} training state")["step"] in (2, 4)
-    refused(script, "--run", folder, *flags, says=["unfinished", "--resume", "--overwrite"])
-    run(script, "--run", folder, *flags, "--resume")
+def at_step(number, action, monkeypatch):
+    """Has action() called at the beginning of a step of the training, counted from 0."""
+    original = Machine.seed_step
+
+    def seed_step(machine, seed, step):
+        if step == number:
+            action()
+        return original(machine, seed, step)
+    monkeypatch.setattr(Machine, "seed_step", seed_step)
+
+
+def load_state(folder, stage):
+    return load_checkpoint(folder / f"{stage}.resume.pt", f"{stage} training state")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def make_images(folder, names, size=(32, 32)):
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", size, (60 * i, 0, 99)).save(folder / name / f"{i}.png")
+    return folder
+
+
+# ---- a run that is killed
+
+def train_until_killed_in_its_fourth_save(stage, folder):
+    """Ends between the model and the state of step 4: the one is new, the other that of step 2."""
+    original = run_module.save_checkpoint
+    saved = []
+
+    def save_and_die(path, checkpoint):
+        original(path, checkpoint)
+        saved.append(path)
+        if len(saved) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+    run_module.save_checkpoint = save_and_die
+    script, flags = STAGES[stage]
+    call_script(script.__name__, "--run", folder, *flags)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_was_killed_resumes_bit_for_bit(stage, trained, tmp_path, call_main):
+    script, flags = STAGES[stage]
+    folder = folder_for(stage, trained, tmp_path / "killed")
+    assert on_ranks(train_until_killed_in_its_fourth_save, stage, folder, world=1) == [-signal.SIGKILL]
+    assert load_checkpoint(folder / f"{stage}.pt", stage)["step"] == 4 and load_state(folder, stage)["step"] == 2
+    line = call_main(script, tmp_path, "--run", folder, *flags, code=2)
+    assert all(word in line for word in ("unfinished (step 2 of 6)", "--resume", "--overwrite"))
+    assert "resuming with" not in call_main(script, tmp_path, "--run", folder, *flags, "--resume")
     for name in (f"{stage}.pt", f"{stage}.resume.pt"):
-        ours, theirs = (torch.load(f / name, weights_only=True) for f in (folder, trained))
-        ours.pop("settings"), theirs.pop("settings")
-        assert_same(ours, theirs, name)
-    rows = [read_log(f / f"{stage}.log.csv") for f in (folder, trained)]
-    without_speed = [[{k: v for k, v in row.items() if not k.endswith("/s")} for row in part] for part in rows]
-    assert without_speed[0] == without_speed[1] and len(rows[0]) == 6
+        assert_same(torch.load(folder / name, weights_only=True), torch.load(trained / name, weights_only=True), name)
+    rows = read_log(folder / f"{stage}.log.csv")
+    assert [row["step"] for row in rows] == list("123456")
+    for row, expected in zip(rows, read_log(trained / f"{stage}.log.csv"), strict=True):
+        for name in expected.keys() - {"images/s", "TFLOP/s"}:
+            assert row[name] == expected[name], name
 
 
-def assert_same(a, b, path):
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_same(a[key], b[key], f"{path}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, pair in enumerate(zip(a, b)):
+def assert_same(ours, theirs, path):
+    """Compares nested dicts and lists of tensors and plain values, bit for bit."""
+    assert type(ours) is type(theirs), path
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), path
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{path}/{key}")
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs), path
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
             assert_same(*pair, f"{path}/{i}")
-    elif torch.is_tensor(a):
-        assert torch.equal(a, b), path
+    elif torch.is_tensor(ours):
+        assert torch.equal(ours, theirs), path
     else:
-        assert a == b, path
+        assert ours == theirs, path
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path):
-    (tmp_path / "images").mkdir()
-    for i in range(4):
-        Image.new("RGB", (80, 80), (60 * i, 0, 99)).save(tmp_path / "images" / f"{i}.png")
-    # Images of over 64 pixels are read by worker processes; the signal reaches them, too, as Ctrl-C in a terminal does.
-    flags = [*TINY_VQ, "--data", tmp_path / "images", "--image-size", 128, "--perceptual", "none", "--workers", 1,
-             "--steps", 100000, "--save-every", 100000]
-    process = start("train_vq.py", "--run", tmp_path / "a b", *flags, start_new_session=True)
-    wait_for_step(process, 2)
-    os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "Traceback" not in errors
-    assert "--resume" in errors and f"--run '{tmp_path}/a b'" in errors
-    saved = load_checkpoint(tmp_path / "a b" / "vqgan.resume.pt", "vqgan training state")["step"]
-    assert f"stopped at step {saved} of 100000" in errors and (tmp_path / "a b" / "vqgan.pt").exists()
-
-
-def test_a_finished_run_is_not_overwritten(trained, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(trained, folder)
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    endings = ("pt", "png", "curve.png", "log.csv", "resume.pt")
-    assert {f"{stage}.{ending}" for stage in ("vqgan", "transformer") for ending in endings} == set(before)
-    refused("train_vq.py", "--run", folder, *TINY_VQ, says=["finished", "--overwrite"])
-    refused("train_vq.py", "--run", folder, *TINY_VQ, "--lr", 0.5, "--resume", says=["lr", "0.5"])
-    # A CPU without bfloat16 does not go on silently in float32, nor the other way round.
-    refused("train_vq.py", "--run", folder, *TINY_VQ, "--bf16", "yes", "--resume", says=["bf16 = False, not True"])
-    assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
-    run("train_vq.py", "--run", folder, *TINY_VQ, "--overwrite", "--seed", 1)
-    assert (folder / "vqgan.pt").read_bytes() != before["vqgan.pt"]
-    assert (folder / "transformer.pt").read_bytes() == before["transformer.pt"]
-    # The transformer is now without its tokenizer, which nothing but the fingerprint would show.
-    refused("sample.py", "--run", folder, says=["trained again", "--vqgan"])
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    folder = tmp_path / "run"
-    run("train_vq.py", "--run", folder, *TINY_VQ, "--steps", 2)
-    state = torch.load(folder / "vqgan.resume.pt", weights_only=True)
-    state["settings"]["steps"] = 6                             # as if stopped at step 2 of 6, with one weight destroyed
-    state["model"]["decoder.layers.0.weight"][0] = float("nan")
-    torch.save(state, folder / "vqgan.resume.pt")
-    before = (folder / "vqgan.pt").read_bytes(), (folder / "vqgan.resume.pt").read_bytes()
-    refused("train_vq.py", "--run", folder, *TINY_VQ, "--resume",
-            says=["nan", "step 3", "last good checkpoint", "lower --lr"])
-    assert before == ((folder / "vqgan.pt").read_bytes(), (folder / "vqgan.resume.pt").read_bytes())
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
-    """A limit on the size of files stands in for a full disk: both fail the write in the middle."""
-    folder = tmp_path / "run"
-    run("train_vq.py", "--run", folder, *TINY_VQ, "--steps", 2)
-    before = {p.name: p.read_bytes() for p in folder.glob("*.pt")}
-
-    def limit():
-        import resource
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-    refused("train_vq.py", "--run", folder, *TINY_VQ, "--overwrite", says=["cannot write", str(folder)],
-            preexec_fn=limit)
-    assert not list(folder.glob(".*.tmp"))
-    assert all((folder / name).read_bytes() == old for name, old in before.items())
-
-
-def test_a_save_is_written_while_training_goes_on(trained, tmp_path, monkeypatch):
-    """finish_step returns before the file is written; the next save waits for it, and reports what went wrong."""
-    model, machine = rebuild(trained / "vqgan.pt", "vqgan", VQGAN)[0], Machine("cpu")
-    optimizer = torch.optim.Adam(model.requires_grad_(True).parameters())
-    args = SimpleNamespace(run=tmp_path / "run", overwrite=False, resume=False, steps=9, batch=4, log_every=9,
-                           picture_every=9, save_every=2, data="shapes", seed=0, init=None)
-    run = run_.Run("vqgan", {}, {}, ["loss"], args, machine)
-    run.start({"model": model, "ema": model, "optimizer": optimizer}, {}, "a tokenizer", 1.0)
-    may_write, written = threading.Event(), []
-
-    def slowly(path, checkpoint):
-        assert may_write.wait(60)
-        written.append((path.name, checkpoint["step"]))
-        if checkpoint["step"] == 4:
-            raise OSError(f"cannot write {path}")
-    monkeypatch.setattr(run_, "save_checkpoint", slowly)
-    loss = {"loss": torch.tensor(1.0)}
-    for step in (1, 2, 3):
-        run.finish_step(step, loss, None)
-    assert not written and run.state is None
-    before = run.copy["ema"]["decoder.layers.0.weight"].clone()
-    with torch.no_grad():
-        model.decoder.layers[0].weight.add_(1)                        # what is being written does not change any more
-    assert torch.equal(run.copy["ema"]["decoder.layers.0.weight"], before)
-    threading.Timer(0.2, may_write.set).start()
-    run.finish_step(4, loss, None)
-    assert written[:2] == [("vqgan.pt", 2), ("vqgan.resume.pt", 2)]
-    with pytest.raises(OSError, match="cannot write"):
-        run.finish_step(6, loss, None)
+def test_what_a_kill_left_is_cleared(tmp_path):
+    for name in (".vqgan.pt.host.1.tmp", ".vqgan.resume.pt.host.1.tmp", ".transformer.pt.host.1.tmp"):
+        (tmp_path / name).write_text("half")
+    Run("vqgan", Namespace(run=tmp_path, overwrite=False, resume=False), Machine("cpu"))
+    assert [path.name for path in tmp_path.glob(".*.tmp")] == [".transformer.pt.host.1.tmp"]          # of another stage
 
 
 def test_moments_take_the_layout_of_their_weights():
-    """Saved by another device they may be contiguous; CPU's fused Adam would take them in another order."""
-    def steps(layout_of_state):
+    """Saved by another device they may be contiguous; the CPU's fused Adam would take them in another order."""
+    def train(layout_of_state):
         torch.manual_seed(0)
         conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
         adam = torch.optim.Adam(conv.parameters(), fused=True)
@@ -192,86 +149,284 @@ def test_moments_take_the_layout_of_their_weights():
             conv.bias.grad = torch.randn(4)
             adam.step()
             state = copy.deepcopy(adam.state_dict())
-            for moments in state["state"].values():
-                for name in ("exp_avg", "exp_avg_sq"):
-                    if moments[name].ndim == 4:
-                        moments[name] = moments[name].contiguous(memory_format=layout_of_state)
-            adam.load_state_dict(state)
-            optim.match_layouts(adam)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state["state"][0][name] = state["state"][0][name].contiguous(memory_format=layout_of_state)
+            optim.load_optimizer(adam, state)
         return conv.weight
-    assert torch.equal(steps(torch.channels_last), steps(torch.contiguous_format))
+    assert torch.equal(train(torch.channels_last), train(torch.contiguous_format))
 
 
-def test_what_a_kill_left_is_cleared(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for name in (".vqgan.pt.host.1.tmp", ".vqgan.resume.pt.host.1.tmp", ".transformer.pt.host.1.tmp"):
-        (folder / name).write_text("half")
-    run("train_vq.py", "--run", folder, *TINY_VQ, "--steps", 1)
-    assert [path.name for path in folder.glob("*.tmp")] == [".transformer.pt.host.1.tmp"]       # of another stage
+# ---- a run that goes on with other settings
+
+def test_stage_1_resumes_with_another_length_batch_and_rates(copied, call_main, tmp_path):
+    """At rates of 0 no weight moves: the new ones are used."""
+    before = load_state(copied, "vqgan")
+    command = ["--run", copied, *TINY_VQ, "--resume", "--steps", 8, "--lr", 0, "--disc-lr", 0, "--batch", 2,
+               "--decay", "no", "--multipliers", 1, 1, 1]
+    output = call_main(train_vq, tmp_path, *command)
+    line, = [line for line in output.splitlines() if line.startswith("resuming with ")]
+    for change in ("steps 8 (was 6)", "lr 0.0 (was 0.003)", "disc_lr 0.0 (was 0.001)", "batch 2 (was 4)",
+                   "decay no (was yes)"):
+        assert change in line
+    assert "multipliers" not in line                                # they are the default, and only given by hand
+    after = load_state(copied, "vqgan")
+    assert (before["step"], after["step"]) == (6, 8)
+    assert_same(after["model"], before["model"], "model")
+    assert_same(after["disc"], before["disc"], "disc")
+    moments_before = before["disc_optimizer"]["state"][0]["exp_avg"]
+    assert not torch.equal(after["disc_optimizer"]["state"][0]["exp_avg"], moments_before)        # it did take steps
+    # The new settings are the run's: another resumption with them has nothing to say.
+    assert "resuming with" not in call_main(train_vq, tmp_path, *command)
 
 
-def test_pictures_and_checkpoints_apart(trained, tmp_path):
-    folder = with_tokenizer(trained, tmp_path / "run")
-    run("train_transformer.py", "--run", folder, *TINY_TRANSFORMER, "--picture-every", 4, "--evaluate-every", 3,
-        "--evaluate-num", 50, "--classifier-steps", 3)
+@pytest.mark.parametrize("flag", ["--lr", "--muon-lr"])
+def test_stage_2_resumes_with_another_rate_of_either_optimizer(flag, copied, call_main, tmp_path):
+    """Where a rate is 0, the weights of that optimizer stay, and the others move."""
+    before = load_state(copied, "transformer")["model"]
+    output = call_main(train_transformer, tmp_path, "--run", copied, *TINY_TRANSFORMER, "--resume", "--steps", 8,
+                       flag, 0)
+    assert f"{flag[2:].replace('-', '_')} 0.0 (was " in output
+    after = load_state(copied, "transformer")["model"]
+    for name in before:
+        of_muon = name.startswith("blocks.") and before[name].ndim == 2
+        stays = of_muon if flag == "--muon-lr" else not of_muon
+        assert torch.equal(before[name], after[name]) is stays, name
+
+
+@pytest.mark.parametrize("stage, change, setting", [
+    ("vqgan", ["--filters", 16], "filters = 8, not 16"),
+    ("vqgan", ["--disc-width", 2], "disc_width = 1, not 2"),
+    ("transformer", ["--dim", 32], "dim = 16, not 32"),
+    ("transformer", ["--class-dropout", 0.1], "null_class = no, not yes"),
+    ("transformer", ["--optimizer", "adamw"], "optimizer = muon, not adamw"),
+])
+def test_what_weights_depend_on_cannot_change(stage, change, setting, copied, call_main, tmp_path):
+    before = contents(copied)
+    script, flags = STAGES[stage]
+    line = call_main(script, tmp_path, "--run", copied, *flags, "--resume", *change, code=2)
+    assert setting in line and "--overwrite" in line
+    assert contents(copied).keys() >= before.keys() and {**contents(copied), **before} == contents(copied)
+
+
+@pytest.mark.parametrize("script, flags", STAGES.values())
+def test_a_run_that_was_started_with_init_resumes_with_it_only(script, flags, trained, call_main, tmp_path):
+    """Its sizes are those of the run it started from, and not those of the flags."""
+    flags = [*flags, "--run", "run", "--steps", 1]
+    if script is train_transformer:
+        flags += ["--vqgan", trained / "vqgan.pt", "--dim", 48]
+    else:
+        flags += ["--filters", 24]
+    call_main(script, tmp_path, *flags, "--init", trained)
+    call_main(script, tmp_path, *flags, "--init", trained, "--resume")
+    line = call_main(script, tmp_path, *flags, "--resume", code=2)
+    assert f"was started with init = {trained}, not none" in line
+
+
+def test_other_classes_are_refused_in_a_line(trained, call_main, tmp_path):
+    make_images(tmp_path / "images", ["cat", "dog"])
+    flags = ["--data", "images", "--vqgan", trained / "vqgan.pt", *TINY_TRANSFORMER, "--steps", 1]
+    call_main(train_transformer, tmp_path, *flags)
+    make_images(tmp_path / "images", ["emu"])
+    line = call_main(train_transformer, tmp_path, *flags, "--resume", code=2)
+    assert "classes" in line and "emu" in line and "--overwrite" in line
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_a_lower_rate_goes_on(copied, call_main, tmp_path):
+    before = contents(copied)
+    line = call_main(train_vq, tmp_path, "--run", copied, *TINY_VQ, "--resume", "--steps", 12, "--lr", 1e30, code=2)
+    for word in ("became nan", "last good checkpoint", "vqgan.resume.pt", "--resume and a lower --lr"):
+        assert word in line
+    for name in ("vqgan.pt", "vqgan.resume.pt"):
+        assert (copied / name).read_bytes() == before[name]
+    output = call_main(train_vq, tmp_path, "--run", copied, *TINY_VQ, "--resume", "--steps", 12, "--lr", 1e-4)
+    assert "lr 0.0001 (was 0.003)" in output
+    rows = read_log(copied / "vqgan.log.csv")
+    assert [int(row["step"]) for row in rows] == list(range(1, 13))
+    assert all(math.isfinite(float(row["reconstruction"])) for row in rows)
+
+
+# ---- a run that is in the way
+
+def test_a_finished_run_is_overwritten_only_if_asked(copied, call_main, tmp_path):
+    before = contents(copied)
+    endings = ("pt", "png", "curve.png", "log.csv", "resume.pt")
+    assert {f"{stage}.{ending}" for stage in STAGES for ending in endings} <= set(before)
+    line = call_main(train_vq, tmp_path, "--run", copied, *TINY_VQ, code=2)
+    assert "holds a finished vqgan" in line and "--overwrite" in line
+    assert {**contents(copied), **before} == contents(copied)
+    call_main(train_vq, tmp_path, "--run", copied, *TINY_VQ, "--overwrite", "--seed", 1)
+    after = contents(copied)
+    assert after["vqgan.pt"] != before["vqgan.pt"] and after["transformer.pt"] == before["transformer.pt"]
+
+
+def lock(folder, stage="vqgan"):
+    return Run(stage, Namespace(run=folder, overwrite=False, resume=False), Machine("cpu"))
+
+
+def exit_as_the_lock_says(folder, stage):
+    """Ends with the status 2 if the folder is locked for this stage."""
+    try:
+        lock(folder, stage)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def test_a_second_training_of_a_stage_in_one_folder_is_refused(tmp_path, capfd):
+    first = lock(tmp_path)
+    assert on_ranks(exit_as_the_lock_says, tmp_path, "vqgan", world=1) == [2]
+    assert f"another process is training the vqgan in {tmp_path}" in capfd.readouterr().err
+    assert on_ranks(exit_as_the_lock_says, tmp_path, "transformer", world=1) == [0]
+    first.lock.close()
+    assert on_ranks(exit_as_the_lock_says, tmp_path, "vqgan", world=1) == [0]
+
+
+def test_the_lock_of_a_killed_training_does_not_matter_even_if_its_readers_live(tmp_path):
+    def lock_and_die():
+        run = lock(tmp_path)
+        if os.fork() == 0:                                          # stands for a process that reads images
+            time.sleep(20)
+            os._exit(0)
+        assert run.lock
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert on_ranks(lock_and_die, world=1) == [-signal.SIGKILL]
+    assert (tmp_path / ".vqgan.lock").exists()
+    assert on_ranks(exit_as_the_lock_says, tmp_path, "vqgan", world=1) == [0]
+
+
+def test_a_run_inside_its_data_is_refused(call_main, tmp_path):
+    images = make_images(tmp_path / "images", ["cat", "dog"])
+    for script, flags in STAGES.values():
+        line = call_main(script, images, "--data", ".", *flags, code=2)
+        assert "lies inside its data" in line and "--run" in line
+    assert sorted(path.name for path in images.iterdir()) == ["cat", "dog"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(copied, capfd):
+    """A limit on the size of files stands in for a full disk: both fail the write in the middle."""
+    before = contents(copied)
+
+    def train():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+        call_script("train_vq", "--run", copied, *TINY_VQ, "--resume", "--steps", 8)
+    assert on_ranks(train, world=1) == [2]
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert f"cannot write {copied}" in line and "free some space" in line
+    assert not list(copied.glob(".*.tmp"))
+    for name in ("vqgan.pt", "vqgan.resume.pt"):
+        assert (copied / name).read_bytes() == before[name]
+
+
+# ---- signals
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_signals_within_a_moment_save_before_anything_is_drawn(
+        stage, number, trained, call_main, tmp_path, monkeypatch):
+    """torchrun passes a SIGTERM on, and a scheduler sends it to every process as well."""
+    def send_twice():
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+    at_step(3, send_twice, monkeypatch)
+    script, flags = STAGES[stage]
+    folder = folder_for(stage, trained, tmp_path / "run")
+    line = call_main(script, tmp_path, "--run", folder, *flags, "--save-every", 100, "--picture-every", 4,
+                     code=128 + number)
+    assert "stopped at step 4 of 6" in line and "--resume" in line
+    assert load_state(folder, stage)["step"] == load_checkpoint(folder / f"{stage}.pt", stage)["step"] == 4
+    assert len(read_log(folder / f"{stage}.log.csv")) == 4
+    assert not list(folder.glob("*.png"))
+
+
+def test_a_signal_that_is_repeated_after_a_while_ends_the_run_at_once(tmp_path, monkeypatch):
+    assert run_module.REPEAT_SECONDS == 3
+    monkeypatch.setattr(run_module, "REPEAT_SECONDS", 0.01)
+
+    def insist():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+    at_step(3, insist, monkeypatch)
+    flags = [*TINY_VQ, "--save-every", 100]
+    assert on_ranks(call_script, "train_vq", "--run", tmp_path, *flags, world=1) == [-signal.SIGTERM]
+    assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_training_and_its_readers_saves(number, tmp_path):
+    """Ctrl-C in a terminal reaches all of them. Images of over 64 pixels are read by processes of their own."""
+    make_images(tmp_path / "images", ["cat"], size=(80, 80))
+    flags = [*TINY_VQ, "--data", tmp_path / "images", "--image-size", 128, "--perceptual", "none", "--workers", 1,
+             "--steps", 100_000, "--save-every", 100_000, "--picture-every", 100_000]
+    command = [sys.executable, ROOT / "train_vq.py", "--run", tmp_path / "run", *flags]
+    process = subprocess.Popen(list(map(str, command)), text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, start_new_session=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+    wait_for_step(process, 2)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    assert f"stopped at step {load_state(tmp_path / 'run', 'vqgan')['step']} of 100000" in errors
+
+
+# ---- pictures, measurements, plans
+
+@pytest.mark.slow
+def test_pictures_and_measurements_have_steps_of_their_own(trained, call_main, tmp_path):
+    folder = folder_for("transformer", trained, tmp_path / "run")
+    call_main(train_transformer, tmp_path, "--run", folder, *TINY_TRANSFORMER, "--picture-every", 4,
+              "--evaluate-every", 3, "--evaluate-num", 50, "--classifier-steps", 3)
     rows = read_log(folder / "transformer.log.csv")
     assert [row["step"] for row in rows if row["val_loss"]] == ["4", "6"]
     distances = {int(row["step"]): float(row["FCD"]) for row in rows if row["FCD"]}
     assert list(distances) == [3, 6]
     best = load_checkpoint(folder / "transformer.best.pt", "transformer")
     assert best["step"] == min(distances, key=distances.get)
-    for preset in (train_vq.PRESETS["imagenet"], train_transformer.PRESETS["places2"]):
-        assert (preset["picture_every"], preset["save_every"]) == (5000, 2000)
 
 
-@pytest.mark.parametrize("script", STAGES)
-def test_a_dry_run_says_what_a_run_would_take(script, trained, tmp_path):
-    stage, flags = STAGES[script]
-    output = run(script, *flags, "--dry-run", 2, cwd=tmp_path)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_dry_run_says_what_a_run_would_take(stage, trained, call_main, tmp_path):
+    script, flags = STAGES[stage]
+    output = call_main(script, tmp_path, *flags, "--dry-run", 2)
     assert not list(tmp_path.iterdir())
     if stage == "vqgan":
-        rows = dict(line.split(maxsplit=1) for line in output.splitlines())
-        for figure, name in zip(re.findall(r"([\d.e-]+) GB", rows["checkpoints"]), ("vqgan.pt", "vqgan.resume.pt")):
+        checkpoints = re.search(r"checkpoints +([\d.e-]+) GB for use, ([\d.e-]+) GB to go on from", output)
+        for figure, name in zip(checkpoints.groups(), ("vqgan.pt", "vqgan.resume.pt"), strict=True):
             assert float(figure) * 1e9 == pytest.approx((trained / name).stat().st_size, rel=0.5)    # small ones: names
-    imagined = run(script, "--data", "imagenet", "--dry-run", 400, cwd=tmp_path)
+    imagined = call_main(script, tmp_path, "--data", "imagenet", "--dry-run", 400)
     assert {"vqgan": "54.52 M, 256 tokens of 1024", "transformer": "172.46 M, 256 tokens of 1024"}[stage] in imagined
     hours = re.search(r"([\d.e+]+) P in .*\ntime +([\d.e+]+) hours", imagined)
     assert float(hours[2]) == pytest.approx(float(hours[1]) * 1e15 / 400e12 / 3600, rel=0.01)
 
 
-def test_an_unwritable_folder(tmp_path):
-    (tmp_path / "file").write_text("")
-    refused("train_vq.py", "--run", tmp_path / "file" / "run", *TINY_VQ, says=["cannot write", "--run"])
-
-
-def test_unknown_losses_and_schedules(trained, tmp_path):
-    refused("train_vq.py", "--run", tmp_path, *TINY_VQ, "--gan-loss", "wasserstein", says=["wasserstein", "hinge"])
-    refused("train_transformer.py", "--run", trained, *TINY_TRANSFORMER, "--schedule", "quartic",
-            says=["quartic", "cosine"])
-
+# ---- what a run depends on
 
 def test_seeds_differ_by_step_and_rank():
-    draws = set()
-    for seed in range(3):
-        for step in range(50):
-            for rank in range(2):
-                draws.add(step_seed(seed, step, rank))
-    assert len(draws) == 300
+    seeds = {step_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(2)}
+    assert len(seeds) == 300
 
 
-def test_fingerprint_sees_every_weight(trained):
-    model, _ = rebuild(trained / "vqgan.pt", "vqgan", VQGAN)
+def test_the_fingerprint_sees_every_weight(untrained):
+    model, _ = rebuild(untrained / "vqgan.pt", "vqgan", VQGAN)
     before = fingerprint(model)
     model.decoder.layers[0].bias.data[0] += 1e-3
     assert fingerprint(model) != before
 
 
-def test_bfloat16_where_the_cpu_computes_it(monkeypatch):
-    monkeypatch.undo()                                                       # conftest's float32
-    for capabilities, has in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"bf16": True}, True),
-                              ({"avx512_f": True, "avx512_bf16": False}, False)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
-        assert Machine("cpu").bf16 is has and Machine("cpu", bf16=not has).bf16 is not has
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert Machine("cpu").bf16 is False                                      # torch before 2.10 does not tell
+@pytest.mark.parametrize("capabilities, has_it", [
+    ({"avx512_bf16": True}, True),
+    ({"amx_bf16": True}, True),
+    ({"bf16": True}, True),
+    ({"avx512_f": True, "avx512_bf16": False}, False),
+    (None, False),                                                                  # torch before 2.10 does not tell
+])
+def test_bfloat16_is_used_where_the_cpu_computes_it(capabilities, has_it, monkeypatch):
+    monkeypatch.undo()                                                              # conftest's float32
+    if capabilities is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert Machine("cpu").bf16 is has_it
+    assert Machine("cpu", bf16=not has_it).bf16 is not has_it
