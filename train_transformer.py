@@ -69,7 +69,10 @@ PRESETS = flags.presets(FLAGS, {
     "places2": ("imagenet", {"steps": 1_409_000}),
 })
 # A resumed run may change every flag but these: weights and tokens depend on them.
-FIXED = {"data", "classes", "image_size", "tokenizer", "dim", "depth", "heads", "null_class"}
+FIXED = {
+    "data", "init", "classes", "image_size", "tokenizer", "dim", "depth", "heads", "null_class",
+    "optimizer",
+}
 COLUMNS = ["loss", "accuracy", "gradient", "val_loss", "val_nll", "FCD", "FID"]
 
 

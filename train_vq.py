@@ -45,7 +45,8 @@ FLAGS = {
     "quantizer": (list(QUANTIZERS), "vq", "vq", "vq", "vq: a learned codebook; fsq: --levels"),
     "codebook_size": (count, 256, 1024, 1024, "entries in the codebook (vq)"),
     "codebook_dim": (count, 8, 8, 256, "numbers in each entry (vq)"),
-    "levels": (COUNTS, (8, 6, 5), (8, 5, 5, 5), (8, 5, 5, 5), "values of each number (fsq)"),
+    "levels": ({"type": flags.number(int, 3), "nargs": "+"}, (8, 6, 5), (8, 5, 5, 5), (8, 5, 5, 5),
+               "values of each number (fsq)"),
     "codebook_lr": (non_negative, 3.0, 3.0, 1.0,
                     "learning rate of the codebook in units of --lr; above 1, the codebook also "
                     "starts from encoded images"),
@@ -82,7 +83,7 @@ PRESETS = flags.presets(FLAGS, {
 })
 # A resumed run may change every flag but these: the shapes of its weights depend on them.
 FIXED = {
-    "data", "image_size", "filters", "multipliers", "res_blocks", "groups", "quantizer",
+    "data", "init", "image_size", "filters", "multipliers", "res_blocks", "groups", "quantizer",
     "codebook_size", "codebook_dim", "levels", "disc_width", "disc_max_width",
 }
 COLUMNS = ["reconstruction", "perceptual", "commitment", "codebook", "entropy", "generator",

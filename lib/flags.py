@@ -223,7 +223,7 @@ def parse_training_flags(
     args.run = Path(args.run or Path("runs", Path(args.data).name))
     for flag, value in presets[args.preset].items():
         if getattr(args, flag) is None:
-            setattr(args, flag, value)
+            setattr(args, flag, list(value) if isinstance(value, tuple) else value)
     return args
 
 
@@ -241,6 +241,6 @@ def value_as_typed(value: object) -> str:
         return "all"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, tuple):
+    if isinstance(value, list | tuple):
         return " ".join(map(str, value))
     return str(value)

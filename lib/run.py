@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.files import load_checkpoint, on_cpu, save_checkpoint
-from lib.flags import UserError
+from lib.flags import UserError, value_as_typed
 from lib.optim import load_optimizer
 from lib.runtime import Machine, mean_over_ranks
 from lib.terminal import show_line, time_left
@@ -122,17 +122,21 @@ class Run:
         that weights or tokens depend on; UserError is raised if one of these has changed."""
         self.settings = {name: getattr(self.args, name) for name in flags} | settings
         self.settings |= {"seed": self.args.seed, "bf16": self.machine.bf16}
+        self.settings["init"] = self.args.init or "none"
         if self.state is None:
             return
         changes = []
         for name, value in self.settings.items():
             before = self.state["settings"].get(name)
-            if name in fixed and before != value:
-                raise UserError(f"{self.folder} was started with {name} = {before}, not {value}, "
-                                f"and its weights depend on that: resume with the same, or use "
-                                f"--overwrite or another --run")
-            if before != value:
-                changes.append(f"{name} {value} (was {before})")
+            if before == value:
+                continue
+            typed = value_as_typed(value)
+            typed_before = value_as_typed(before)
+            if name in fixed:
+                raise UserError(f"{self.folder} was started with {name} = {typed_before}, not "
+                                f"{typed}, and its weights depend on that: resume with the same, "
+                                f"or use --overwrite or another --run")
+            changes.append(f"{name} {typed} (was {typed_before})")
         if changes:
             self.say("resuming with " + ", ".join(changes))
 
