@@ -285,15 +285,15 @@ def test_a_second_training_of_a_stage_in_one_folder_is_refused(tmp_path, capfd):
 def test_the_lock_of_a_killed_training_does_not_matter_even_if_its_readers_live(tmp_path):
     training = os.fork()
     if training == 0:
-        run = lock(tmp_path)
+        held = lock(tmp_path)
         reader = os.fork()                                          # stands for a process that reads images
         if reader == 0:
             time.sleep(60)
-        (tmp_path / "reader").write_text(f"{reader}")
-        assert run.lock
+            os._exit(0)
+        (tmp_path / "reader").write_text(f"{reader} {held.lock}")
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(training, 0)
-    reader = int((tmp_path / "reader").read_text())
+    reader = int((tmp_path / "reader").read_text().split()[0])
     try:
         assert (tmp_path / ".vqgan.lock").exists()
         lock(tmp_path)
