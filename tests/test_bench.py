@@ -162,6 +162,7 @@ def test_a_dry_run_refuses_what_a_run_would(call_main, tmp_path):
     assert "--image-size 30" in line and "stride 4" in line
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_stage_1_follows_the_sizes(call_main, tmp_path):
     tiny = ["--filters", 8, "--batch", 4]
     with_disc = plan(call_main, train_vq, tmp_path, *tiny)

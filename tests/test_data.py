@@ -358,6 +358,7 @@ def test_odd_sizes(size, tmp_path):
         assert images.shape == (1, 3, 32, 32) and (images.float().mean((0, 2, 3)).round() == torch.tensor(RED)).all()
 
 
+@pytest.mark.slow
 def test_imagenet_is_a_folder_with_the_papers_settings(tmp_path):
     for split, count in (("train", 6), ("val", 2)):
         for name in ("n01440764", "n01443537"):

@@ -72,6 +72,7 @@ def test_ranks_exchange_gradients_in_the_last_micro_batch_only(tmp_path):
     torch.testing.assert_close(after_0, alone)
 
 
+@pytest.mark.slow
 def test_two_ranks_with_micro_batches_train_the_tokenizer_of_one(tmp_path):
     command = [*SPLITTABLE, "--steps", 4, "--save-every", 4, "--picture-every", 4]
     assert on_ranks(call_script, "train_vq", "--run", tmp_path / "1", *command, world=1) == [0]

@@ -184,6 +184,7 @@ def test_encoding_is_stopped_by_a_signal(size, tmp_path, capfd):
     assert "stopped while encoding images" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_from_cached_tokens(trained, tmp_path):
     """A folder of tokens for each tokenizer, in the run; another number of views is encoded beside them."""
     make_folder(tmp_path / "images", {"a": 12, "b": 9})

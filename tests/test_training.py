@@ -97,6 +97,7 @@ def train_until_killed_in_its_fourth_save(stage, folder):
     call_script(script.__name__, "--run", folder, *flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_that_was_killed_resumes_bit_for_bit(stage, trained, tmp_path, call_main):
     script, flags = STAGES[stage]
@@ -159,6 +160,7 @@ def test_moments_take_the_layout_of_their_weights():
 
 # ---- a run that goes on with other settings
 
+@pytest.mark.slow
 def test_stage_1_resumes_with_another_length_batch_and_rates(copied, call_main, tmp_path):
     """At rates of 0 no weight moves: the new ones are used."""
     before = load_state(copied, "vqgan")
@@ -209,6 +211,7 @@ def test_what_weights_depend_on_cannot_change(stage, change, setting, copied, ca
     assert contents(copied) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, flags", STAGES.values())
 def test_a_run_that_was_started_with_init_resumes_with_it_only(script, flags, trained, call_main, tmp_path):
     """Its sizes are those of the run it started from, and not those of the flags."""
@@ -232,6 +235,7 @@ def test_other_classes_are_refused_in_a_line(trained, call_main, tmp_path):
     assert "classes" in line and "emu" in line and "--overwrite" in line
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_and_a_lower_rate_goes_on(copied, call_main, tmp_path):
     before = contents(copied)
     line = call_main(train_vq, tmp_path, "--run", copied, *TINY_VQ, "--resume", "--steps", 12, "--lr", 1e30, code=2)
@@ -248,6 +252,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_a_lower_rate_goes_on(copied,
 
 # ---- a run that is in the way
 
+@pytest.mark.slow
 def test_a_finished_run_is_overwritten_only_if_asked(copied, call_main, tmp_path):
     before = contents(copied)
     endings = ("pt", "png", "curve.png", "log.csv", "resume.pt")
