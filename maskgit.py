@@ -301,13 +301,9 @@ def decode(
     cfg: weight of classifier-free guidance, which grows linearly with t; needs a null class.
     start_step: how many steps to skip if much is known (the released demo skips 2 of 12).
     on_step(t, sampled, masked, confidence), all (B, N), is called after each step: the predicted
-    tokens, which of them are masked again, and the confidence of each, infinite where known.
-    Raises ValueError for a bad argument."""
+    tokens, which of them are masked again, and the confidence of each, infinite where known."""
     check_decoding(model, steps, start_step, cfg)
-    tokens = known
-    if known is None:
-        shape = len(labels), model.config.num_tokens
-        tokens = torch.full(shape, model.mask_id, device=labels.device)
+    tokens = all_masked(model, labels) if known is None else known
     masked = tokens == model.mask_id                                            # (B, N)
     unknown = masked.sum(1)                                                  # (B,): M of each image
 
@@ -330,6 +326,11 @@ def decode(
         if on_step is not None:
             on_step(t, sampled, masked, confidence)
     return tokens
+
+
+def all_masked(model: MaskGIT, labels: Tensor) -> Tensor:
+    """Returns the tokens (B, N) that decoding starts from, all of them [MASK]."""
+    return torch.full((len(labels), model.config.num_tokens), model.mask_id, device=labels.device)
 
 
 def check_decoding(model: MaskGIT, steps: int, start_step: int = 0, cfg: float = 0.0) -> None:
