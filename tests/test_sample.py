@@ -137,6 +137,9 @@ def test_a_run_with_both_decoders(untrained, call, tmp_path):
 
 @pytest.mark.parametrize("script", ["sample", "edit", "pretrained"])
 def test_ctrl_c_says_what_became_of_the_work(script, monkeypatch, capsys):
+    if script == "pretrained":
+        pytest.importorskip("msgpack")
+
     def interrupt(*_, **__):
         raise KeyboardInterrupt
     monkeypatch.setattr(runtime, "launch", interrupt)
