@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, 
 
 STEPS = ["--steps", 4, "--save-every", 100, "--picture-every", 100]
 # The discriminator from the first step on, and R1 at every second one.
-STAGE_1 = [*TINY_VQ, "--gan-start", 0, "--gan-ramp", 2, "--r1-every", 2, *STEPS]
+STAGE_1 = [*TINY_VQ, "--multipliers", 1, 1, "--gan-start", 0, "--gan-ramp", 2, "--r1-every", 2, *STEPS]
 # Without dropout, which a compiled model draws in another order.
 STAGE_2 = [*TINY_TRANSFORMER, "--dropout", 0, *STEPS]
 
