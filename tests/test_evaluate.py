@@ -606,8 +606,10 @@ def test_two_ranks_give_the_figures_of_one(folder):
 
 @pytest.mark.slow
 def test_ctrl_c_says_that_results_are_kept(folder):
+    # A shell that runs the tests in the background lets them ignore Ctrl-C, and what they start as well.
     process = subprocess.Popen([sys.executable, ROOT / "evaluate.py", "--run", folder, *QUICK, "--num", "2000"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while "generated and" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
