@@ -4,6 +4,7 @@ import importlib
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -79,6 +80,15 @@ def wait_for_step(process, step):
 def read_log(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Puts back what a training in this process does with Ctrl-C and SIGTERM."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

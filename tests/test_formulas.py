@@ -3,7 +3,6 @@
 Whole training steps are written out once more, without the scripts' parts, and must give the same weights."""
 import copy
 import math
-import signal
 from types import SimpleNamespace
 
 import pytest
@@ -53,15 +52,6 @@ def exchanges(monkeypatch):
         return original(machine, wrapped, last)
     monkeypatch.setattr(Machine, "exchange_gradients", recording)
     return told
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """Puts back what a training in this process does with Ctrl-C and SIGTERM."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 # ---- the terms of stage 1

@@ -29,15 +29,6 @@ from vqgan import VQGAN
 STAGES = {"vqgan": (train_vq, TINY_VQ), "transformer": (train_transformer, TINY_TRANSFORMER)}
 
 
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """Puts back what a training in this process does with Ctrl-C and SIGTERM."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def copied(trained, tmp_path):
     """A finished run of both stages, to be changed."""
