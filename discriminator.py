@@ -25,7 +25,7 @@ def blur_downsample(x: Tensor) -> Tensor:
 
 
 class DiscriminatorBlock(nn.Module):
-    """StyleGAN2's residual block: (B, inputs, H, W) -> (B, outputs, H / 2, W / 2)."""
+    """StyleGAN2's residual block: (B, inputs, S, S) -> (B, outputs, S / 2, S / 2), rounded up."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -34,6 +34,8 @@ class DiscriminatorBlock(nn.Module):
         self.shortcut = nn.Conv2d(inputs, outputs, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % 2:                                 # only at sizes that are no power of two
+            x = F.pad(x, (0, 1, 0, 1))
         h = F.leaky_relu(self.conv1(x), 0.2)
         h = F.leaky_relu(self.conv2(blur_downsample(h)), 0.2)
         return (h + self.shortcut(blur_downsample(x))) / math.sqrt(2)           # keeps the variance
@@ -42,27 +44,28 @@ class DiscriminatorBlock(nn.Module):
 class Discriminator(nn.Module):
     """Judges images: (B, 3, S, S) in [0, 1] -> logits (B,), positive for real ones.
 
-    image_size: S, a power of two, at least 8; ValueError otherwise. width: channels at 256 pixels
-    (released: 64); they double at each halving, up to max_width. centred: map images to [-1, 1]
-    first; the released code does not, but this way the discriminator learns far faster."""
+    image_size: S, at least 8; ValueError otherwise. It is halved until 4 x 4 places remain, or
+    3 x 3 for some sizes that are no power of two. width: channels at 256 pixels (released: 64);
+    they double at each halving, up to max_width. centred: map images to [-1, 1] first; the released
+    code does not, but this way the discriminator learns far faster."""
 
     def __init__(
         self, image_size: int = 256, width: int = 64, max_width: int = 512, centred: bool = False,
     ):
         super().__init__()
-        if image_size < 8 or image_size & (image_size - 1):
-            raise ValueError(f"the discriminator needs an image size that is a power of two, "
-                             f"at least 8, not {image_size}")
+        if image_size < 8:
+            raise ValueError(f"the discriminator needs images of at least 8 pixels, not "
+                             f"{image_size}")
         self.centred = centred
-        widths = []
         size = image_size
-        while size >= 4:
+        widths = [max(1, min(max_width, width * 256 // size))]
+        while size > 4:
+            size = math.ceil(size / 2)
             widths.append(max(1, min(max_width, width * 256 // size)))
-            size //= 2
         self.conv_in = conv3x3(3, widths[0])
         self.blocks = nn.Sequential(*[DiscriminatorBlock(a, b) for a, b in pairwise(widths)])
         self.conv_out = conv3x3(widths[-1], widths[-1])
-        self.dense1 = nn.Linear(widths[-1] * 4 * 4, widths[-1])
+        self.dense1 = nn.Linear(widths[-1] * size * size, widths[-1])
         self.dense2 = nn.Linear(widths[-1], 1)
         self.apply(init_weights)
 
@@ -71,7 +74,7 @@ class Discriminator(nn.Module):
             images = images * 2 - 1
         x = F.leaky_relu(self.conv_in(images), 0.2)
         x = self.blocks(x)
-        x = F.leaky_relu(self.conv_out(x), 0.2)                                     # (B, C, 4, 4)
+        x = F.leaky_relu(self.conv_out(x), 0.2)                         # (B, C, 4, 4), or 3 x 3
         x = x.permute(0, 2, 3, 1).flatten(1)  # channels last, the order of the released dense layer
         return self.dense2(F.leaky_relu(self.dense1(x), 0.2)).squeeze(-1)
 

@@ -245,12 +245,7 @@ def configuration(args: argparse.Namespace) -> VQGANConfig:
         if args.filters % args.groups:
             raise UserError(f"--filters {args.filters} is not divisible by --groups {args.groups}: "
                             f"choose a multiple")
-    if args.image_size % config.stride:
-        raise UserError(f"--image-size {args.image_size} is not divisible by the tokenizer's "
-                        f"stride {config.stride}: choose a multiple")
-    if args.image_size < 8 or args.image_size & (args.image_size - 1):
-        raise UserError(f"--image-size {args.image_size} does not suit the discriminator: choose a "
-                        f"power of two, at least 8")
+    flags.check_image_size(args.image_size, config.stride)
     return config
 
 

@@ -103,6 +103,18 @@ def check_memory(size: float, flag: str):
                         f"{memory() / 1e9:.4g}: ask for fewer images")
 
 
+def check_image_size(size: int, stride: int):
+    """Raises UserError, which names the nearest sizes that work, if --image-size is no multiple of
+    the tokenizer's stride, or too small for the discriminator."""
+    smallest = math.ceil(8 / stride) * stride
+    if size < smallest:
+        raise UserError(f"--image-size {size} is too small: the smallest is {smallest}")
+    if size % stride:
+        below = size - size % stride
+        raise UserError(f"--image-size {size} is not divisible by the tokenizer's stride {stride}: "
+                        f"choose {below} or {below + stride}")
+
+
 # ---- types
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:

@@ -8,7 +8,7 @@ from torch import nn
 from discriminator import Discriminator
 from lib import costs
 from lib.files import rebuild
-from lib.flags import UserError
+from lib.flags import check_image_size
 from lib.lpips import LPIPS
 from lib.runtime import Machine
 from maskgit import MaskGIT
@@ -63,9 +63,7 @@ def planned_tokens(args: argparse.Namespace) -> tuple[int, int, int]:
         stride = tokenizer.config.stride
         codebook_size = tokenizer.config.codebook_size
     image_size = args.image_size or image_size
-    if image_size % stride:
-        raise UserError(f"--image-size {image_size} is not divisible by the tokenizer's stride "
-                        f"{stride}: choose a multiple of {stride}")
+    check_image_size(image_size, stride)
     return codebook_size, (image_size // stride) ** 2, num_classes
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lib.files import fingerprint, rebuild, write_atomically
-from lib.flags import UserError
+from lib.flags import check_image_size
 from lib.loader import DataSet, interruptible, loader
 from lib.runtime import Machine, hashed_uniform
 from lib.terminal import Progress
@@ -28,9 +28,7 @@ class FrozenTokenizer:
         model, checkpoint = rebuild(path, "vqgan", model_class)
         stride = model.config.stride
         self.image_size = image_size or checkpoint["image_size"]
-        if self.image_size % stride:
-            raise UserError(f"--image-size {self.image_size} is not divisible by the tokenizer's "
-                            f"stride {stride}: choose a multiple of {stride}")
+        check_image_size(self.image_size, stride)
         self.num_tokens = (self.image_size // stride) ** 2
         self.codebook_size = model.config.codebook_size
         self.fingerprint = fingerprint(model)
