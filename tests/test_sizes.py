@@ -27,6 +27,7 @@ def test_the_discriminator_sees_every_pixel_at_any_size(size, end):
     assert disc.conv_in.weight.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_48_pixels_from_training_to_evaluation(tmp_path, call_main):
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
