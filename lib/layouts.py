@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lib.files import WithoutInitialization
 from lib.flags import UserError
 from maskgit import MaskGIT
 from vqgan import VQGAN, ResBlock
@@ -68,7 +69,7 @@ class ReleasedFile:
 
         layout: released_arrays or port_arrays. Raises UserError if an array is missing, misshapen
         or left over."""
-        with torch.device("meta"):                      # takes no time for a random start
+        with torch.device("meta"), WithoutInitialization():
             model = model_class(config)
         model = model.to_empty(device="cpu")
         for name, ours in layout(model):

@@ -320,6 +320,14 @@ def test_a_page_of_another_run_is_told_to_reload(models, ask):
     assert ask("/about", {}, X_Run=models.run_id)[0]["run_id"] == models.run_id
 
 
+def test_loading_draws_no_random_weights(monkeypatch):
+    """Embedding's would import torch._dynamo, longer than all the rest of the start."""
+    drawn = []
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda tensor, *arguments, **options: drawn.append(tensor) or tensor)
+    load(ROOT / "example")
+    assert drawn == []
+
+
 # ------------------------------------------------------------------------------------------------ other runs
 
 NAMES = ["1", "10", "2", "кот", "naïve", "<b>bold</b>", "日本", "0", "9", "ball"]
