@@ -4,6 +4,7 @@
     python edit.py PHOTO --inpaint centre                   # or --mask MASK.png, white: repainted
     python edit.py PHOTO --outpaint right=0.5               # or left, up, down
     python edit.py PHOTO --extrapolate 128                  # a panorama, 128 pixels wide
+    python edit.py PHOTO --reconstruct                      # what the tokenizer alone makes of it
 
 A photo of any size is first cropped or padded to the model's square; --extrapolate then widens it.
 """
@@ -18,11 +19,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lib import editing, flags, pictures, runtime
+from lib import editing, flags, metrics, pictures, runtime
 from lib.data import find_class
 from lib.flags import UserError
 from lib.image_files import read_image
-from lib.sampling import add_run_flags, add_sampler_flags, draw_step, load_run, sampler_options
+from lib.sampling import (
+    add_run_flags,
+    add_sampler_flags,
+    draw_step,
+    load_run,
+    load_tokenizer,
+    sampler_options,
+)
 from maskgit import MaskGIT, decode
 from sequential import CausalTransformer
 from vqgan import VQGAN, as_grid, to_pixels
@@ -59,6 +67,8 @@ TASKS = {
                  "repaint this fraction of the photo on its left, right, up or down side"),
     "extrapolate": (flags.count, None,
                     "extend the photo on both sides to this width, in the model's pixels"),
+    "reconstruct": ({"action": "store_true"}, None,
+                    "write the photo beside its reconstruction; this needs no transformer"),
 }
 FLAGS = {
     "class": ({"metavar": "NAME_OR_ID", "dest": "class_name"}, None,
@@ -221,6 +231,24 @@ def write_pictures(out: Path, photo: Tensor, mask: Tensor, painted: Tensor) -> N
 # -------------------------------------------------------------------------------------- the script
 
 @torch.no_grad()
+def reconstruct(args: argparse.Namespace, machine: runtime.Machine) -> None:
+    """Writes the photo, as the model sees it, beside what its tokens keep of it."""
+    folder, tokenizer, checkpoint = load_tokenizer(args.run, machine, args.vqgan)
+    size = checkpoint["image_size"]
+    titles = ["photo", "restored"]
+    out = pictures.picture_path(args.out, folder, f"{Path(args.photo).stem}.reconstruct.png")
+    layout = pictures.GridLayout(2, 1, (size, size), titles=titles)
+    pictures.check_picture(out, layout.size, "a smaller model")
+    photo = editing.to_square(read_image(args.photo), size, args.fit)[None]         # (1, 3, S, S)
+    with machine.autocast():
+        restored = tokenizer.decode(tokenizer.encode(machine.put(photo))).float().cpu()
+    if machine.leads:
+        pictures.save_image(out, pictures.grid([torch.cat([photo, restored])], titles=titles))
+        print(f"wrote {out}: {metrics.psnr(photo, restored).item():.1f} dB, with the tokenizer of "
+              f"{folder}")
+
+
+@torch.no_grad()
 def edit(args: argparse.Namespace, machine: runtime.Machine) -> None:
     """Paints --num variants. Every rank paints the same, and the first one writes them."""
     folder, tokenizer, transformer, checkpoint = load_run(
@@ -284,7 +312,8 @@ def main() -> None:
     add_run_flags(parser)
     add_sampler_flags(parser.add_argument_group("the sampler"))
     flags.add_machine_flags(parser, compiles=False)
-    runtime.launch(edit, parser.parse_args())
+    args = parser.parse_args()
+    runtime.launch(reconstruct if args.reconstruct else edit, args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Measures a trained run as the paper does: its rows in Tables 1, 2 and 3, and Figure 8.
 
     python evaluate.py --run runs/shapes              # Table 1; without --run, of the newest run
+    python evaluate.py --tokenizer runs/shapes        # the tokenizer, before there is a transformer
     python evaluate.py --num 50000 --features inception         # FID and IS as in the literature
     python evaluate.py --manipulate                   # Table 2: outpainting and inpainting
     python evaluate.py --ablate                       # Table 3: seven mask schedules, several T
@@ -22,6 +23,7 @@ from torch import Tensor
 from lib import features, flags, pictures, runtime, sets
 from lib.data import DATA_FLAGS
 from lib.features import BY_CLASS, PRECISION_IMAGES, RECOGNISED, SHARPNESS, Measurements
+from lib.files import cache_folder
 from lib.loader import DataSet
 from lib.sampling import add_run_flags, add_sampler_flags, sampler_options
 from lib.sets import random_subset, read_own_batches
@@ -58,9 +60,11 @@ def evaluate(args: argparse.Namespace, machine: runtime.Machine) -> None:
         tables["ablation"] = table3(run)
     if args.sweep:
         tables["sweep"] = sweep(run)
+    if args.tokenizer:
+        tables["tokenizer"] = tokenizer_alone(run)
     if not tables:
         tables = table1(run)
-    settings = sampler_settings(args, run.transformer)
+    settings = {} if args.tokenizer else sampler_settings(args, run.transformer)
     run.results.write({"run": str(run.folder), "data": run.data, "seed": args.seed,
                        "sampler": settings, **tables})
     if machine.leads:
@@ -97,12 +101,32 @@ def print_table1(run: Evaluation, rows: dict, stages: dict) -> None:
     sampler = describe("sampler", sampler_settings(run.args, run.transformer), run.args.seed)
     print_table(f"{run.title}; {sampler}", rows, columns)
     print_table("do the images look right?", rows, beside)
-    print_table("tokenizer", {"": {
-        name: value for name, value in stages.items() if isinstance(value, float)}})
+    print_tokenizer("tokenizer", stages)
     print_table(LIKELIHOODS, {"": stages["NLL"]})
     if BY_CLASS in samples:
         first = list(samples[BY_CLASS].items())[:20]
         print_table(f"samples: {BY_CLASS}", {"": dict(first)})
+
+
+def print_tokenizer(title: str, stages: dict) -> None:
+    """Prints those of the figures of both stages that are the tokenizer's."""
+    figures = {name: value for name, value in stages.items() if isinstance(value, float)}
+    print_table(title, {"": figures})
+
+
+def tokenizer_alone(run: Evaluation) -> dict:
+    """Measures the tokenizer: its codes, and its reconstructions beside real images.
+
+    Returns the figures."""
+    if run.machine.leads and run.lpips is None:
+        print(f"note: no LPIPS, since its weights are not in {cache_folder()}: train_vq.py "
+              f"--perceptual lpips fetches them")
+    figures = figures_of_stages(run)
+    row = {name: value for name, value in figures["reconstructions"].items() if name != BY_CLASS}
+    if run.machine.leads:
+        print_tokenizer(run.title, figures)
+        print_table("reconstructions", {"": row})
+    return figures
 
 
 def table2(run: Evaluation) -> dict:
@@ -191,7 +215,8 @@ def mean_over_seeds(run: Evaluation, **changes: Any) -> dict:
 
 def figures_of_stages(run: Evaluation) -> dict:
     """Returns the figures of measure_both_stages(), of which "reconstructions" is a row."""
-    condition = describe("both stages", {}, run.args.seed)
+    title = "both stages" if run.lpips is None else "both stages, with LPIPS"
+    condition = describe(title, {}, run.args.seed)
     if condition in run.results.known:
         return run.results.known[condition]
     return run.results.keep(condition, measure_both_stages(run))
@@ -271,6 +296,8 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
         **features.FEATURE_FLAGS,
         "num": (flags.whole, 2000, "images to draw, and to compare with; the paper: 50000"),
         "batch": (flags.count, 100, "images at a time"),
+        "tokenizer": ({"metavar": "RUN"}, None,
+                      "measure only this run's tokenizer, which needs no transformer"),
         "manipulate": (switch, None, "measure outpainting and inpainting of validation images"),
         "ablate": (switch, None, "measure every mask schedule at several T"),
         "ablate_steps": (several, [4, 8, 12, 16, 32, 64], "these T"),

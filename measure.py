@@ -4,6 +4,7 @@ The networks that look at images are in lib/features.py, the formulas in lib/met
 """
 import argparse
 import functools
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -22,9 +23,10 @@ from lib.files import fingerprint, rebuild
 from lib.flags import UserError
 from lib.image_files import admit_pixels
 from lib.loader import DataSet
+from lib.lpips import LPIPS, load_lpips_at_hand
 from lib.orders import ORDERS
 from lib.results import Results
-from lib.sampling import load_run, sampler_of, sampler_options
+from lib.sampling import load_run, load_tokenizer, sampler_of, sampler_options
 from lib.sets import Batch, random_subset, read_own_batches
 from maskgit import SCHEDULES, MaskGIT, decode, mask_tokens, mvtm_loss
 from sequential import CausalTransformer
@@ -49,13 +51,14 @@ class Evaluation:
     machine: runtime.Machine
     folder: Path                            # the run's
     tokenizer: VQGAN
-    transformer: MaskGIT                    # the one that draws
+    transformer: MaskGIT | None             # the one that draws; none with --tokenizer
     parallel: MaskGIT | None                # the same, if it is decoded in parallel
     sequential: CausalTransformer | None    # the run's autoregressive transformer
     data: str                               # the name or path of the data set
     train: DataSet
     real: DataSet                           # validation images
     networks: Networks
+    lpips: LPIPS | None                     # with --tokenizer, if its weights are there
     results: Results
     title: str
 
@@ -73,20 +76,27 @@ class Evaluation:
 
 def open_evaluation(args: argparse.Namespace, machine: runtime.Machine) -> Evaluation:
     """Opens the models, the data, the networks and the results. Raises UserError."""
-    folder, tokenizer, transformer, checkpoint = load_run(
-        args.run, machine, args.vqgan, args.decoder)
-    check_flags(args, transformer)
+    transformer = None
     parallel = None
+    sequential = None
+    lpips = None
+    if args.tokenizer:
+        folder, tokenizer, checkpoint = load_tokenizer(args.tokenizer, machine, args.vqgan)
+        lpips = load_lpips_at_hand(machine)
+    else:
+        folder, tokenizer, transformer, checkpoint = load_run(
+            args.run, machine, args.vqgan, args.decoder)
+    check_flags(args, transformer)
     if isinstance(transformer, CausalTransformer):
         sequential = transformer
-    else:
+    elif transformer is not None:
         parallel = transformer
         sequential = load_sequential(folder, checkpoint["tokenizer"], machine)
     train, real = open_images(args, folder, checkpoint)
     networks = open_networks(args, machine, train, folder)
     setup = {
         "tokenizer": fingerprint(tokenizer),
-        "transformer": fingerprint(transformer),
+        "transformer": fingerprint(transformer) if transformer else None,
         "sequential transformer": fingerprint(sequential) if sequential else None,
         "features": networks.name,
         "generated images": args.num,
@@ -99,10 +109,11 @@ def open_evaluation(args: argparse.Namespace, machine: runtime.Machine) -> Evalu
         "python": platform.python_version(),
     }
     results = Results(folder / "eval.json", setup, writes=machine.leads, again=args.again)
-    title = (f"{folder}: {args.num} generated and {len(real)} real validation images, "
-             f"{args.features} features, seed {args.seed}")
+    generated = f"{args.num} generated and " if transformer else ""
+    title = (f"{folder}: {generated}{len(real)} real validation images, {args.features} features, "
+             f"seed {args.seed}")
     return Evaluation(args, machine, folder, tokenizer, transformer, parallel, sequential,
-                      checkpoint["data"], train, real, networks, results, title)
+                      checkpoint["data"], train, real, networks, lpips, results, title)
 
 
 def open_images(args: argparse.Namespace, folder: Path,
@@ -126,8 +137,13 @@ def open_images(args: argparse.Namespace, folder: Path,
     return train, real
 
 
-def check_flags(args: argparse.Namespace, transformer: MaskGIT) -> None:
+def check_flags(args: argparse.Namespace, transformer: MaskGIT | None) -> None:
     """Raises UserError, before anything takes long, for flags that do not suit the transformer."""
+    if transformer is None:
+        if args.run or args.decoder or args.manipulate or args.ablate or args.sweep:
+            raise UserError("--tokenizer RUN measures the tokenizer of this run alone: leave out "
+                            "--run, --decoder, --manipulate, --ablate and --sweep")
+        return
     if isinstance(transformer, CausalTransformer):
         if args.ablate or args.sweep or args.manipulate:
             raise UserError("--ablate, --sweep and --manipulate need a parallel decoder: "
@@ -236,6 +252,7 @@ class StageMeasurements(NamedTuple):
     """What was measured of both stages on validation images: tensors on the CPU, a row an image."""
     tokens: Tensor      # (n, N)
     psnr: Tensor        # (n,), of the reconstruction
+    lpips: Tensor       # (n,), its perceptual distance; NaN without the network's weights
     nll: Tensor         # (n, L), one for each of likelihood_names()
     right: Tensor       # (n, schedules), how many masked tokens are predicted right
     masked: Tensor      # (n, schedules), how many tokens are masked
@@ -266,13 +283,17 @@ def measure_stages_of_batch(run: Evaluation, batch: Batch) -> tuple[StageMeasure
     with run.machine.autocast():
         tokens = run.tokenizer.encode(floats).flatten(1)                            # (n, N)
         restored = run.tokenizer.decode(as_grid(tokens)).float()
+        lpips = torch.full((len(tokens),), math.nan)
+        if run.lpips is not None:
+            lpips = run.lpips(restored, floats)
     psnr = metrics.psnr(floats, restored)
     seed = runtime.step_seed(run.args.seed, batch.number)
     nll, right, masked = measure_predictions(run, tokens, labels, seed)
     # The batch's mean stands for each of its images: so the mean over all images is right.
     nll = nll.expand(len(tokens), -1)
     run.machine.sync()
-    measured = StageMeasurements(tokens.cpu(), psnr.cpu(), nll.cpu(), right.cpu(), masked.cpu())
+    measured = StageMeasurements(
+        tokens.cpu(), psnr.cpu(), lpips.cpu(), nll.cpu(), right.cpu(), masked.cpu())
     return measured, pictures.to_uint8(restored).cpu()
 
 
@@ -284,7 +305,7 @@ def measure_predictions(run: Evaluation, tokens: Tensor, labels: Tensor,
     each of likelihood_names(), and how many tokens of each image were predicted right and how many
     were masked, both (n, schedules)."""
     generator = torch.Generator().manual_seed(seed)
-    losses = []
+    losses = [torch.zeros(0, device=tokens.device)]
     right = [torch.zeros(len(tokens), 0, dtype=torch.long, device=tokens.device)]
     masked = [torch.zeros(len(tokens), 0, dtype=torch.long, device=tokens.device)]
     if run.parallel is not None:
@@ -292,7 +313,7 @@ def measure_predictions(run: Evaluation, tokens: Tensor, labels: Tensor,
             visible, mask = mask_tokens(tokens, schedule, run.parallel.mask_id, generator)
             with run.machine.autocast():
                 logits = run.parallel(visible, labels)                              # (n, N, codes)
-            losses.append(mvtm_loss(logits, tokens, mask, label_smoothing=0))
+            losses.append(mvtm_loss(logits, tokens, mask, label_smoothing=0).view(1))
             right_tokens = (logits.argmax(-1) == tokens) & mask
             right.append(right_tokens.sum(1, keepdim=True))
             masked.append(mask.sum(1, keepdim=True))
@@ -300,8 +321,8 @@ def measure_predictions(run: Evaluation, tokens: Tensor, labels: Tensor,
         with run.machine.autocast():
             logits = run.sequential(tokens, labels)
         every_token = torch.ones_like(tokens, dtype=torch.bool)
-        losses.append(mvtm_loss(logits, tokens, every_token, label_smoothing=0))
-    return torch.stack(losses).double(), torch.cat(right, 1), torch.cat(masked, 1)
+        losses.append(mvtm_loss(logits, tokens, every_token, label_smoothing=0).view(1))
+    return torch.cat(losses).double(), torch.cat(right, 1), torch.cat(masked, 1)
 
 
 def likelihood_names(run: Evaluation) -> list[str]:
@@ -323,6 +344,8 @@ def stage_figures(run: Evaluation, measured: StageMeasurements, restored: Measur
         "codebook perplexity": torch.exp(-torch.xlogy(used, used).sum()).item(),
         "NLL": dict(zip(likelihood_names(run), measured.nll.mean(0).tolist(), strict=True)),
     }
+    if run.lpips is not None:
+        figures["LPIPS"] = measured.lpips.mean().item()
     if run.parallel is not None:
         figures["accuracy by mask ratio"] = accuracy_by_mask_ratio(
             measured.right.flatten(), measured.masked.flatten(), measured.tokens.shape[1])

@@ -5,9 +5,12 @@ from torch import Tensor, nn
 
 from lib.files import cache_folder, download, load_tensors, load_weights
 from lib.flags import UserError
+from lib.runtime import Machine
 
+VGG16_NAME = "vgg16-397923af.pth"   # in the cache folder
 VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"
 VGG16_SHA256 = "397923af"           # its first digits, which are part of the name
+LINEAR_NAME = "lpips-vgg.pth"
 LINEAR = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/"
           "lpips/weights/v0.1/vgg.pth")
 LINEAR_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
@@ -61,16 +64,24 @@ def unit_length(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=1, eps=1e-10)
 
 
+def load_lpips_at_hand(machine: Machine) -> LPIPS | None:
+    """Returns LPIPS on the machine if its weights are in the cache folder, else None."""
+    folder = cache_folder()
+    if (folder / VGG16_NAME).exists() and (folder / LINEAR_NAME).exists():
+        return machine.place(load_lpips(offline=True))
+    return None
+
+
 def load_lpips(offline: bool = False) -> LPIPS:
     """Returns LPIPS with its weights, from the cache folder, or fetched there first (528 MB).
 
     Raises UserError if they cannot be had."""
     try:
-        vgg16 = download(VGG16, "vgg16-397923af.pth", VGG16_SHA256, offline)
-        linear = download(LINEAR, "lpips-vgg.pth", LINEAR_SHA256, offline)
+        vgg16 = download(VGG16, VGG16_NAME, VGG16_SHA256, offline)
+        linear = download(LINEAR, LINEAR_NAME, LINEAR_SHA256, offline)
     except UserError as error:
-        raise UserError(f"{error}. The perceptual loss needs vgg16-397923af.pth (from {VGG16}) and "
-                        f"lpips-vgg.pth (from {LINEAR}) in {cache_folder()}; --perceptual none "
+        raise UserError(f"{error}. The perceptual loss needs {VGG16_NAME} (from {VGG16}) and "
+                        f"{LINEAR_NAME} (from {LINEAR}) in {cache_folder()}; --perceptual none "
                         f"trains without it") from error
     weights = {}
     for name, value in load_tensors(vgg16).items():

@@ -3,7 +3,7 @@
 This is the one file of lib/ that knows the models of both stages.
 """
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -129,9 +129,21 @@ def load_run(
     return folder, tokenizer, transformer, checkpoint
 
 
-def newest_run() -> Path:
-    """Returns the folder in runs/ whose transformer is the newest, or example/ without any."""
-    transformers = [path for stage in MODELS for path in Path("runs").glob(f"*/{stage}.pt")]
-    if not transformers:
+def load_tokenizer(
+    folder: str | Path | None, machine: Machine, vqgan: str | None = None,
+) -> tuple[Path, VQGAN, dict]:
+    """Loads a run's tokenizer alone, which needs no transformer. The arguments are as above.
+
+    Returns the folder, the tokenizer, and the tokenizer's checkpoint."""
+    folder = Path(folder or newest_run(["vqgan"]))
+    tokenizer, checkpoint = rebuild(Path(vqgan or folder / "vqgan.pt"), "vqgan", VQGAN)
+    return folder, machine.freeze(machine.place(tokenizer)), checkpoint
+
+
+def newest_run(stages: Iterable[str] = MODELS) -> Path:
+    """Returns the folder in runs/ whose model of these stages is the newest, or example/ without
+    any."""
+    models = [path for stage in stages for path in Path("runs").glob(f"*/{stage}.pt")]
+    if not models:
         return Path(__file__).parent.parent / "example"
-    return max(transformers, key=lambda path: path.stat().st_mtime).parent
+    return max(models, key=lambda path: path.stat().st_mtime).parent
