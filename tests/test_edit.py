@@ -1,5 +1,6 @@
 """edit.py: what is kept stays, to the pixel, and what is painted is what was asked for."""
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,12 +22,12 @@ from lib.editing import (
     square_place,
 )
 from lib.features import Classifier
-from lib.files import load_checkpoint, load_weights
+from lib.files import load_checkpoint, load_weights, rebuild
 from lib.runtime import Machine, hashed_uniform
 from lib.sampling import load_run
 from lib.shapes import Shapes
 from maskgit import MaskGIT, MaskGITConfig, decode, mask_counts
-from vqgan import as_grid, to_pixels
+from vqgan import VQGAN, as_grid, to_pixels
 
 
 @pytest.fixture
@@ -485,6 +486,22 @@ def test_bad_photos(call, photo, name):
     (photo.parent / "broken.png").write_bytes(photo.read_bytes()[:100])
     line = call("--inpaint", "centre", image=name, code=2)
     assert name in line and "not a readable image" in line
+
+
+def test_a_photo_beside_its_reconstruction(untrained, photo, call_main):
+    """By a run that holds a tokenizer alone."""
+    (photo.parent / "runs" / "new").mkdir(parents=True)
+    shutil.copy(untrained / "vqgan.pt", photo.parent / "runs" / "new")
+    printed = call_main(edit, photo.parent, "photo.png", "--reconstruct")
+    path = photo.parent / "runs" / "new" / "photo.reconstruct.png"
+    tokenizer, _ = rebuild(path.with_name("vqgan.pt"), "vqgan", VQGAN)
+    image = torch.from_numpy(pixels(photo)).movedim(-1, 0).float()[None] / 255
+    with torch.no_grad():
+        restored = tokenizer.decode(tokenizer.encode(image))[0].movedim(0, -1)
+    shown = pixels(path)[20::2, 2::2]                               # below the titles, each pixel is 2 x 2
+    assert np.array_equal(shown[:32, :32], pixels(photo))
+    assert np.abs(shown[:32, 33:65] - 255 * restored.numpy()).max() <= 1
+    assert f"wrote {Path('runs/new/photo.reconstruct.png')}: " in printed and " dB" in printed
 
 
 def test_a_box_that_the_crop_cuts_off(call, tmp_path):

@@ -39,7 +39,8 @@ def save_run(folder):
     tokenizer = VQGAN(VQGANConfig(32, 4, filters=8, multipliers=(1, 1, 1), res_blocks=1, groups=1)).eval()
     torch.nn.init.normal_(tokenizer.quantizer.codebook)
     save_checkpoint(folder / "vqgan.pt", {
-        "kind": "vqgan", "config": asdict(tokenizer.config), "model": tokenizer.state_dict()})
+        "kind": "vqgan", "config": asdict(tokenizer.config), "model": tokenizer.state_dict(),
+        "image_size": 32, "data": "shapes", "classes": Shapes.classes})
     transformer = save_transformer(folder, "transformer", MaskGIT, fingerprint(tokenizer))
     return tokenizer, transformer
 
@@ -493,6 +494,20 @@ def test_table_1_is_what_a_computation_by_hand_gives(folder, capsys):
     assert columns <= row.keys() & found["rows"]["real training images"].keys()
 
 
+def test_a_tokenizer_is_measured_without_a_transformer(folder, monkeypatch, capsys):
+    stages = evaluated(folder)["stages"]
+    (folder / "transformer.pt").unlink()
+    arguments = evaluate.parse_flags(["--tokenizer", str(folder), *QUICK])
+    evaluate.evaluate(arguments, runtime.Machine("cpu"))
+    assert "note: no LPIPS" in capsys.readouterr().out
+    monkeypatch.setattr(measure, "load_lpips_at_hand", lambda machine: lambda a, b: (a - b).abs().mean((1, 2, 3)))
+    evaluate.evaluate(arguments, runtime.Machine("cpu"))
+    alone = json.loads((folder / "eval.json").read_text())["tokenizer"]
+    assert 0 < alone.pop("LPIPS") < 1 and "LPIPS" in capsys.readouterr().out
+    del stages["accuracy by mask ratio"]
+    assert alone == stages | {"NLL": {}}
+
+
 def test_existing_results_are_reused(folder, capsys):
     first = evaluated(folder, "--top-k", 5)
     tables = capsys.readouterr().out.partition("\n\n")[2]
@@ -678,6 +693,7 @@ def test_features_as_torch_fidelity_measures_them(tmp_path):
     (["--ablate", "--ablate-steps", 99], "--ablate-steps"),
     (["--decoder", "autoregressive"], "autoregressive.pt does not exist"),
     (["--classifier-steps", 0], "--features inception"),
+    (["--tokenizer", ROOT / "example"], "leave out --run"),
     (["--features", "inception", "--inception", "nowhere.pth"],
      "pip install torch-fidelity|nowhere.pth does not exist"),
 ])
