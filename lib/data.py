@@ -13,16 +13,18 @@ import torch
 
 from lib.files import download
 from lib.flags import UserError, count
-from lib.folders import open_folder
+from lib.folders import Folder, open_folder, open_splits
+from lib.imagenet import SYNSETS, by_scene, find_folders, refuse_archive
 from lib.loader import DataSet, ImagesAndLabels
 from lib.runtime import hashed_uniform
+from lib.scan import list_images
 from lib.shapes import Shapes
 
 DATA_FLAGS = {
     "data_dir": (str, "data", "the folder of cifar10, imagenet and places2"),
     "max_pixels": (count, 178_956_970,
                    "of an image file; a larger one may be a trap that fills the memory")}
-IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt").read_text().splitlines()
+IMAGENET_CLASSES = list(SYNSETS.values())
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 
@@ -75,14 +77,11 @@ def open_cifar10(size: int | None, folder: str) -> tuple:
 
 
 def open_imagenet(size: int | None, folder: str) -> tuple:
-    train, val = open_large(Path(folder, "imagenet"), size, "1,000 WNIDs, such as n01440764")
-    if len(train.classes) == len(IMAGENET_CLASSES):           # the folders' names are WNIDs
-        train.classes = val.classes = IMAGENET_CLASSES
-    return train, val
+    return open_large("imagenet", size, folder)
 
 
 def open_places2(size: int | None, folder: str) -> tuple:
-    return open_large(Path(folder, "places2"), size, "365 classes")
+    return open_large("places2", size, folder)
 
 
 # Each function takes the image size (None: the default of the set) and the folder --data-dir. It
@@ -97,13 +96,23 @@ def check_size(name: str, size: int | None) -> None:
         raise UserError(f"{name} has images of 32 pixels, not {size}: leave --image-size out")
 
 
-def open_large(root: Path, size: int | None, classes: str) -> tuple:
-    """Opens ImageNet or Places2 without decoding each of its million files first."""
-    if not (root / "train").is_dir() or not (root / "val").is_dir():
-        raise UserError(f"{root} should hold train/CLASS/*.JPEG and val/CLASS/*.JPEG, with a "
-                        f"folder for each of the {classes}: put it there or name its place with "
-                        f"--data-dir")
-    return open_folder(root, size or 256, check=False)
+def open_large(name: str, size: int | None, data_dir: str) -> tuple:
+    """Opens imagenet or places2 without decoding each of its million files first."""
+    folders = find_folders(name, os.path.abspath(data_dir))
+    splits = [list_images(folder) for folder in folders]
+    if name == "places2":
+        splits = [by_scene(*split) for split in zip(folders, splits, strict=True)]
+    train, val = open_splits(
+        os.path.commonpath(folders), folders, splits, size or 256, check=False)
+    return name_synsets(train, val)
+
+
+def name_synsets(train: Folder, val: Folder) -> tuple[Folder, Folder]:
+    """Names the classes if all of them are called by synsets of ImageNet, such as n01440764."""
+    if all(name in SYNSETS for name in train.classes):
+        train.classes = [SYNSETS[name] for name in train.classes]
+        val.classes = train.classes
+    return train, val
 
 
 def open_data(name: str, size: int | None = None, folder: str = "data") -> tuple:
@@ -115,10 +124,11 @@ def open_data(name: str, size: int | None = None, folder: str = "data") -> tuple
     if name in DATA_SETS:
         return DATA_SETS[name](size, folder)
     if not os.path.isdir(name):
+        refuse_archive(name, "--data")
         names = ", ".join(DATA_SETS)
         raise UserError(f"'{name}' is no data set and no folder: --data takes {names} or a folder "
                         f"of images")
-    return open_folder(name, size or 32)
+    return name_synsets(*open_folder(name, size or 32))
 
 
 def resolve_data(name: str) -> str:

@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 
 from lib.flags import UserError, memory
 from lib.image_files import random_crop, read_image
+from lib.imagenet import label_flat
 from lib.loader import ImagesAndLabels
 from lib.runtime import cores, hashed_uniform
 from lib.scan import (
@@ -127,6 +128,18 @@ def open_folder(root: str, size: int, check: bool = True) -> tuple[Folder, Folde
     root = os.path.abspath(root)
     folders = split_folders(root)
     splits = [list_images(folder) for folder in folders]
+    return open_splits(root, folders, splits, size, check)
+
+
+def open_splits(root: str, folders: list[str], splits: list[dict[str, list[str]]], size: int,
+                check: bool) -> tuple[Folder, Folder]:
+    """Returns the training and validation images of folders, or of one, whose images are listed.
+
+    folders: absolute. splits: {class: paths} of each. The others and UserError: see open_folder().
+    """
+    if is_flat(folders[-1], splits[-1]) and not is_flat(folders[0], splits[0]):
+        images, = splits[1].values()
+        splits = [splits[0], label_flat(folders[1], images, splits[0])]
     different = sorted(splits[0].keys() ^ splits[-1].keys())
     if different:
         raise UserError(f"class '{different[0]}' is in only one of {folders[0]} and {folders[1]}: "
@@ -165,6 +178,13 @@ def split_folders(root: str) -> list[str]:
         raise UserError(f"{root} holds {splits[0]}/ and {splits[1]}/, but no train/: add it, or "
                         f"rename them if they are classes")
     return [subfolders["train"], subfolders[splits[1]]]
+
+
+def is_flat(folder: str, by_class: dict[str, list[str]]) -> bool:
+    """Returns whether the images of a folder, as list_images() lists them, are in no class folder.
+    """
+    first = next(iter(by_class.values()))
+    return len(by_class) == 1 and bool(first) and os.path.dirname(first[0]) == folder
 
 
 def leave_out_broken(root: str, splits: list[dict[str, list[str]]],

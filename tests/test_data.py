@@ -25,6 +25,7 @@ from lib.data import Cifar10, check_run_outside_data, find_class, open_data, res
 from lib.files import write_atomically
 from lib.flags import UserError, command_line
 from lib.image_files import random_crop, read_image, to_rgb
+from lib.imagenet import SYNSETS
 from lib.loader import Steps, batches
 from lib.shapes import Shapes, draw_scenes, hsv_to_rgb
 
@@ -371,10 +372,113 @@ def test_imagenet_is_a_folder_with_the_papers_settings(tmp_path):
 
 def test_imagenets_thousand_folders_have_names(tmp_path):
     for split in ("train", "val"):
-        touch(*(tmp_path / "imagenet" / split / f"n{i:08}" / "0.JPEG" for i in range(1000)))
+        touch(*(tmp_path / "imagenet" / split / synset / "0.JPEG" for synset in SYNSETS))
     train, val = open_data("imagenet", 32, tmp_path)
     assert len(train) == 1000 and train.classes == val.classes
     assert train.classes[0] == "tench" and train.classes[90] == "lorikeet" and len(set(train.classes)) == 1000
+
+
+FOUR = ["n01440764", "n01530575", "n02979186", "n03888257"]      # tench, brambling, cassette player, parachute
+SCENES = ["airfield", "alley", "apartment_building/outdoor", "zen_garden"]
+
+
+def photos(root, names, part, flat=False):
+    """Writes ten JPEGs of four classes, each class of a shade, in its folder or all in one. Returns their classes."""
+    in_order = []
+    for i in range(10):
+        label = i * 3 % 4
+        folder = root if flat else root / names[label]
+        picture(folder / f"{part}_{i:08}.JPEG", (12, 12), color=(60 * label,) * 3)
+        in_order.append(names[label])
+    return in_order
+
+
+def layout(root, kind):
+    """Writes 30 photos for training and ten for validation in one of the ways in which they come, and their labels."""
+    names = FOUR
+    train = root / "train"
+    val = root / "val"
+    if kind == "kaggle":
+        train = root / "ILSVRC" / "Data" / "CLS-LOC" / "train"
+        val = train.with_name("val")
+    elif kind == "places easy":
+        names = [scene.replace("/", "-") for scene in SCENES]
+        train = root / "places365_standard" / "train"
+        val = train.with_name("val")
+    elif kind == "places":
+        names = [f"{scene[0]}/{scene}" for scene in SCENES]
+        train = root / "data_256"
+        val = root / "val_256"
+    for part in "abc":
+        photos(train, names, part)
+    in_order = photos(val, names, "val", flat=kind in ("list", "kaggle", "places"))
+    if kind == "list":
+        (root / "synsets.txt").write_text("\n".join(in_order) + "\n")
+    elif kind == "kaggle":
+        rows = [f"val_{i:08},{name} 1 2 3 4 {name} 5 6 7 8" for i, name in enumerate(in_order)]
+        (root / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *reversed(rows)]))
+    elif kind == "places":
+        rows = [f"val_{i:08}.JPEG {names.index(name) + 7}" for i, name in enumerate(in_order)]
+        (root / "places365_val.txt").write_text("\n".join(rows))
+        (root / "categories_places365.txt").write_text("\n".join(f"/{name} {i + 7}" for i, name in enumerate(names)))
+
+
+@pytest.mark.parametrize("name, kind, inside", [
+    ("imagenet", "folders", "imagenet"), ("imagenet", "list", "imagenet"), ("imagenet", "kaggle", ""),
+    ("places2", "places easy", "places2"), ("places2", "places", ""), ("places2", "places", "places2")])
+def test_imagenet_and_places2_open_as_they_come(name, kind, inside, tmp_path):
+    layout(tmp_path / inside, kind)
+    train, val = open_data(name, 8, tmp_path)
+    assert (len(train), len(val)) == (30, 10)
+    if name == "imagenet":
+        assert train.classes == ["tench", "brambling", "cassette player", "parachute"]
+    else:
+        assert train.classes == ["airfield", "alley", "apartment_building-outdoor", "zen_garden"]
+    for part in (train, val):
+        images, labels = part.batch(np.arange(len(part)))
+        assert ((images[:, 0, 4, 4] / 60).round() == labels).all() and len(set(labels.tolist())) == 4
+
+
+def test_a_part_of_imagenet_has_names_too(tmp_path):
+    layout(tmp_path / "imagenette", "list")
+    train, val = open_data(str(tmp_path / "imagenette"), 8)
+    assert find_class("tench", train.classes) == 0 and train.classes == val.classes
+    assert ((val.batch(np.arange(10))[0][:, 0, 4, 4] / 60).round() == torch.from_numpy(val.labels)).all()
+
+
+@pytest.mark.parametrize("labels", [None, "n01440764\n" * 9, "1\n" * 10])
+def test_a_flat_val_without_its_labels_says_which_file_is_missing(labels, tmp_path):
+    layout(tmp_path / "imagenet", "list")
+    (tmp_path / "imagenet" / "synsets.txt").unlink()
+    if labels:
+        (tmp_path / "imagenet" / "other.txt").write_text(labels)
+    with pytest.raises(UserError, match=r"val holds 10 images in no class folder.*LOC_val_solution.csv.*of 10 lines"):
+        open_data("imagenet", 8, tmp_path)
+
+
+@pytest.mark.parametrize("archives, says", [
+    (["imagenet/ILSVRC2012_img_val.tar", "imagenet/ILSVRC2012_img_train.tar"],
+     "mkdir -p DIR/imagenet/train && tar -xf DIR/imagenet/ILSVRC2012_img_train.tar -C DIR/imagenet/train$"),
+    (["imagenet/ILSVRC2012_img_train.tar", "imagenet/ILSVRC2012_img_val.tar", "imagenet/train/n01440764/0.JPEG"],
+     "tar -xf DIR/imagenet/ILSVRC2012_img_val.tar -C DIR/imagenet/val$"),
+    (["imagenet/train/n01440764.tar", "imagenet/val/n01440764/0.JPEG"], "n01440764.tar.* for f in n\\*.tar; do mkdir"),
+    (["imagenet-object-localization-challenge.zip"], "unzip -q DIR/imagenet-object-.*zip -d DIR$"),
+    (["cifar-10-binary.tar.gz"], "imagenet should hold train/CLASS")])
+def test_archives_are_told_how_to_be_unpacked(archives, says, tmp_path):
+    touch(*(tmp_path / name for name in archives))
+    with pytest.raises(UserError, match=says.replace("DIR", str(tmp_path))):
+        open_data("imagenet", 8, tmp_path)
+
+
+@pytest.mark.parametrize("name, says", [
+    ("photos.zip", "unzip -q photos.zip -d photos; then --data photos"),
+    ("a b.tar.gz", "mkdir -p 'a b' && tar -xf 'a b.tar.gz' -C 'a b'; then --data 'a b'"),
+    ("photos.tgz", "tar -xf photos.tgz -C photos; then --data photos")])
+def test_an_archive_as_data_is_told_how_to_be_unpacked(name, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    touch(Path(name))
+    with pytest.raises(UserError, match=f"{name} is an archive: .*{says}$"):
+        open_data(name)
 
 
 def test_large_images_are_read_from_their_files(tmp_path):
