@@ -33,7 +33,7 @@ from lib import costs, flags, optim, plans
 from lib.files import write_atomically
 from lib.lpips import LPIPS
 from lib.runtime import Machine, launch
-from maskgit import MaskGIT, MaskGITConfig, decode, drop_labels, mask_tokens
+from maskgit import MaskGIT, MaskGITConfig, decode, drop_labels, mask_tokens, mvtm_loss
 from sequential import CausalTransformer, KeyValueCache, decode_sequential
 from vqgan import VQGAN, VQGANConfig
 
@@ -135,7 +135,6 @@ def time_train_transformer(machine: Machine, sizes: Sizes, batch: int, repeats: 
     optimizers = optim.transformer_optimizers(
         model, args.optimizer, args.lr, args.muon_lr, args.weight_decay, machine).values()
     ddp_model = machine.wrap(model)
-    compute_loss = machine.compile(train_transformer.loss_and_accuracy)
     shape = batch, sizes.maskgit.num_tokens
     tokens = machine.put(torch.randint(sizes.maskgit.codebook_size, shape))
     classes = machine.put(torch.randint(sizes.maskgit.num_classes, (batch,)))
@@ -150,7 +149,7 @@ def time_train_transformer(machine: Machine, sizes: Sizes, batch: int, repeats: 
         with machine.exchange_gradients(ddp_model, last=True):
             with machine.autocast():
                 logits = ddp_model(visible, labels)
-                loss, _ = compute_loss(logits, tokens, mask, args.label_smoothing)
+                loss = mvtm_loss(logits, tokens, mask, args.label_smoothing)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:

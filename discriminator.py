@@ -16,12 +16,16 @@ def blur_downsample(x: Tensor) -> Tensor:
 
     It is written with pairs of rows and columns: a depthwise convolution has a slow backward pass,
     of which R1 takes two, and Inductor cannot compile the second derivative of average pooling."""
-    upper, lower = x.unflatten(2, (-1, 2)).unbind(3)            # rows 2i and 2i + 1
-    outer = F.pad(lower, (0, 0, 1, -1)) + F.pad(upper, (0, 0, -1, 1))       # rows 2i - 1 and 2i + 2
+    # Channels come last, as in memory: otherwise the gradient would have another layout than x,
+    # and all that follows in the backward pass would be slow.
+    x = x.permute(0, 2, 3, 1)
+    upper, lower = x.unflatten(1, (-1, 2)).unbind(2)            # rows 2i and 2i + 1
+    outer = F.pad(lower, (0, 0, 0, 0, 1, -1)) + F.pad(upper, (0, 0, 0, 0, -1, 1))   # 2i - 1, 2i + 2
     x = torch.add(outer, upper + lower, alpha=3)
-    left, right = x.unflatten(3, (-1, 2)).unbind(4)
-    outer = F.pad(right, (1, -1)) + F.pad(left, (-1, 1))
-    return torch.add(outer, left + right, alpha=3) / 64
+    left, right = x.unflatten(2, (-1, 2)).unbind(3)
+    outer = F.pad(right, (0, 0, 1, -1)) + F.pad(left, (0, 0, -1, 1))
+    x = torch.add(outer, left + right, alpha=3) / 64
+    return x.permute(0, 3, 1, 2)
 
 
 class DiscriminatorBlock(nn.Module):

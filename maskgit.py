@@ -88,7 +88,7 @@ class MaskGIT(nn.Module):
 
     Raises ValueError if the heads do not divide the width."""
     Config = MaskGITConfig                          # a checkpoint is rebuilt from the class alone
-    Block = Block                                   # sequential.py replaces it by a causal one
+    block_class = Block                             # sequential.py has a causal one
 
     def __init__(self, config: MaskGITConfig):
         super().__init__()
@@ -99,13 +99,13 @@ class MaskGIT(nn.Module):
         num_rows = self.mask_id + 1                                         # codes, classes, [MASK]
         self.null_label = None
         if config.null_class:                       # its row comes last: released weights have none
-            self.null_label = num_rows - config.codebook_size
+            self.null_label = num_rows - config.codebook_size           # after that of [MASK]
             num_rows += 1
         self.token_embedding = nn.Embedding(num_rows, config.dim)
         self.position_embedding = nn.Embedding(config.num_tokens + 1, config.dim)
         self.norm = nn.LayerNorm(config.dim, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList([self.Block(config) for _ in range(config.depth)])
+        self.blocks = nn.ModuleList([self.block_class(config) for _ in range(config.depth)])
         self.head = nn.Sequential(
             nn.Linear(config.dim, config.dim),
             nn.GELU("tanh"),
@@ -317,7 +317,7 @@ def decode(
         confidence = order(log_probability(logits, sampled), t / steps, generator)
         confidence = confidence.masked_fill(~masked, math.inf)
 
-        # 3. Mask schedule: n = γ(t / T)·M tokens stay masked.
+        # 3. Mask schedule: n = ⌊γ(t / T)·M⌋ tokens stay masked, but fewer than before.
         n = masked_after(t, steps, schedule, unknown, masked.sum(1))            # (B,)
 
         # 4. Mask the n least confident tokens again.

@@ -69,7 +69,7 @@ class CausalBlock(Block):
 
 class CausalTransformer(MaskGIT):
     """The autoregressive transformer: p(each token | the tokens before it, the class)."""
-    Block = CausalBlock
+    block_class = CausalBlock
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Returns the logits of every token given those before it, (B, n, codebook_size).

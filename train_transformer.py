@@ -17,7 +17,7 @@ from torch import Tensor
 from lib import flags, optim, plans
 from lib.data import DATA_FLAGS, check_run_outside_data, open_data, resolve_data, spread
 from lib.features import JUDGE_FLAGS, Judge
-from lib.files import rebuild, write_atomically
+from lib.files import rebuild
 from lib.flags import UserError, count, fraction, non_negative, whole, yes_or_no
 from lib.image_files import admit_pixels
 from lib.loader import batches
@@ -73,7 +73,6 @@ FIXED = {
     "data", "init", "classes", "image_size", "tokenizer", "dim", "depth", "heads", "null_class",
     "optimizer",
 }
-COLUMNS = ["loss", "accuracy", "gradient", "val_loss", "val_nll", "FCD", "FID"]
 
 
 def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (long, but flat)
@@ -82,7 +81,8 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     sequential = args.decoder == "autoregressive"
     num_parts = optim.count_micro_batches(args.batch, args.micro_batch, machine.devices)
     if args.dry_run:
-        config = configuration(args, *plans.planned_tokens(args))
+        codebook_size, num_tokens, num_classes = plans.planned_tokens(args)
+        config = configuration(args, codebook_size, num_tokens, num_classes)
         plans.print_transformer_plan(args, machine, MODELS[stage](config), num_parts)
         return
 
@@ -103,7 +103,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         "image_size": tokenizer.image_size,
         "tokenizer": tokenizer.fingerprint,
     }
-    run.compare(about | {"null_class": config.null_class}, FLAGS, FIXED)
+    run.check_settings(about | {"null_class": config.null_class}, FLAGS, FIXED)
 
     # The model, its average, its optimizers.
     torch.manual_seed(args.seed)
@@ -118,13 +118,11 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     saved = {"model": model, "ema": ema, **optimizers}
     run.restore(saved)
     ddp_model = machine.wrap(model)
-    compute_loss = machine.compile(loss_and_accuracy)
     run.say(f"{run.folder}: {optim.count_parameters(model) / 1e6:.2f} M parameters, "
             f"{config.num_tokens} tokens of {config.codebook_size}, {len(classes)} classes, "
             f"on {machine.device} x {machine.devices}")
     if args.vqgan and machine.leads and (args.overwrite or not own_tokenizer.exists()):
-        content = Path(args.vqgan).read_bytes()
-        write_atomically(own_tokenizer, lambda file: file.write(content))
+        tokenizer.copy_to(own_tokenizer)
 
     # Images become tokens: all of them now, or each batch as it comes.
     judge = None
@@ -138,10 +136,10 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     val_images, val_labels = spread(val, 512)
     val_tokens = tokenizer.encode(val_images).cpu()
 
-    log = Log(run, COLUMNS, flops)
+    log = Log(run, flops)
     run.catch_signals()
     stream = batches(data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
-    for step, (images, labels) in enumerate(stream, start=run.step):
+    for step, (inputs, labels) in enumerate(stream, start=run.step):    # images, or their tokens
         # Every random draw is a function of (seed, step, rank).
         generator = machine.seed_step(args.seed, step)
         for optimizer in optimizers.values():
@@ -150,9 +148,9 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
 
         # The batch: tokens, of which some are masked (§3.2).
         if args.cache_tokens:
-            tokens = machine.put(images, own_share=True).long()                     # (B, N)
+            tokens = machine.put(inputs, own_share=True).long()                     # (B, N)
         else:
-            tokens = tokenizer.encode(images, own_share=True).long()
+            tokens = tokenizer.encode(inputs, own_share=True).long()
         labels = machine.put(labels, own_share=True)                                # (B,)
         if config.null_class:
             labels = drop_labels(labels, args.class_dropout, model.null_label, generator)
@@ -164,33 +162,32 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
 
         # The gradients of Eq. 1, summed over micro-batches.
         ddp_model.zero_grad(set_to_none=True)
-        for part in optim.micro_batches(len(tokens), num_parts):
-            with machine.exchange_gradients(ddp_model, last=part.stop == len(tokens)):
+        parts = optim.micro_batches(len(tokens), num_parts)
+        for part in parts:
+            with machine.exchange_gradients(ddp_model, last=part is parts[-1]):
                 with machine.autocast():
                     logits = ddp_model(visible[part], labels[part])                 # (b, N, K)
-                    loss, accuracy = compute_loss(
-                        logits, tokens[part], mask[part], args.label_smoothing)
+                    loss = mvtm_loss(logits, tokens[part], mask[part], args.label_smoothing)
                 (loss / num_parts).backward()
-            log.add(step, loss=loss, accuracy=accuracy)
+            log.add(loss=loss, accuracy=masked_accuracy(logits, tokens[part], mask[part]))
 
         # The update of the weights and of their average.
         gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers.values():
             optimizer.step()
         optim.update_average(ema, model, args.ema, step)
-        log.add(step, gradient=gradient)
+        log.add(gradient=gradient)
         machine.sync()
 
         # Now and then: log, validate, draw, measure, save; stop if a signal asked for it.
         done = step + 1
-        last = done == args.steps
         if run.should_stop(done):
             log.write(done)
             run.save(done, saved, about)
             run.exit(done)
-        drawing = last or done % args.picture_every == 0
-        judging = judge is not None and (last or done % args.evaluate_every == 0)
-        saving = last or done % args.save_every == 0
+        drawing = run.due(done, args.picture_every)
+        judging = run.due(done, args.evaluate_every)
+        saving = run.due(done, args.save_every)
         figures = {}
         if drawing:
             figures = validation(args, ema, val_tokens, val_labels, machine)
@@ -200,7 +197,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
                 lambda labels, generator: draw(ema, tokenizer, labels, generator, machine))
             figures[judge.name] = distance
             run.keep_best(done, distance, ema, about)
-        if drawing or judging or saving or done % args.log_every == 0:
+        if drawing or judging or saving or run.due(done, args.log_every):
             log.write(done, **figures)
         if drawing and machine.leads:
             draw_log(run.curve, run.log_file)
@@ -267,14 +264,6 @@ def open_start(args: argparse.Namespace) -> tuple[MaskGIT, dict]:
     """Returns the transformer of the run named by --init, and its checkpoint."""
     stage = STAGES[args.decoder]
     return rebuild(Path(args.init, f"{stage}.pt"), stage, MODELS[stage])
-
-
-def loss_and_accuracy(
-    logits: Tensor, targets: Tensor, mask: Tensor, label_smoothing: float,
-) -> tuple[Tensor, Tensor]:
-    """Returns Eq. 1, and the fraction of masked tokens that are predicted correctly."""
-    loss = mvtm_loss(logits, targets, mask, label_smoothing)
-    return loss, masked_accuracy(logits, targets, mask)
 
 
 @torch.no_grad()

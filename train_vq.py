@@ -86,8 +86,6 @@ FIXED = {
     "data", "init", "image_size", "filters", "multipliers", "res_blocks", "groups", "quantizer",
     "codebook_size", "codebook_dim", "levels", "disc_width", "disc_max_width",
 }
-COLUMNS = ["reconstruction", "perceptual", "commitment", "codebook", "entropy", "generator",
-           "discriminator", "gradient", "psnr", "usage", "sharpness"]
 
 
 def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (long, but flat)
@@ -108,7 +106,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     data, val = open_data(args.data, args.image_size, args.data_dir)
     val_images, _ = spread(val, 512 if args.image_size <= 64 else 64)
     about = {"data": args.data, "image_size": args.image_size, "classes": list(data.classes)}
-    run.compare({"data": args.data}, FLAGS, FIXED)
+    run.check_settings({"data": args.data}, FLAGS, FIXED)
 
     # The tokenizer, its average, the discriminator, the perceptual loss, the optimizers.
     torch.manual_seed(args.seed)
@@ -142,7 +140,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     ddp_disc = machine.wrap(disc)
     frozen_disc = machine.compile(disc)
 
-    log = Log(run, COLUMNS, flops)
+    log = Log(run, flops)
     run.catch_signals()
     stream = batches(data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
     for step, (images, _) in enumerate(stream, start=run.step):
@@ -151,28 +149,28 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         images = machine.to_floats(images, own_share=True)                  # (B, 3, S, S) in [0, 1]
         if step == 0 and args.codebook_lr > 1 and not args.init:
             start_quantizer(model, images, generator)
-        gan_step = step - int(args.gan_start * args.steps)      # since the discriminator joined in
-        adversarial = 0.0
-        if gan_step >= 0:
-            adversarial = args.adversarial * min(1, (gan_step + 1) / args.gan_ramp)
+        parts = optim.micro_batches(len(images), num_parts)
+        # The adversarial loss weighs nothing before --gan-start, then more and more for --gan-ramp.
+        gan_step = step - int(args.gan_start * args.steps)
+        adversarial = args.adversarial * min(1, max(0, gan_step + 1) / args.gan_ramp)
 
         # The tokenizer learns, with gradients summed over micro-batches.
         optim.set_learning_rate(optimizer, step, args.lr, args.warmup, args.steps, args.decay)
         disc.requires_grad_(False)
         ddp_model.zero_grad(set_to_none=True)
-        restored = []
-        for part in optim.micro_batches(len(images), num_parts):
-            with machine.exchange_gradients(ddp_model, last=part.stop == len(images)):
+        fakes = []                                          # the reconstructions, by micro-batch
+        for part in parts:
+            with machine.exchange_gradients(ddp_model, last=part is parts[-1]):
                 with machine.autocast():
-                    loss, terms, reconstructions = tokenizer_loss(
+                    loss, terms, restored = tokenizer_loss(
                         args, ddp_model, frozen_disc, lpips, adversarial, images[part])
                 (loss / num_parts).backward()
-            restored.append(reconstructions)
-            log.add(step, **terms)
+            fakes.append(restored)
+            log.add(**terms)
         gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optim.update_average(ema, model, args.ema, step)
-        log.add(step, gradient=gradient)
+        log.add(gradient=gradient)
 
         # The discriminator learns to tell images from these reconstructions. Without a warm-up of
         # its own, its first steps would overshoot.
@@ -181,36 +179,34 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
                 disc_optimizer, gan_step, args.disc_lr, args.gan_ramp, total=0, decay=False)
             disc.requires_grad_(True)
             ddp_disc.zero_grad(set_to_none=True)
-            slices = optim.micro_batches(len(images), num_parts)
-            for part, fakes in zip(slices, restored, strict=True):
-                with machine.exchange_gradients(ddp_disc, last=part.stop == len(images)):
+            for part, fake in zip(parts, fakes, strict=True):
+                with machine.exchange_gradients(ddp_disc, last=part is parts[-1]):
                     with machine.autocast():
-                        both = torch.cat([images[part], fakes])
+                        both = torch.cat([images[part], fake])
                         real_logits, fake_logits = ddp_disc(both).float().chunk(2)
                         disc_loss = discriminator_loss(real_logits, fake_logits, args.gan_loss)
                     loss = disc_loss
                     if args.r1 > 0 and step % args.r1_every == 0:           # StyleGAN2's lazy R1
                         loss = loss + args.r1_every * args.r1 * r1_penalty(disc, images[part])
                     (loss / num_parts).backward()
-                log.add(step, discriminator=disc_loss)
+                log.add(discriminator=disc_loss)
             disc_optimizer.step()
         machine.sync()
 
         # Now and then: log, draw, save; stop if a signal asked for it.
         done = step + 1
-        last = done == args.steps
         if run.should_stop(done):
             log.write(done)
             run.save(done, saved, about)
             run.exit(done)
-        drawing = last or done % args.picture_every == 0
-        saving = last or done % args.save_every == 0
+        drawing = run.due(done, args.picture_every)
+        saving = run.due(done, args.save_every)
         figures = {}
         if drawing:
             val_restored, tokens = reconstruct(ema, val_images, args.micro_batch or 64, machine)
             figures = validation(val_images, val_restored, tokens, config.codebook_size)
             save_preview(run, val_images, val_restored)
-        if drawing or saving or done % args.log_every == 0:
+        if drawing or saving or run.due(done, args.log_every):
             log.write(done, **figures)
         if drawing and machine.leads:
             draw_log(run.curve, run.log_file)
@@ -274,22 +270,20 @@ def tokenizer_loss(
     args: argparse.Namespace, model: nn.Module, discriminator: nn.Module, lpips: nn.Module | None,
     adversarial: float, images: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Returns the tokenizer's loss, its terms by name, and the reconstructions (b, 3, S, S).
+    """Returns the tokenizer's loss, the weighted terms that it is the sum of, by name, and the
+    reconstructions (b, 3, S, S).
 
     It is small if reconstructions equal the images, look the same to `lpips` and pass for real, and
     if features are near codes that are all in use. images: (b, 3, S, S) in [0, 1]. adversarial: the
     present weight of the adversarial loss; at 0 the discriminator is not called."""
-    restored, _, terms = model(images)
-    loss = sum(terms.values())                                  # the quantizer's, already weighted
-    terms["reconstruction"] = F.mse_loss(restored.float(), images)
-    loss = loss + args.reconstruction * terms["reconstruction"]
+    restored, _, terms = model(images)                          # the quantizer's, already weighted
+    terms["reconstruction"] = args.reconstruction * F.mse_loss(restored.float(), images)
     if lpips is not None:
-        terms["perceptual"] = lpips(restored, images).mean()
-        loss = loss + args.perceptual_weight * terms["perceptual"]
+        terms["perceptual"] = args.perceptual_weight * lpips(restored, images).mean()
     if adversarial > 0:
-        terms["generator"] = generator_loss(discriminator(restored).float(), args.gan_loss)
-        loss = loss + adversarial * terms["generator"]
-    return loss, terms, restored.detach()
+        fake_logits = discriminator(restored).float()
+        terms["generator"] = adversarial * generator_loss(fake_logits, args.gan_loss)
+    return sum(terms.values()), terms, restored.detach()
 
 
 @torch.no_grad()

@@ -201,8 +201,9 @@ def entropy_loss(affinity: Tensor, temperature: float) -> Tensor:
 
     affinity: (..., codebook_size), larger is nearer; temperature > 0. Source: released code
     (`entropy_loss`, type softmax), including the 1e-5 inside the logarithm."""
-    log_probs = (affinity.flatten(0, -2) / temperature).log_softmax(-1)
-    probs = log_probs.exp()
+    scaled = affinity.flatten(0, -2) / temperature
+    log_probs = scaled.log_softmax(-1)
+    probs = scaled.softmax(-1)          # faster than log_probs.exp(), whose tiny results are slow
     usage = joint_usage(probs.mean(0))
     usage_entropy = -(usage * (usage + 1e-5).log()).sum()
     sample_entropy = -(probs * log_probs).sum(-1).mean()
@@ -273,15 +274,10 @@ class VQGAN(nn.Module):
     def __init__(self, config: VQGANConfig):
         super().__init__()
         self.config = config
-        # Weights are drawn for both networks before the quantizer, but registered in this order:
-        # so a seed goes on giving the same model, and sums over parameters the same bits.
-        encoder = Encoder(config)
-        decoder = Decoder(config)
-        encoder.apply(init_weights)
-        decoder.apply(init_weights)
-        self.encoder = encoder
+        self.encoder = Encoder(config)
         self.quantizer = QUANTIZERS[config.quantizer](config)
-        self.decoder = decoder
+        self.decoder = Decoder(config)
+        self.apply(init_weights)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Reconstructs images (B, 3, H, W) in [0, 1].

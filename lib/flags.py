@@ -175,7 +175,9 @@ def add_machine_flags(parser: argparse.ArgumentParser, compiles: bool = True):
     })
     if compiles:
         add_flags(parser, {
-            "compile": (yes_or_no, None, "yes or no: torch.compile (default: yes on cuda)"),
+            "compile": (yes_or_no, None,
+                        "yes or no: torch.compile (default: yes on cuda, and for a transformer's "
+                        "long training on a CPU)"),
         })
 
 

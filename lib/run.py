@@ -115,7 +115,7 @@ class Run:
         self.best = state["best"]
         self.state = state
 
-    def compare(self, settings: dict, flags: Iterable[str], fixed: set[str]) -> None:
+    def check_settings(self, settings: dict, flags: Iterable[str], fixed: set[str]) -> None:
         """Notes the settings of this run, and prints what has changed if it is resumed.
 
         flags: the names of flags to note. settings: other plain values by name. fixed: the names
@@ -140,32 +140,36 @@ class Run:
         if changes:
             self.say("resuming with " + ", ".join(changes))
 
-    def restore(self, parts: dict[str, nn.Module | torch.optim.Optimizer]) -> None:
+    def restore(self, saved: dict[str, nn.Module | torch.optim.Optimizer]) -> None:
         """Loads models and optimizers, by name, from where the run stopped, if it is resumed."""
         if self.state is None:
             return
-        for name, part in parts.items():
-            if isinstance(part, torch.optim.Optimizer):
-                load_optimizer(part, self.state[name])
+        for name, target in saved.items():
+            if isinstance(target, torch.optim.Optimizer):
+                load_optimizer(target, self.state[name])
             else:
-                part.load_state_dict(self.state[name])
-        self.state = None                                   # it takes as much memory as `parts`
+                target.load_state_dict(self.state[name])
+        self.state = None                                   # it takes as much memory as `saved`
 
     def say(self, text: str) -> None:
         """Prints a line, in the leading process only."""
         if self.machine.leads:
             print(text, flush=True)
 
-    def save(self, step: int, parts: dict, about: dict) -> None:
+    def due(self, step: int, every: int) -> bool:
+        """Returns True after every `every`-th step and after the last one; never if it is 0."""
+        return every > 0 and (step == self.args.steps or step % every == 0)
+
+    def save(self, step: int, saved: dict, about: dict) -> None:
         """Writes the model for use, and then the state to resume from.
 
-        In this order, wherever there is a state there is a model. parts: models and optimizers by
+        In this order, wherever there is a state there is a model. saved: models and optimizers by
         name; "ema" is for use. about: plain values to store beside the weights of the model.
         Raises UserError if a file cannot be written; the one before it then stays."""
         if not self.machine.leads:
             return
-        self.save_model(self.model_file, step, parts["ema"], about)
-        state = {name: part.state_dict() for name, part in parts.items()}
+        self.save_model(self.model_file, step, saved["ema"], about)
+        state = {name: part.state_dict() for name, part in saved.items()}
         save_checkpoint(self.resume_file, on_cpu({
             "kind": f"{self.stage} training state", "step": step, "best": self.best,
             "settings": self.settings, **state,
@@ -218,23 +222,23 @@ class Run:
 class Log:
     """A CSV file of means over the latest steps; each row is also shown as a line of progress.
 
-    columns: the names of all values. flops: of a training step, for one image. When a run resumes,
-    rows beyond its step are dropped, since those steps are done again."""
+    flops: of a training step, for one image. When a run resumes, rows beyond its step are dropped,
+    since those steps are done again."""
 
-    def __init__(self, run: Run, columns: list[str], flops: float):
+    def __init__(self, run: Run, flops: float):
         self.run = run
-        self.columns = ["step", *columns, "images/s", "TFLOP/s"]
+        self.columns = ["step", "images/s", "TFLOP/s"]
         self.flops = flops
         self.pending = {}                                   # scalar tensors by name, on the device
         self.times = []                                     # (step, seconds) of the latest lines
         self.file = None
 
-    def add(self, step: int, **values: Tensor) -> None:
+    def add(self, **values: Tensor) -> None:
         """Collects scalar tensors on the device until write(), so that no step waits for them."""
         for name, value in values.items():
             self.pending.setdefault(name, []).append(value.detach().float())
         if not self.times:                  # the clock starts after the first step, which compiles
-            self.times = [(step + 1, time.time())]
+            self.times = [(self.run.step + 1, time.time())]
 
     def write(self, step: int, **figures: float) -> None:
         """Writes and shows the means since the last call, over all ranks, and this step's figures.
@@ -270,22 +274,29 @@ class Log:
         return (step - first_step) * self.run.args.batch / max(now - first_time, 1e-9)
 
     def _write_row(self, row: dict) -> None:
-        """Writes a row, and opens the file for the first one."""
-        if self.file is None:
-            self._open()
+        """Writes a row, below a header with all names so far."""
+        new_names = [name for name in row if name not in self.columns]
+        if self.file is None or new_names:
+            self._open(new_names)
         cells = {}
         for name, value in row.items():
             cells[name] = f"{value:.6g}" if isinstance(value, float) else value
         self.table.writerow(cells)
 
-    def _open(self) -> None:
-        """Opens the file, and keeps the rows of a resumed run."""
+    def _open(self, new_names: list[str]) -> None:
+        """Opens the file with new columns, and keeps its rows; of a resumed run, those up to its
+        step."""
         path = self.run.log_file
         rows = []
-        if self.run.step and path.exists():
+        if path.exists() and (self.file is not None or self.run.step):
             for row in csv.DictReader(path.read_text().splitlines()):
-                if row["step"].isdigit() and int(row["step"]) <= self.run.step:
-                    rows.append({name: row.get(name) for name in self.columns})
+                kept = row["step"].isdigit() and int(row["step"]) <= self.run.step
+                if self.file is not None or kept:
+                    rows.append(row)
+                    new_names += row
+        for name in new_names:
+            if name not in self.columns:
+                self.columns.append(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("w", newline="", buffering=1)         # a row is in the file at once
         self.table = csv.DictWriter(self.file, self.columns)

@@ -11,6 +11,8 @@ import datetime
 import gc
 import hashlib
 import os
+import shutil
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lib.devices import prepare_blocks, replace_upsampling
 from lib.flags import UserError
 
 # Linux: get memory for CPU tensors in pages of 2 MB. A training step allocates and frees gigabytes,
@@ -84,11 +87,15 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", number)
 
 
+LONG_TRAINING = 1000            # steps from which compiling blocks on a CPU pays
+
+
 class Machine:
     """The device of this process, and the ranks beside it.
 
     name: auto, cpu, cuda or xla. bf16: autocast to bfloat16. compiled: use torch.compile. None
-    stands for what suits the device. Raises UserError if the device is missing.
+    stands for what suits the device. steps: of the training, if any. Raises UserError if the device
+    is missing.
 
     Attributes:
         device, layout    the torch device, and the memory layout of images on it
@@ -96,11 +103,15 @@ class Machine:
         devices           how many devices share a batch
         leads             True for the process that writes files and prints
         bf16, compiled    as above, decided
+        compiles_blocks   True if on a CPU the blocks of a transformer are compiled
         fused             True if optimizers can update all parameters in one pass
         mesh              the TPU chips, or None
     """
 
-    def __init__(self, name: str = "auto", bf16: bool | None = None, compiled: bool | None = None):
+    def __init__(
+        self, name: str = "auto", bf16: bool | None = None, compiled: bool | None = None,
+        steps: int = 0,
+    ):
         self.mesh = None
         if name == "xla":
             self._open_xla()
@@ -113,6 +124,9 @@ class Machine:
         if bf16 is None:
             self.bf16 = on_cuda or on_xla or computes_bfloat16()
         self.compiled = on_cuda if compiled is None else compiled
+        self.compiles_blocks = self.compiled
+        if compiled is None and steps >= LONG_TRAINING:
+            self.compiles_blocks = sys.platform == "linux" and shutil.which("g++") is not None
         if on_xla:                                          # torch-xla compiles everything anyway
             self.compiled = False
         self.fused = self.device.type in ("cpu", "cuda")
@@ -210,10 +224,17 @@ class Machine:
     def wrap(self, model: nn.Module) -> nn.Module:
         """Returns what to call in place of `model` in training: compiled, and its backward pass
         averages the gradients over the ranks."""
-        if self.world > 1 and self.mesh is None:
-            model = nn.parallel.DistributedDataParallel(
-                model, gradient_as_bucket_view=True, bucket_cap_mb=200)
-        return self.compile(model)
+        blocks = getattr(model, "blocks", None)
+        if self.device.type == "cpu" and isinstance(blocks, nn.ModuleList):
+            prepare_blocks(blocks, self.bf16, self.compiles_blocks)
+            return self._distribute(model)
+        return self.compile(self._distribute(model))
+
+    def _distribute(self, model: nn.Module) -> nn.Module:
+        if self.world == 1 or self.mesh is not None:
+            return model
+        return nn.parallel.DistributedDataParallel(
+            model, gradient_as_bucket_view=True, bucket_cap_mb=200)
 
     # ---- the steps of a loop
 
@@ -285,7 +306,9 @@ def launch(function: Callable[[Namespace, Machine], None], args: Namespace):
 
     Raises UserError if the device is missing, and whatever the function raises. After an error
     command_line() ends this rank at once, since the other ranks wait for it and know nothing."""
-    machine = Machine(args.device, args.bf16, getattr(args, "compile", None))
+    # Scripts that do not train have no --compile.
+    compiled = getattr(args, "compile", False)
+    machine = Machine(args.device, args.bf16, compiled, getattr(args, "steps", None) or 0)
     try:
         function(args, machine)
     except SystemExit:                          # after a signal, of which all ranks know
@@ -341,26 +364,3 @@ def hashed_uniform(key: int, indices: Sequence[int] | np.ndarray, columns: int) 
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     return ((x ^ (x >> 31)) >> 40).astype(np.float32) / (1 << 24)
-
-
-# ---- what torch-xla needs
-
-class RepeatPixels(nn.Module):
-    """Repeats every pixel along both sides: (B, C, H, W) -> (B, C, factor H, factor W)."""
-
-    def __init__(self, factor: int):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3)
-
-
-def replace_upsampling(model: nn.Module):
-    """Replaces each nearest-neighbour nn.Upsample in a model by RepeatPixels.
-
-    torch-xla's interpolate has no backward pass: the gradients would go through the host."""
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Upsample):
-                setattr(parent, name, RepeatPixels(int(child.scale_factor)))

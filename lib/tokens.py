@@ -25,6 +25,7 @@ class FrozenTokenizer:
 
     def __init__(self, path: str | Path, model_class: type, image_size: int | None, at_once: int,
                  machine: Machine):
+        self.path = Path(path)
         model, checkpoint = rebuild(path, "vqgan", model_class)
         stride = model.config.stride
         self.image_size = image_size or checkpoint["image_size"]
@@ -36,6 +37,11 @@ class FrozenTokenizer:
         self.machine = machine
         self.model = machine.freeze(machine.place(model))
         self.compiled_encode = machine.compile(self.model.encode)
+
+    def copy_to(self, path: Path) -> None:
+        """Copies the tokenizer's file into a run, which then holds all that sampling needs."""
+        content = self.path.read_bytes()
+        write_atomically(path, lambda file: file.write(content))
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, own_share: bool = False) -> torch.Tensor:

@@ -102,12 +102,13 @@ def test_the_discriminator_sees_centred_images_if_it_is_asked_to(images):
 
 
 def test_the_penalty_takes_few_operations():
-    """A blur by a convolution of each channel alone would take 4,020 convolutions and 12,288 operations."""
+    """A blur by a convolution of each channel alone would take 4,020 convolutions and 12,288 operations. Views cost nothing."""
     counts = {"all": 0, "convolutions": 0}
 
     class Counter(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            counts["all"] += 1
+            is_view = any(value.alias_info is not None for value in function._schema.returns)
+            counts["all"] += not is_view
             counts["convolutions"] += "convolution" in str(function)
             return function(*args, **kwargs or {})
     with torch.device("meta"):
@@ -115,7 +116,7 @@ def test_the_penalty_takes_few_operations():
         real = torch.empty(1, 3, 256, 256)
     with Counter():
         r1_penalty(disc, real).backward()
-    assert counts["convolutions"] <= 100 and counts["all"] < 1250, counts
+    assert counts["convolutions"] <= 100 and counts["all"] < 1000, counts
 
 
 def test_the_codebook_starts_near_features(images):
