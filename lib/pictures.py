@@ -174,15 +174,17 @@ def save_film(path: Path, frames: Sequence[torch.Tensor], titles: Sequence[str])
 # ----------------------------------------------------------------------------------------- curves
 
 @contextlib.contextmanager
-def new_figure(path: Path, width: float = 6, height: float = 4, count: int = 1) -> Iterator[tuple]:
+def new_figure(path: Path, width: float = 6, height: float = 4, count: int = 1,
+               layout: str = "constrained") -> Iterator[tuple]:
     """Opens a matplotlib figure that needs no screen, and at the end writes it as a PNG.
 
-    count: how many axes it has, three in a row; width, height: of each, in inches.
-    Yields (figure, list of axes). Raises UserError where the file cannot be written."""
+    count: how many axes it has, three in a row; width, height: of each, in inches. layout: what
+    places them; "none": the caller. Yields (figure, list of axes). Raises UserError where the file
+    cannot be written."""
     from matplotlib.figure import Figure
     columns = min(3, count)
     rows = math.ceil(count / 3)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows), layout=layout)
     axes = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -203,11 +205,16 @@ def draw_log(path: Path, log: Path) -> None:
         points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
         if points and column != "step":
             curves[column] = points
-    with new_figure(path, 4, 2.4, len(curves)) as (figure, axes):
+    # Margins that are given and few ticks: with matplotlib's own, drawing takes 2.5 times as long.
+    with new_figure(path, 4, 2.4, len(curves), layout="none") as (figure, axes):
+        height = figure.get_figheight()
+        figure.subplots_adjust(left=0.045, right=0.99, bottom=0.5 / height, top=1 - 0.3 / height,
+                               wspace=0.16, hspace=0.35)
         for axis, (column, points) in zip(axes, curves.items(), strict=True):
             axis.plot(*np.transpose(points), lw=1.2)
             axis.set_title(column, fontsize=9)
             axis.tick_params(labelsize=7)
+            axis.locator_params(nbins=5)
         figure.supxlabel("step", fontsize=9)
 
 

@@ -17,6 +17,8 @@ import pytest
 import torch
 
 import lib.run
+import train_transformer
+import train_vq
 from lib import files, flags, runtime
 from lib.shapes import Shapes
 from maskgit import MaskGIT, MaskGITConfig
@@ -33,7 +35,7 @@ torch.set_num_threads(1)      # the models are tiny: a second thread would only 
 os.environ["MASKGIT_CACHE"] = tempfile.mkdtemp(prefix="maskgit-tests-")
 atexit.register(shutil.rmtree, os.environ["MASKGIT_CACHE"], ignore_errors=True)
 
-EVERY_STEP = ["--save-every", 2, "--picture-every", 2, "--log-every", 1, "--bf16", "no"]
+EVERY_STEP = ["--save-every", 2, "--picture-every", 4, "--log-every", 1, "--bf16", "no"]
 TINY_VQ = ["--filters", 8, "--codebook-size", 32, "--codebook-dim", 4, "--steps", 6, "--batch", 4, "--disc-width", 1,
            "--disc-max-width", 8, "--r1-every", 2, *EVERY_STEP]
 TINY_TRANSFORMER = ["--cache-tokens", 0, "--dropout", 0.1, "--dim", 16, "--depth", 1, "--heads", 2, "--steps", 6,
@@ -44,6 +46,13 @@ TINY_TRANSFORMER = ["--cache-tokens", 0, "--dropout", 0.1, "--dim", 16, "--depth
 def float32(monkeypatch):
     """Makes all tests compute in float32, even on a CPU with bfloat16 instructions."""
     monkeypatch.setattr(runtime, "computes_bfloat16", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Spares trainings their curves, which take twice as long as all the rest. Those of `trained` are drawn."""
+    for script in (train_vq, train_transformer):
+        monkeypatch.setattr(script, "draw_log", lambda path, log: None)
 
 
 def run(script, *arguments, code=0, env=None, **options):
@@ -134,6 +143,7 @@ def on_ranks(function, *arguments, world=2):
     """Calls function(*arguments) in forked processes, which start at once. Returns their exit statuses.
 
     world: how many. Several are set up as torchrun does it. A process that hangs has the status None."""
+    import torch._dynamo  # noqa: F401 (every optimizer imports it: here once, and not in each process)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

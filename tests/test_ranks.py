@@ -9,7 +9,6 @@ from argparse import Namespace
 
 import pytest
 import torch
-import torch._dynamo  # noqa: F401 (DistributedDataParallel imports it: once here, and not in every process)
 from conftest import (
     ROOT,
     TINY_TRANSFORMER,

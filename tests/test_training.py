@@ -246,8 +246,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_a_lower_rate_goes_on(copied,
 @pytest.mark.slow
 def test_a_finished_run_is_overwritten_only_if_asked(copied, call_main, tmp_path):
     before = contents(copied)
-    endings = ("pt", "png", "curve.png", "log.csv", "resume.pt")
-    assert {f"{stage}.{ending}" for stage in STAGES for ending in endings} <= set(before)
     line = call_main(train_vq, tmp_path, "--run", copied, *TINY_VQ, code=2)
     assert "holds a finished vqgan" in line and "--overwrite" in line
     assert contents(copied) == before
@@ -312,7 +310,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(copied, capfd):
     def train():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-        call_script("train_vq", "--run", copied, *TINY_VQ, "--resume", "--steps", 8)
+        call_script("train_vq", "--run", copied, *TINY_VQ, "--resume", "--steps", 8, "--save-every", 1)
     assert on_ranks(train, world=1) == [2]
     line = capfd.readouterr().err.strip().splitlines()[-1]
     assert f"cannot write {copied}" in line and "free some space" in line
@@ -375,6 +373,16 @@ def test_a_signal_to_a_training_and_its_readers_saves(number, tmp_path):
 
 
 # ---- pictures, measurements, plans
+
+def test_a_run_holds_its_files_and_is_validated_now_and_then(trained):
+    for stage, column in (("vqgan", "psnr"), ("transformer", "val_loss")):
+        assert {f"{stage}.{ending}" for ending in ("pt", "resume.pt", "log.csv")} <= set(contents(trained))
+        rows = read_log(trained / f"{stage}.log.csv")
+        assert [row["step"] for row in rows] == list("123456")
+        assert [row["step"] for row in rows if row[column]] == ["4", "6"]
+        with Image.open(trained / f"{stage}.png") as picture, Image.open(trained / f"{stage}.curve.png") as curve:
+            assert picture.width > 8 * 64 and curve.width > 1000
+
 
 @pytest.mark.slow
 def test_pictures_and_measurements_have_steps_of_their_own(trained, call_main, tmp_path):
