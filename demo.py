@@ -3,9 +3,9 @@
     python demo.py                    # the newest run, or example/, at http://127.0.0.1:8000
     python demo.py --run runs/shapes --port 8001
 
-The page is in lib/demo/. Its questions, /about, /photo, /validation, /draw and /look, go through
-lib/web.py to the methods of Demo with these names. Nothing is kept between requests. When the page
-no longer wants an answer it closes the connection, and the work for it stops.
+The page is in lib/demo/. Its questions, /about, /photo, /validation, /draw, /look and /clock, go
+through lib/web.py to the methods of Demo with these names. Nothing is kept between requests. When
+the page no longer wants an answer it closes the connection, and the work for it stops.
 """
 import argparse
 import base64
@@ -34,12 +34,14 @@ from lib.pictures import to_pil
 from lib.runtime import Machine
 from lib.sampling import STAGES, add_sampler_flags, load_run, sampler_of, sampler_options
 from lib.web import MAX_UPLOAD, PageServer, Tell
-from maskgit import SCHEDULES, gamma, guided_logits, mask_counts
+from maskgit import SCHEDULES, MaskGIT, gamma, guided_logits, mask_counts
 from vqgan import as_grid, to_pixels
 
 PAGE = Path(__file__).parent / "lib" / "demo"
 MAX_IMAGES = 64
 SHOWN_CODES = 8             # the likeliest codes of a token
+TIMED_RUNS = 5              # of which the fastest counts
+TIMED_SECONDS = 1           # for all of these, unless two take longer
 
 
 class SettingsParser(argparse.ArgumentParser):
@@ -255,6 +257,34 @@ class Demo:
             "patches": [data_url(patch) for patch in patches],
         })
 
+    def clock(self, body: bytes, tell: Tell) -> None:
+        """Tells how long each decoder takes to draw several numbers of images.
+
+        The request: "settings", as for read_settings(), and "numbers", of images. The answer, for
+        each of these and each decoder: {"num", "decoder"} at the start, then {"num", "decoder",
+        "seconds"}: the transformer's time, without turning tokens into pixels."""
+        request = json.loads(body)
+        settings = self.read_settings(request["settings"])
+        for num in request["numbers"]:
+            labels = self.machine.put(torch.arange(num) % len(self.classes))
+            for decoder, model in self.models.items():
+                options = sampler_options(settings, model)
+                options["generator"] = self.machine.generator(settings.seed)
+                measured = {"num": num, "decoder": decoder}
+                tell(measured)
+                tell(measured | {"seconds": self.shortest_time(model, labels, options)})
+
+    def shortest_time(self, model: MaskGIT, labels: Tensor, options: dict) -> float:
+        """Returns the seconds of the fastest of several runs of a decoder."""
+        times = []
+        while len(times) < 2 or (len(times) < TIMED_RUNS and sum(times) < TIMED_SECONDS):
+            started = time.perf_counter()
+            with self.machine.autocast():
+                tokens = sampler_of(model)(model, labels, **options)
+            tokens.cpu()                                # waits for a GPU
+            times.append(time.perf_counter() - started)
+        return min(times)
+
 
 def steps_in_numbers(
     steps: list[tuple[Tensor, Tensor, Tensor]], schedule: str, total: int,
@@ -286,6 +316,7 @@ def open_server(demo: Demo, port: int) -> PageServer:
         "/validation": demo.validation,
         "/draw": demo.draw,
         "/look": demo.look,
+        "/clock": demo.clock,
     }
     return PageServer(port, PAGE, questions, demo.run_id)
 

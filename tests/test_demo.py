@@ -144,6 +144,18 @@ def test_a_class_and_the_sequential_decoder(models, draw):
     assert steps["labels"] == [3, 3, 3] and (images[1] == as_bytes(models.tokenizer.decode(as_grid(tokens)))).all()
 
 
+def test_the_clock_times_what_is_asked_for(ask):
+    """Both decoders, for each number of images, with the settings of the page."""
+    lines = ask("/clock", {"settings": {"steps": "1", "cfg": "0"}, "numbers": [2, 1]})
+    asked = [(num, decoder) for num in (2, 1) for decoder in ("parallel", "autoregressive")]
+    assert [(line["num"], line["decoder"]) for line in lines[::2]] == asked
+    assert [(line["num"], line["decoder"]) for line in lines[1::2]] == asked
+    assert not any("seconds" in line for line in lines[::2])
+    one_step = lines[5]["seconds"]
+    more_steps = ask("/clock", {"settings": {"steps": "32"}, "numbers": [1]})[1]["seconds"]
+    assert more_steps > 8 * one_step > 0
+
+
 def test_look_shows_what_was_sampled_from(models, ask, draw):
     """The probabilities are the model's; without noise, as in the last step, log p is the confidence."""
     settings = {"num": "4", "steps": "5", "seed": "1", "choice-temperature": "0"}
@@ -558,15 +570,43 @@ def test_a_link_keeps_an_edit(server, page, open_page):
 def test_page_compares_on_a_phone(page):
     page.set_viewport_size({"width": 360, "height": 740})
     page.check("[value=compare]")
-    finished(page, "token by token in 64 passes")
-    assert page.locator("#sequential-images button").count() == 10
-    go_to(page, 20)
-    assert page.text_content("#sequential-title") == "token by token: 20 of 64 passes"
+    finished(page, "1 image (ball) by both decoders")
+    assert page.text_content("#play") == "❚❚ Pause"                                           # the race starts by itself
+    assert page.locator("#times tr").count() == 3 and "…" not in page.text_content("#times")
+    # With these times, after a quarter of the race parallel decoding is done, and the other one in its 17th pass.
+    page.evaluate("""() => {
+        pause();
+        const slow = {parallel: 1.6, autoregressive: 0.8};
+        seconds = {1: {parallel: 0.1, autoregressive: 0.4}, 4: {parallel: 0.4, autoregressive: 0.4}, 16: slow};
+        showTable();
+        goTo(MOMENTS / 4);
+    }""")
+    assert page.text_content("#parallel-clock") == page.text_content("#autoregressive-clock") == "0.100 s"
+    assert page.text_content("#parallel-passes") == "pass 8 of 8"
+    assert page.text_content("#autoregressive-passes") == "pass 16 of 64"
+    assert page.locator("#parallel-track i.done").count() == 8
+    assert page.locator("#autoregressive-track i.done").count() == 16
+    widths = [page.locator(f"#{name}-track").bounding_box()["width"] for name in ("parallel", "autoregressive")]
+    assert widths[0] == pytest.approx(widths[1] / 4, abs=1)
+    assert page.locator("#axis span").all_text_contents() == ["0 s", "0.1 s", "0.2 s", "0.3 s"]
+    assert "guidance 1" in page.text_content("#parallel-text")
     later = canvas(page, "#sequential-images canvas").reshape(8, 4, 8, 4, 3).transpose(0, 2, 1, 3, 4).reshape(64, -1)
-    assert (later[20:] == 128).all() and not (later[:20] == 128).all(1).any()
+    assert (later[16:] == 128).all() and not (later[:16] == 128).all(1).any()
+    rows = [row.split() for row in page.locator("#times tr").all_inner_texts()]
+    assert [row[-3:] for row in rows] == [["4.0", "×", "faster"], ["1.0", "×", "faster"], ["2.0", "×", "slower"]]
+    reasons = page.locator("#reasons p").all_text_contents()
+    assert "16.0 times as long" in reasons[0] and "arithmetic" in reasons[0]
+    assert "2.0 times as long" in reasons[1] and "operations to start" in reasons[1]
+    assert "8 passes against 64, 1024 tokens computed for an image against 64" in reasons[2]
+    page.evaluate("() => { about.device = 'cuda:0'; showTable(); }")
+    reasons = page.locator("#reasons p").all_text_contents()
+    assert "for the CPU to start the operations" in reasons[1] and "the passes decide" in reasons[2]
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.check("[value=edit]")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.check("[value=draw]")                                                                # where ten are the default
+    finished(page, "10 images")
+    assert page.is_visible("#masked") and not page.is_visible("#race")
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ let stride = 0;             // how many pixels are along a side of a token
 // the picture that was edited.
 let result = null;          // by the parallel decoder, with all its steps
 let sequential = null;      // in Compare: by the sequential decoder, with its last step only
+let seconds = {};           // in Compare: seconds[number of images][decoder]
 let chosenImage = 0;
 let chosenToken = null;     // its place in raster order
 
@@ -32,9 +33,10 @@ let delay = null;           // the timer of a change that is not drawn yet
 
 const mode = () => field('mode').value;
 const isEditing = () => mode() === 'edit';
+const isComparing = () => mode() === 'compare';
 const numberOfSteps = () => result.masked.length;
-const shownPass = () => Number(byId('time').value);
-const shownStep = () => Math.min(shownPass(), numberOfSteps());
+const shownTime = () => Number(byId('time').value);     // a step; in Compare, a moment of the race
+const shownStep = () => sequential ? passesDone('parallel') : shownTime();
 
 // Which tokens of an image are masked after a step; step 0 is the start.
 const maskedAfter = (step, image) => step ? result.masked[step - 1][image] : result.unknown;
@@ -120,11 +122,12 @@ async function run() {
   say('starting …', true);
   try {
     await draw(request, signal);
-    if (mode() === 'compare') {
-      request.settings.decoder = 'autoregressive';
-      await draw(request, signal);
+    if (isComparing()) {
+      await draw({...request, settings: {...request.settings, decoder: 'autoregressive'}}, signal);
+      await measure(request.settings, signal);
     }
     say(summary(request.label));
+    if (isComparing() && !matchMedia('(prefers-reduced-motion)').matches) play();
   } catch (error) {
     if (signal !== drawing.signal) return;          // a later call has taken over
     const stopped = error.name === 'AbortError';
@@ -158,29 +161,32 @@ function show(drawn) {
   } else {
     result = drawn;
     sequential = null;
+    seconds = {};
     chosenImage = Math.min(chosenImage, drawn.labels.length - 1);
   }
-  const passes = sequential ? about.tokens : numberOfSteps();
-  byId('time').max = passes;
-  byId('time').value = passes;
+  const last = sequential ? MOMENTS : numberOfSteps();
+  byId('time').max = last;
+  byId('time').value = last;
   byId('play').disabled = false;
   byId('save').disabled = false;
   showThumbnails(byId('images'), result);
   showThumbnails(byId('sequential-images'), sequential);
+  showTable();
   showStep();
   look();
 }
 
 function summary(askedLabel) {
+  const drawn = result.labels.length;
   let classes = 'each class in turn';
-  if (askedLabel !== null) classes = about.classes[askedLabel];
-  else if (result.photo) classes = `${about.classes[result.labels[0]]}, the class that fits best`;
-  const images = result.labels.length === 1 ? '1 image' : `${result.labels.length} images`;
-  const time = `${numberOfSteps()} passes: ${result.seconds.toFixed(2)} s`;
-  if (!sequential) return `${images} (${classes}) in ${time}`;
-  const sequentialTime = `${about.tokens} passes: ${sequential.seconds.toFixed(2)} s`;
-  return `${images} (${classes}) in ${time}; token by token in ${sequentialTime}`;
+  if (askedLabel !== null || drawn === 1) classes = about.classes[result.labels[0]];
+  if (askedLabel === null && result.photo) classes += ', the class that fits best';
+  const images = numberOfImages(drawn);
+  if (sequential) return `${images} (${classes}) by both decoders`;
+  return `${images} (${classes}) in ${numberOfSteps()} passes: ${result.seconds.toFixed(2)} s`;
 }
+
+const numberOfImages = number => number === 1 ? '1 image' : `${number} images`;
 
 // Shows the state of the work.
 function say(text, busy = false) {
@@ -265,17 +271,16 @@ function showThumbnails(container, drawn) {
 function showStep() {
   if (!result) return;
   const step = shownStep();
-  showTime(step);
-  const small = scaleTo(96);
+  byId('time-text').textContent = `t = ${step} of ${numberOfSteps()}`;
+  const small = scaleTo(isComparing() && result.labels.length === 1 ? 320 : 96);
   [...byId('images').children].forEach((button, index) => {
     button.ariaPressed = index === chosenImage;
     paint(button.firstChild, imageAfter(step, index), maskedAfter(step, index), small, 0.85);
   });
-  const notDecoded = region.map((_, place) => place >= shownPass());
-  [...byId('sequential-images').children].forEach((button, index) => {
-    button.ariaPressed = index === chosenImage;
-    paint(button.firstChild, sequential.images[0]?.[index], notDecoded, small, 1);
-  });
+  if (isComparing()) {
+    showRace(small);
+    return;
+  }
   const large = scaleTo(320);
   const image = imageAfter(step, chosenImage);
   const masked = maskedAfter(step, chosenImage);
@@ -289,16 +294,6 @@ function showStep() {
   for (const id of ['predicted', 'masked', 'confidence']) {
     outlineToken(byId(id).getContext('2d'), chosenToken, large, FRAME_COLOUR, 3);
   }
-}
-
-function showTime(step) {
-  const passes = numberOfSteps();
-  byId('time-text').textContent =
-    sequential ? `pass ${shownPass()} of ${about.tokens}` : `t = ${step} of ${passes}`;
-  byId('parallel-title').hidden = !sequential;
-  byId('sequential-title').hidden = !sequential;
-  byId('parallel-title').textContent = `parallel: ${step} of ${passes} passes`;
-  byId('sequential-title').textContent = `token by token: ${shownPass()} of ${about.tokens} passes`;
 }
 
 // From dark blue for 0 to light yellow for 1.
@@ -415,6 +410,7 @@ function showSchedule(step) {
 // Asks what the model predicted for the chosen token at this step, and shows it.
 async function look() {
   looking?.abort();
+  if (isComparing()) return;
   const panel = byId('token');
   const step = result && shownStep();
   panel.classList.remove('stale');
@@ -499,8 +495,8 @@ for (const id of ['predicted', 'masked', 'confidence']) {
 
 // ------------------------------------------------------------------------------ panels: the player
 
-function goTo(pass) {
-  byId('time').value = pass;
+function goTo(time) {
+  byId('time').value = time;
   showStep();
   look();
 }
@@ -508,12 +504,12 @@ function goTo(pass) {
 function play() {
   if (film) return pause();
   const last = Number(byId('time').max);
-  if (shownPass() >= last) goTo(0);
+  if (shownTime() >= last) goTo(0);
   byId('play').textContent = '❚❚ Pause';
   film = setInterval(() => {
-    if (shownPass() >= last) pause();
-    else goTo(shownPass() + 1);
-  }, sequential ? 120 : 500);
+    if (shownTime() >= last) pause();
+    else goTo(shownTime() + 1);
+  }, sequential ? 1000 * playedSeconds() / MOMENTS : 500);
 }
 
 function pause() {
@@ -533,8 +529,160 @@ byId('play').onclick = play;
 byId('save').onclick = save;
 byId('time').oninput = () => {
   pause();
-  goTo(shownPass());
+  goTo(shownTime());
 };
+
+// ------------------------------------------------------------- panels: both decoders in comparison
+
+const DECODERS = {parallel: 'in parallel', autoregressive: 'token by token'};
+const TIMED_NUMBERS = [1, 4, 16];       // of images
+const MOMENTS = 240;                    // of the race that the player shows
+const SHORTEST_PLAY = 5;                // seconds
+
+const passesOf = decoder => decoder === 'parallel' ? numberOfSteps() : about.tokens;
+const drawnSeconds = () => seconds[result.labels.length] ?? {};
+const longestTime = () => Math.max(...Object.values(drawnSeconds()));
+const raceIsTimed = () => Object.values(drawnSeconds()).length === 2;
+const raceTime = () => shownTime() / MOMENTS * longestTime();
+const playedSeconds = () => Math.max(SHORTEST_PLAY, longestTime());
+const usedGuidance = () => Number(result.settings.cfg ?? about.defaults.cfg);
+
+// How many passes of a decoder are done at the moment that the player shows; each takes as long.
+function passesDone(decoder) {
+  const passes = passesOf(decoder);
+  if (!raceIsTimed()) return passes;
+  const done = Math.floor(passes * raceTime() / drawnSeconds()[decoder] + 1e-6);
+  return Math.min(passes, done);
+}
+
+// Asks how long both decoders take, first for as many images as were drawn.
+async function measure(settings, signal) {
+  const drawn = result.labels.length;
+  const numbers = [drawn, ...TIMED_NUMBERS.filter(number => number !== drawn)];
+  for (const number of numbers) seconds[number] = {};
+  let measured = 0;
+  for await (const news of ask('/clock', JSON.stringify({settings, numbers}), signal)) {
+    if (news.seconds) {
+      seconds[news.num][news.decoder] = news.seconds;
+      measured += 1;
+      showTable();
+      showStep();
+    } else {
+      say(`timing ${numberOfImages(news.num)} ${DECODERS[news.decoder]} …`, true);
+      byId('bar').value = measured / numbers.length / 2;
+    }
+  }
+}
+
+// Three digits, as of 0.0283 s and 12.3 s; a clock's digits stay where they are.
+const inSeconds = time => `${Number(time.toPrecision(3))} s`;
+const onClock = time => `${time.toFixed(longestTime() < 10 ? 3 : 1)} s`;
+
+// Shows the moment of the race that the player is at.
+function showRace(scale) {
+  const notDecoded = region.map((_, place) => place >= passesDone('autoregressive'));
+  [...byId('sequential-images').children].forEach((button, index) => {
+    button.ariaPressed = index === chosenImage;
+    paint(button.firstChild, sequential.images[0]?.[index], notDecoded, scale, 1);
+  });
+  byId('race').hidden = !raceIsTimed();
+  byId('time-text').textContent = raceIsTimed() ? onClock(raceTime()) : '';
+  byId('playhead').style.left = `${100 * shownTime() / MOMENTS}%`;
+  for (const decoder of Object.keys(DECODERS)) {
+    const done = passesDone(decoder);
+    const passes = passesOf(decoder);
+    let clock = '';
+    if (raceIsTimed()) clock = onClock(Math.min(raceTime(), drawnSeconds()[decoder]));
+    byId(`${decoder}-clock`).textContent = clock;
+    byId(`${decoder}-clock`).classList.toggle('finished', done === passes);
+    byId(`${decoder}-passes`).textContent = `pass ${done} of ${passes}`;
+    [...byId(`${decoder}-track`).children].forEach((pass, index) => {
+      pass.className = index < done ? 'done' : '';
+    });
+  }
+}
+
+// Shows what does not change while the race is played: texts, the axis, and the table of times.
+function showTable() {
+  const guidance = usedGuidance();
+  let parallel = 'each predicts all tokens';
+  if (guidance) parallel += `, twice: with the class and without, for guidance ${guidance}`;
+  byId('parallel-text').textContent = `${numberOfSteps()} passes; ${parallel}.`;
+  byId('autoregressive-text').textContent =
+    `${about.tokens} passes; each predicts one token, without guidance.`;
+  byId('times-text').textContent = `In parallel in ${numberOfSteps()} passes `
+    + `${guidance ? `with guidance ${guidance}` : 'without guidance'}, token by token in `
+    + `${about.tokens} passes; the fastest of up to five runs.`;
+  byId('times').replaceChildren(...Object.entries(seconds).map(timeRow));
+  byId('reasons').replaceChildren();
+  if (seconds[16]?.autoregressive) byId('reasons').append(...reasons());
+  if (!raceIsTimed()) return;
+  for (const decoder of Object.keys(DECODERS)) {
+    const track = byId(`${decoder}-track`);
+    track.style.width = `${100 * drawnSeconds()[decoder] / longestTime()}%`;
+    track.replaceChildren(...Array.from({length: passesOf(decoder)}, () => makeElement('i')));
+  }
+  byId('axis').replaceChildren(...axisTicks());
+  let speed = 'at its own speed';
+  const slower = playedSeconds() / longestTime();
+  if (slower > 1) speed = `${slower.toPrecision(2)} times slower`;
+  byId('race-text').textContent =
+    `Each box is a pass; the times are the transformer's on ${about.device}, shown ${speed}.`;
+}
+
+function timeRow([number, times]) {
+  const row = makeElement('tr', {}, makeElement('th', {}, number));
+  for (const decoder of Object.keys(DECODERS)) {
+    row.append(makeElement('td', {}, times[decoder] ? inSeconds(times[decoder]) : '…'));
+  }
+  let verdict = '…';
+  if (times.parallel && times.autoregressive) {
+    const ratio = times.autoregressive / times.parallel;
+    verdict = `${ratio.toFixed(1)} × faster`;
+    if (ratio < 1) verdict = `${(1 / ratio).toFixed(1)} × slower`;
+  }
+  row.append(makeElement('td', {}, verdict));
+  return row;
+}
+
+// Labels at round times, 1, 2 or 5 of some power of ten apart: at most five, none at the very end,
+// where there is no room for it.
+function axisTicks() {
+  const longest = longestTime();
+  const power = 10 ** Math.floor(Math.log10(longest / 5));
+  const distance = power * [1, 2, 5, 10].find(factor => factor * power * 5 >= longest);
+  const ticks = [];
+  for (let time = 0; time < 0.9 * longest; time += distance) {
+    const tick = makeElement('span', {}, inSeconds(time));
+    tick.style.left = `${100 * time / longest}%`;
+    ticks.push(tick);
+  }
+  return ticks;
+}
+
+// Says what the time is spent on: on arithmetic if it grows with the number of images, on waiting
+// for the passes if it does not.
+function reasons() {
+  const gpu = about.device !== 'cpu';
+  const texts = Object.entries(DECODERS).map(([decoder, name]) => {
+    const growth = seconds[16][decoder] / seconds[1][decoder];
+    const waiting = 1 - (growth - 1) / 15;              // the share that all images have in common
+    const start = `${name[0].toUpperCase()}${name.slice(1)}, 16 images take `
+      + `${growth.toFixed(1)} times as long as one: `;
+    if (waiting < 0.5) return start + 'one image waits mostly for arithmetic.';
+    const starting = gpu ? 'for the CPU to start the operations' : 'for operations to start';
+    return `${start}one image waits mostly ${starting} and for the weights to be read, in each `
+      + 'pass anew.';
+  });
+  const copies = usedGuidance() ? 2 : 1;
+  const computed = copies * numberOfSteps() * about.tokens;
+  const counts = `${numberOfSteps()} passes against ${about.tokens}, `
+    + `${computed} tokens computed for an image against ${about.tokens}`;
+  texts.push(gpu
+    ? `A GPU computes all tokens about as fast as one, so the passes decide: ${counts}.`
+    : `A CPU computes few tokens at once, so besides the passes the tokens count: ${counts}.`);
+  return texts.map(text => makeElement('p', {}, text));
+}
 
 // ------------------------------------------------------------------------------ panels: the editor
 
@@ -670,7 +818,12 @@ document.ondrop = event => {
 
 // --------------------------------------------------- panels: the form, and the link that holds it
 
+// How many images are drawn in each mode; fillForm() says how many without comparison.
+const numberInMode = {compare: 1};
+
 function changeMode() {
+  document.body.classList.toggle('comparing', isComparing());
+  field('num').value = numberInMode[mode()];
   byId('editor').hidden = !isEditing();
   byId('go').textContent = {draw: 'Draw', edit: 'Paint', compare: 'Compare'}[mode()];
   field('class').options[0].text = isEditing() ? 'the likeliest' : 'each in turn';
@@ -685,6 +838,7 @@ function runSoon() {
 }
 
 form.oninput = event => {
+  if (event.target.name === 'num') numberInMode[mode()] = event.target.value;
   if (event.target.name === 'mode') changeMode();
   else runSoon();
 };
@@ -723,7 +877,8 @@ async function readLink() {
   for (const [name, value] of link) {
     if (field(name)) setField(name, value);
   }
-  if (mode() === 'compare' && byId('compare').hidden) field('mode').value = 'draw';
+  if (isComparing() && byId('compare').hidden) field('mode').value = 'draw';
+  if (link.has('num')) numberInMode[mode()] = field('num').value;
   const painted = link.get('region') ?? '';
   region = Array.from({length: about.tokens}, (_, place) => painted[place] === '1');
   const number = parseInt(link.get('photo'));
@@ -752,6 +907,8 @@ function fillForm() {
   for (const [name, value] of Object.entries(about.defaults)) {
     if (field(name) && value !== null) setField(name, String(value));
   }
+  numberInMode.draw = about.defaults.num;
+  numberInMode.edit = about.defaults.num;
   byId('guidance').hidden = !about.guidance;
   byId('compare').hidden = !about.decoders.includes('autoregressive');
 }
