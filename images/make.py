@@ -1,116 +1,292 @@
-"""Draws images/data-flow.png, the README's picture of the method: image -> tokens -> masked ->
-predicted -> image, with the models in example/.
+"""Draws the pictures that README.md and NOTES.md show, from one run: seed 0, nothing selected.
 
-    python images/make.py
+    python images/make.py                                   # all, of example/
+    python images/make.py --run runs/shapes --out pictures  # of another run of shapes
+    python images/make.py film edit                         # these alone
+    python images/make.py ablation                          # Figure 8, hours: only if it is named
+
+Each is made by the command that stands beside it there, which is printed; photos are the first
+validation images of their classes. The pictures of the page need Chromium and playwright.
 """
+import argparse
+import contextlib
+import shutil
+import subprocess
 import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import demo  # noqa: E402
+import evaluate  # noqa: E402
+from images.data_flow import draw_data_flow  # noqa: E402
+from lib import flags, pictures  # noqa: E402
 from lib.data import open_data  # noqa: E402
-from lib.files import rebuild  # noqa: E402
-from maskgit import MaskGIT, mask_tokens  # noqa: E402
-from vqgan import VQGAN, as_grid  # noqa: E402
+from lib.flags import UserError  # noqa: E402
+from lib.loader import DataSet  # noqa: E402
+from lib.runtime import Machine  # noqa: E402
+from lib.sampling import load_run  # noqa: E402
+from measure import measure_both_stages, open_evaluation  # noqa: E402
 
-IMAGE = 3               # of the validation images: a fish
-SEED = 2                # of the mask: it hides about half of the tokens
-GREY = torch.tensor([0.8, 0.8, 0.8])
+ACCURACY_IMAGES = 5000
+PAGE_SIZE = {"width": 1240, "height": 900}
+GAP = 12                            # white pixels between pictures that are put side by side
 
 
-@torch.no_grad()
+class Job(NamedTuple):
+    """What the pictures are made of."""
+    run: Path
+    first_run: Path                 # of the README's training command
+    out: Path                       # the folder of the pictures
+    scratch: Path                   # a folder for what they are put together from
+    size: int                       # of the model's images
+    classes: list[str]
+    validation: DataSet
+
+
+def open_job(args: argparse.Namespace, scratch: str) -> Job:
+    """Returns the job that the flags ask for. Raises UserError."""
+    _, _, _, checkpoint = load_run(args.run, Machine())
+    size = checkpoint["image_size"]
+    _, validation = open_data(checkpoint["data"], size)
+    args.out.mkdir(parents=True, exist_ok=True)
+    return Job(args.run, args.first_run, args.out, Path(scratch), size, checkpoint["classes"],
+               validation)
+
+
+# --------------------------------------------------------------------------------------- the means
+
+def run_script(script: str, run: Path, *words: object) -> None:
+    """Starts a script of this project on a run, and prints the command."""
+    command = [script, *map(str, words), "--run", str(run)]
+    print("    python", *command, flush=True)
+    subprocess.run([sys.executable, ROOT / command[0], *command[1:]], check=True,
+                   stdout=subprocess.DEVNULL)
+
+
+def first_image(job: Job, name: str) -> Tensor:
+    """Returns the first validation image of a class, (3, S, S) in [0, 1]. Raises UserError."""
+    if name not in job.classes:
+        raise UserError(f"{job.run} has no class {name}: name a run of shapes with --run")
+    for index in range(len(job.validation)):
+        images, labels = job.validation.batch(np.array([index]))
+        if job.classes[labels[0]] == name:
+            return images[0] / 255
+    raise UserError(f"there is no validation image of {name}")
+
+
+def edit(job: Job, photo: str, *words: object) -> Image.Image:
+    """Returns what edit.py draws for the first validation image of a class."""
+    path = job.scratch / f"{photo}.png"
+    pictures.save_image(path, pictures.to_pil(first_image(job, photo)))
+    out = job.scratch / "edited.png"
+    run_script("edit.py", job.run, path, *words, "--out", out)
+    with Image.open(out) as picture:
+        return picture.convert("RGB")
+
+
+def stack(images: Sequence[Image.Image]) -> Image.Image:
+    """Returns the images one below the other."""
+    width = max(image.width for image in images)
+    canvas = Image.new("RGB", (width, sum(image.height for image in images)), "white")
+    top = 0
+    for image in images:
+        canvas.paste(image, (0, top))
+        top += image.height
+    return canvas
+
+
+def beside(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Returns two images side by side, the lower one in the middle."""
+    height = max(left.height, right.height)
+    canvas = Image.new("RGB", (left.width + GAP + right.width, height), "white")
+    canvas.paste(left, (0, (height - left.height) // 2))
+    canvas.paste(right, (left.width + GAP, (height - right.height) // 2))
+    return canvas
+
+
+@contextlib.contextmanager
+def open_page(job: Job, link: str = "") -> Iterator:
+    """Serves the run and yields demo.py's page in a browser. Raises UserError without a browser."""
+    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError as error:
+        raise UserError("playwright is missing: pip install playwright") from error
+    if browser_path is None:
+        raise UserError("there is no Chromium: apt-get install chromium")
+    print(f"    python demo.py --run {job.run}   # {link or 'as it opens'}", flush=True)
+    args = argparse.Namespace(run=job.run, vqgan=None, data_dir="data", max_pixels=10 ** 8)
+    server = demo.open_server(demo.Demo(args, Machine()), port=0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        page = browser.new_page(viewport=PAGE_SIZE)
+        page.goto(f"http://127.0.0.1:{server.server_port}/{link}")
+        yield page
+        browser.close()
+    server.shutdown()
+
+
+# ------------------------------------------------------------------------------------ the pictures
+
+def draw_example(job: Job) -> None:
+    """Draws eight samples of each class."""
+    run_script("sample.py", job.run, "--out", job.out / "example.png")
+
+
+def draw_film(job: Job) -> None:
+    """Draws the decoding steps of one image of each class."""
+    run_script("sample.py", job.run, "--film", "--out", job.scratch / "samples.png")
+    shutil.copy(job.scratch / "samples.film.png", job.out / "film.png")
+
+
+def draw_samples(job: Job) -> None:
+    """Draws samples of the run that the README's training command makes. Raises UserError if it
+    is not there."""
+    if not job.first_run.exists():
+        raise UserError(f"there is no {job.first_run}: train it, or name it with --first-run")
+    run_script("sample.py", job.first_run, "--out", job.out / "samples.png")
+
+
+def draw_flow(job: Job) -> None:
+    """Draws the way of a fish through both models."""
+    machine = Machine("cpu", bf16=False)
+    _, tokenizer, transformer, _ = load_run(job.run, machine, decoder="parallel")
+    fish = job.classes.index("fish")
+    draw_data_flow(job.out / "data-flow.png", first_image(job, "fish"), fish, tokenizer,
+                   transformer)
+
+
+def draw_edit(job: Job) -> None:
+    """Draws all four tasks of editing."""
+    eighth = job.size // 8
+    box = f"{eighth},{eighth},{5 * eighth},{5 * eighth}"
+    repainted = stack([
+        edit(job, "heart", "--box", box, "--class", "fish", "--num", 6),
+        edit(job, "house", "--inpaint", "centre", "--num", 6),
+        edit(job, "fish", "--outpaint", "right=0.5", "--num", 6),
+    ])
+    panorama = edit(job, "ring", "--extrapolate", 3 * job.size, "--num", 1)
+    pictures.save_image(job.out / "edit.png", beside(repainted, panorama))
+
+
+def draw_drift(job: Job) -> None:
+    """Draws panoramas that are eight images wide."""
+    wide = 8 * job.size
+    tree = edit(job, "tree", "--extrapolate", wide, "--num", 1)
+    box = edit(job, "box", "--extrapolate", wide, "--num", 1)
+    pictures.save_image(job.out / "limit-drift.png", stack([tree, box]))
+
+
+def draw_boundary(job: Job) -> None:
+    """Draws objects at the border of the region."""
+    rows = [edit(job, name, "--outpaint", "right=0.5", "--num", 6)
+            for name in ("moon", "cross", "ring")]
+    pictures.save_image(job.out / "limit-boundary.png", stack(rows))
+
+
+def draw_symmetry(job: Job) -> None:
+    """Draws samples of symmetric classes."""
+    run_script("sample.py", job.run, "--class", "cross", "box", "tree", "--num", 10,
+               "--out", job.out / "limit-symmetry.png")
+
+
+def draw_accuracy(job: Job) -> None:
+    """Draws the accuracy against the share of masked tokens, as evaluate.py does."""
+    words = ["--run", str(job.run), "--num", str(ACCURACY_IMAGES)]
+    print("    python evaluate.py", *words, "   # of it only this curve", flush=True)
+    args = evaluate.parse_flags(words)
+    figures = measure_both_stages(open_evaluation(args, Machine()))
+    pictures.draw_accuracy(job.out / "accuracy.png", figures["accuracy by mask ratio"])
+
+
+def draw_ablation(job: Job) -> None:
+    """Draws Figure 8."""
+    run_script("evaluate.py", job.run, "--ablate", "--num", 400, "--seeds", 2)
+    shutil.copy(job.run / "eval.ablation.png", job.out / "ablation.png")
+
+
+def draw_page(job: Job) -> None:
+    """Draws the page of demo.py in the middle of a decoding, with a look into one token."""
+    with open_page(job) as page:
+        page.wait_for_selector("#status:has-text('passes: ')")
+        heart = job.classes.index("heart")
+        page.evaluate(f"chosenImage = {heart}; goTo(5); chooseToken(side * 3 + 2)")
+        page.wait_for_selector(".code")
+        page.screenshot(path=job.out / "demo.png", full_page=True)
+
+
+def draw_compare(job: Job) -> None:
+    """Draws both decoders when the parallel one is done, as the page compares them."""
+    with open_page(job, "#mode=compare") as page:
+        page.wait_for_selector("#status:has-text('both decoders')")
+        page.evaluate("pause(); goTo(Math.ceil(MOMENTS * seconds[1].parallel / longestTime()))")
+        page.locator("section").screenshot(path=job.out / "compare.png")
+
+
+PICTURES = {
+    "example": draw_example,
+    "film": draw_film,
+    "data-flow": draw_flow,
+    "demo": draw_page,
+    "samples": draw_samples,
+    "edit": draw_edit,
+    "compare": draw_compare,
+    "accuracy": draw_accuracy,
+    "limit-drift": draw_drift,
+    "limit-boundary": draw_boundary,
+    "limit-symmetry": draw_symmetry,
+    "ablation": draw_ablation,
+}
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Draws the pictures that the flags name. One that cannot be drawn is left out, and said why.
+
+    Raises UserError if the run cannot be opened."""
+    with tempfile.TemporaryDirectory() as scratch:
+        job = open_job(args, scratch)
+        for name in args.pictures:
+            print(f"{name}.png", flush=True)
+            started = time.time()
+            try:
+                PICTURES[name](job)
+                print(f"    {time.time() - started:.0f} s", flush=True)
+            except UserError as error:
+                print(f"    left out: {error}", flush=True)
+
+
 def main() -> None:
-    """Sends one image through both models, and draws every stage of the way."""
-    tokenizer, _ = rebuild(ROOT / "example" / "vqgan.pt", "vqgan", VQGAN)
-    transformer, _ = rebuild(ROOT / "example" / "transformer.pt", "transformer", MaskGIT)
-    _, validation = open_data("shapes")
-    images, labels = validation.batch(np.array([IMAGE]))
-    images = images.float() / 255                                               # (1, 3, 32, 32)
-
-    tokens = tokenizer.encode(images).flatten(1)                                # (1, N)
-    generator = torch.Generator().manual_seed(SEED)
-    visible, mask = mask_tokens(tokens, "cosine", transformer.mask_id, generator)
-    logits = transformer(visible, labels)                                       # (1, N, K)
-    predicted = torch.where(mask, logits.argmax(-1), tokens)
-    restored = tokenizer.decode(as_grid(predicted))
-
-    right = ((predicted == tokens) & mask).sum()
-    print(f"{right} of {mask.sum()} masked tokens are predicted exactly")
-    draw(images[0], as_grid(tokens)[0], as_grid(mask)[0], as_grid(predicted)[0], restored[0],
-         code_colours(tokenizer))
-
-
-def code_colours(tokenizer: VQGAN) -> Tensor:
-    """Returns the mean colour of what each code decodes to, (codebook_size, 3)."""
-    codes = torch.arange(tokenizer.config.codebook_size)
-    grids = codes[:, None, None].expand(-1, 3, 3)               # three by three tokens of one code
-    return tokenizer.decode(grids).mean((2, 3))
-
-
-def draw(
-    image: Tensor, tokens: Tensor, mask: Tensor, predicted: Tensor, restored: Tensor,
-    colours: Tensor,
-) -> None:
-    """Writes the picture. image, restored: (3, H, W); tokens, mask, predicted: (h, w)."""
-    figure = Figure(figsize=(11.5, 2.1))
-    figure.subplots_adjust(left=0.005, right=0.995, bottom=0.02, top=0.89, wspace=0.52)
-    axes = figure.subplots(1, 5)
-    none = torch.zeros_like(mask)
-    draw_image(axes[0], image, f"image, {image.shape[1]} × {image.shape[2]} pixels")
-    draw_tokens(axes[1], tokens, colours, none, none, f"tokens, {mask.shape[0]} × {mask.shape[1]}")
-    draw_tokens(axes[2], tokens, colours, none, mask, "masked")
-    draw_tokens(axes[3], predicted, colours, mask, none, "predicted (bold)")
-    draw_image(axes[4], restored, "image")
-    draw_arrow(axes[1], "VQGAN.encode")
-    draw_arrow(axes[2], "mask_tokens")
-    draw_arrow(axes[3], "MaskGIT")
-    draw_arrow(axes[4], "VQGAN.decode")
-    figure.savefig(ROOT / "images" / "data-flow.png", dpi=100)
-
-
-def draw_image(axis: Axes, image: Tensor, title: str) -> None:
-    """Draws an image (3, H, W)."""
-    axis.imshow(image.permute(1, 2, 0))
-    axis.set_title(title, size=10)
-    axis.set_xticks([])
-    axis.set_yticks([])
-
-
-def draw_tokens(
-    axis: Axes, tokens: Tensor, colours: Tensor, bold: Tensor, hidden: Tensor, title: str,
-) -> None:
-    """Draws a grid of tokens (h, w) as numbers, on the colours (codebook_size, 3) of their codes.
-
-    bold, hidden: (h, w) booleans. A hidden token is grey and shows no number."""
-    cells = colours[tokens]                                                     # (h, w, 3)
-    cells[hidden] = GREY
-    axis.imshow(cells)
-    axis.set_title(title, size=10)
-    axis.tick_params(length=0, labelbottom=False, labelleft=False)
-    axis.set_xticks(np.arange(0.5, tokens.shape[1] - 1))        # lines between the tokens
-    axis.set_yticks(np.arange(0.5, tokens.shape[0] - 1))
-    axis.grid(color="white", lw=0.8)
-    for row, column in (~hidden).nonzero().tolist():
-        ink = "black" if cells[row, column].mean() > 0.5 else "white"
-        weight = "bold" if bold[row, column] else "normal"
-        axis.text(column, row, str(tokens[row, column].item()), ha="center", va="center",
-                  size=6.5, color=ink, weight=weight)
-
-
-def draw_arrow(axis: Axes, function: str) -> None:
-    """Draws an arrow that enters a panel from the left, and names the function it stands for."""
-    axis.annotate("", (-0.04, 0.5), (-0.48, 0.5), "axes fraction",
-                  arrowprops={"arrowstyle": "->", "lw": 1.5})
-    axis.text(-0.26, 0.55, function, size=7.5, family="monospace", ha="center",
-              transform=axis.transAxes)
+    """Parses the flags and draws."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE",
+                        help=f"which pictures (default: all but ablation): {', '.join(PICTURES)}")
+    flags.add_flags(parser, {
+        "run": (Path, ROOT / "example", "the run's folder"),
+        "first_run": (Path, ROOT / "runs" / "shapes", "the run of the README's training command, "
+                                                      "for samples.png"),
+        "out": (Path, ROOT / "images", "the folder to write to"),
+    })
+    args = parser.parse_args()
+    if not args.pictures:
+        args.pictures = [name for name in PICTURES if name != "ablation"]
+    for name in args.pictures:
+        if name not in PICTURES:
+            raise UserError(f"there is no picture {name}: choose among {', '.join(PICTURES)}")
+    draw(args)
 
 
 if __name__ == "__main__":
-    main()
+    flags.command_line(main)
