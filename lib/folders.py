@@ -35,12 +35,17 @@ class Folder:
 
     def __init__(self, root: str, classes: list[str], by_class: dict[str, list[str]], size: int,
                  pixels: dict[str, np.ndarray], fixed: bool):
-        label_of = {}
-        for label, name in enumerate(classes):
-            label_of.update(dict.fromkeys(by_class[name], label))
+        files = []
+        for name in classes:
+            files += map(os.fsencode, by_class[name])
+        counts = [len(by_class[name]) for name in classes]
+        # In an array, since reader processes share it. Of a list each would copy all names in time,
+        # as Python counts the references to a name beside it.
+        files = np.array(files)
+        order = np.argsort(files)
         self.root = root
-        self.files = sorted(label_of)
-        self.labels = np.array([label_of[path] for path in self.files])
+        self.files = files[order]                           # paths as bytes
+        self.labels = np.repeat(np.arange(len(classes)), counts)[order]
         self.classes = classes
         self.image_size = size
         self.pixels = pixels
@@ -51,6 +56,10 @@ class Folder:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def path(self, index: int) -> str:
+        """Returns the path of the image at an index."""
+        return os.fsdecode(self.files[index])
 
     def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> ImagesAndLabels:
         """Returns images (B, 3, S, S) uint8 and labels (B,) int64. draws: (B,) ints seed the crops.
@@ -74,11 +83,11 @@ class Folder:
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Returns the image at an index, or the next readable one; and the index of that."""
         if self.pixels:
-            return Image.fromarray(self.pixels[self.files[index]]), index
+            return Image.fromarray(self.pixels[self.path(index)]), index
         while True:
             if not self.broken[index]:
                 try:
-                    return read_image(self.files[index], self.image_size), index
+                    return read_image(self.path(index), self.image_size), index
                 except UserError as error:
                     self.note_broken(index, error)
             index = (index + 1) % len(self.files)
@@ -112,7 +121,8 @@ class Folder:
         If the files are fixed, it is of path and label alone: to ask a network disk for the times
         of a million files takes minutes."""
         hashes = []
-        for path, label in zip(self.files, self.labels.tolist(), strict=True):
+        paths = map(os.fsdecode, self.files.tolist())
+        for path, label in zip(paths, self.labels.tolist(), strict=True):
             status = [] if self.fixed else size_and_time(path)
             hashes.append(hash_of(f"{path.removeprefix(self.root)} {label} {status}") % 2 ** 64)
         return np.array(hashes, np.uint64)

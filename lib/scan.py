@@ -28,32 +28,32 @@ def list_images(root: str) -> dict[str, list[str]]:
 
     If no subfolder holds an image, `root` itself is the only class. Hidden files are ignored; other
     files that are not used are counted on stderr. Raises UserError if there are no images."""
-    files = list(walk(root))
-    images = sorted(path for path in files if path.lower().endswith(IMAGE_ENDINGS))
-    if len(images) < len(files):
-        print(f"passed over {len(files) - len(images)} files in {root} that are not images",
+    by_class = {}
+    outside = []                                # images in no class folder
+    num_files = 0
+    above = frozenset([os.path.realpath(root)])
+    for entry in sorted(list_folder(root), key=lambda entry: entry.name):
+        if entry.is_dir():
+            files = list(walk(entry.path, above))
+            images = by_class.setdefault(printable(entry.name), [])
+        else:
+            files = [entry.path]
+            images = outside
+        num_files += len(files)
+        images += sorted(path for path in files if path.lower().endswith(IMAGE_ENDINGS))
+    num_images = len(outside) + sum(map(len, by_class.values()))
+    if num_images < num_files:
+        print(f"passed over {num_files - num_images} files in {root} that are not images",
               file=sys.stderr)
-    if not images:
+    if num_images == 0:
         endings = ", ".join(IMAGE_ENDINGS)
         raise UserError(f"{root} holds no images: it should hold a subfolder for each class, with "
                         f"files that end in {endings}")
-    by_class = {}
-    outside = 0
-    prefix = os.path.join(root, "")
-    for path in images:
-        name, separator, _ = path.removeprefix(prefix).partition(os.sep)
-        if separator:
-            by_class.setdefault(printable(name), []).append(path)
-        else:
-            outside += 1
-    if not by_class:
-        return {printable(os.path.basename(root)): images}
+    if num_images == len(outside):
+        return {printable(os.path.basename(root)): outside}
     if outside:
-        print(f"passed over {outside} images in {root} that are in no class folder",
+        print(f"passed over {len(outside)} images in {root} that are in no class folder",
               file=sys.stderr)
-    for entry in list_folder(root):
-        if entry.is_dir():
-            by_class.setdefault(printable(entry.name), [])
     return by_class
 
 

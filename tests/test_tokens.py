@@ -117,10 +117,10 @@ def test_images_that_change_are_encoded_anew(tmp_path, monkeypatch, capsys):
     assert count == rows
     assert encoded()[0] == 0                                # the same images
     told = True
-    change_colour(train.files[3])
+    change_colour(train.path(3))
     assert encoded()[0] == 32                               # one chunk of each view
     changed = root / "b" / "moved.png"
-    os.rename(train.files[0], changed)
+    os.rename(train.path(0), changed)
     assert encoded()[0] > rows - 16 * 3
     make_folder(root, {"0": 1})                             # a new class: all labels change
     count, rows, _ = encoded()
