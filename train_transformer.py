@@ -91,8 +91,9 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     args.data = resolve_data(args.data)
     check_run_outside_data(args.run, args.data)
     own_tokenizer = args.run / "vqgan.pt"                  # a run holds all that sampling needs
+    at_once = min(64, args.batch // machine.world // num_parts)
     tokenizer = FrozenTokenizer(
-        args.vqgan or own_tokenizer, VQGAN, args.image_size, args.micro_batch or 64, machine)
+        args.vqgan or own_tokenizer, VQGAN, args.image_size, at_once, machine)
     run = Run(stage, args, machine)
     data, val = open_data(args.data, tokenizer.image_size, args.data_dir)
     classes = list(data.classes)
@@ -131,7 +132,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     if args.cache_tokens:
         folder = run.folder / "tokens" / tokenizer.fingerprint
         data = CachedTokens(folder, data, args.cache_tokens, config.num_tokens)
-        data.encode(tokenizer.encode, machine.rank, machine.world)
+        data.encode(tokenizer.encode, machine)
         machine.wait()
     val_images, val_labels = spread(val, 512)
     val_tokens = tokenizer.encode(val_images).cpu()

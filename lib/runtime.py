@@ -218,8 +218,11 @@ class Machine:
         return model.requires_grad_(False)
 
     def compile(self, function: Callable) -> Callable:
-        """Returns a function or model, compiled if this machine compiles."""
-        return torch.compile(function) if self.compiled else function
+        """Returns a function or model, compiled if this machine compiles.
+
+        Each shape has a program of its own: one for all shapes would be slower, since Inductor
+        could not choose the layout of its convolutions."""
+        return torch.compile(function, dynamic=False) if self.compiled else function
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Returns what to call in place of `model` in training: compiled, and its backward pass

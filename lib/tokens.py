@@ -20,7 +20,7 @@ class FrozenTokenizer:
     """A trained tokenizer as stage 2 uses it: it turns images into tokens.
 
     path, model_class: see rebuild(). image_size: None for the size that it was trained on.
-    at_once: how many images it encodes at a time.
+    at_once: how many images it encodes at a time; fewer are encoded without torch.compile.
     Raises UserError as rebuild() does, and if the tokenizer's stride does not divide the size."""
 
     def __init__(self, path: str | Path, model_class: type, image_size: int | None, at_once: int,
@@ -51,7 +51,10 @@ class FrozenTokenizer:
         tokens = []
         with self.machine.autocast():
             for part in self.machine.to_floats(images, own_share).split(self.at_once):
-                tokens.append(self.compiled_encode(part).flatten(1))
+                # Another number of images would be compiled anew.
+                whole = len(part) == self.at_once
+                encode = self.compiled_encode if whole else self.model.encode
+                tokens.append(encode(part).flatten(1))
         return torch.cat(tokens)
 
 
@@ -93,34 +96,40 @@ class CachedTokens:
         numbers = np.array(rows)
         return self.data.batch(numbers % len(self.data), numbers + (1 << 50))
 
-    def encode(self, tokenize: Callable[[torch.Tensor], torch.Tensor], rank: int = 0,
-               world: int = 1) -> None:
+    def encode(self, tokenize: Callable[[torch.Tensor], torch.Tensor], machine: Machine) -> None:
         """Writes the chunks that are missing, and removes those of other images.
 
         tokenize: images (n, 3, S, S) uint8 -> tokens (n, N). Each rank writes its share of the
         chunks, each of them whole or not at all, so an interrupted encoding can go on. Raises
         UserError as data.batch() does, KeyboardInterrupt on Ctrl-C."""
-        if rank == 0:
+        if machine.leads:
             self.remove_others()
-        missing = [number for number in range(rank, len(self.paths), world)
+        missing = [number for number in range(machine.rank, len(self.paths), machine.world)
                    if not self.paths[number].exists()]
         batches = []
         for number in missing:
             batches += split(self.chunks[number], self.BATCH)
-        stream = loader(self, batches, self.data.workers)
+        on_cuda = machine.device.type == "cuda"
+        stream = loader(self, batches, self.data.workers, pin_memory=on_cuda)
         total = sum(map(len, batches))
         progress = Progress(f"encoding views into {self.folder}", total, stream=sys.stderr)
         done = 0
         with interruptible("stopped while encoding images: the same command with --resume goes on"):
             for number in missing:
-                rows = []
+                # The tokens stay on the device until the chunk is complete: to copy those of each
+                # batch would be to wait for them.
+                tokens = []
+                labels = []
                 for _ in split(self.chunks[number], self.BATCH):
-                    images, labels = next(stream)
-                    rows.append(torch.cat([tokenize(images).cpu(), labels[:, None]], 1))
-                    done += len(labels)
-                    if rank == 0:
+                    images, classes = next(stream)
+                    tokens.append(tokenize(images).int())
+                    labels.append(classes)
+                    machine.sync()
+                    done += len(classes)
+                    if machine.leads:
                         progress.show(done)
-                rows = torch.cat(rows).numpy().astype(np.uint16)
+                rows = torch.cat([torch.cat(tokens).cpu(), torch.cat(labels)[:, None]], 1)
+                rows = rows.numpy().astype(np.uint16)
                 write_atomically(self.paths[number], functools.partial(np.save, arr=rows))
 
     def remove_others(self) -> None:

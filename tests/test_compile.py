@@ -16,15 +16,16 @@ STAGE_1 = [*TINY_VQ, "--multipliers", 1, 1, "--gan-start", 0, "--gan-ramp", 2, "
 STAGE_2 = [*TINY_TRANSFORMER, "--dropout", 0, *STEPS]
 
 
-def train(script, ranks, *arguments):
-    """Runs a training script in so many processes, and checks that it ends well."""
+def train(script, ranks, *arguments, **environment):
+    """Runs a training script in so many processes, and checks that it ends well. Returns its output."""
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "--"]
     command += [str(ROOT / script), *map(str, arguments)]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900)
+                            env=os.environ | {"OMP_NUM_THREADS": "1", **environment}, timeout=900)
     assert result.returncode == 0, result.stdout
+    return result.stdout
 
 
 def assert_same_losses(path, expected_path):
@@ -50,3 +51,20 @@ def test_compiled_trainings_have_the_losses_of_plain_ones(ranks, tmp_path):
     train("train_transformer.py", ranks, "--run", plain, *STAGE_2, "--compile", "no")
     train("train_transformer.py", ranks, "--run", compiled, *tokenizer, "--overwrite", *STAGE_2, "--compile", "yes")
     assert_same_losses(compiled / "transformer.log.csv", plain / "transformer.log.csv")
+
+
+@pytest.mark.parametrize("script, flags", [
+    # In stage 1 the discriminator joins in at once, with one program for n images and one for 2n. Validation encodes
+    # and restores 512 images; each step of stage 2 encodes 20 or, in two micro-batches, twice 10.
+    ("train_vq.py", STAGE_1),
+    ("train_transformer.py", [*STAGE_2, "--batch", 20, "--micro-batch", 10])])
+def test_every_program_is_compiled_in_the_first_two_steps_and_for_one_shape(script, flags, untrained, tmp_path):
+    shutil.copytree(untrained, tmp_path / "run")
+    if script == "train_vq.py":
+        os.remove(tmp_path / "run" / "vqgan.pt")
+    output = train(script, 1, "--run", tmp_path / "run", *flags, "--overwrite", "--picture-every", 2, "--compile", "yes",
+                   TORCH_LOGS="dynamic,graph_breaks,recompiles,dynamo", PYTHONUNBUFFERED="1")
+    assert "step 2/4" in output and "torchdynamo start" in output
+    assert "create_symbol" not in output, "a program is for any size"
+    after = output.split("step 2/4")[1]
+    assert "torchdynamo start" not in after, "something is compiled after the second step"

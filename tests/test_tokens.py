@@ -13,8 +13,10 @@ from PIL import Image
 from test_data import assert_ends, make_folder, start
 
 from lib.data import open_data
-from lib.runtime import hashed_uniform
-from lib.tokens import CachedTokens
+from lib.runtime import Machine, hashed_uniform
+from lib.shapes import Shapes
+from lib.tokens import CachedTokens, FrozenTokenizer
+from vqgan import VQGAN
 
 
 class Images:
@@ -47,10 +49,19 @@ class Tokenize:
         return images[:, :, ::16, ::16].flatten(1).long()
 
 
+def one_of(world, rank):
+    """Returns a machine that takes itself for one of several ranks."""
+    machine = Machine("cpu")
+    machine.rank = rank
+    machine.world = world
+    machine.leads = rank == 0
+    return machine
+
+
 def encode(cached, rank=0, world=1):
     """How many views of images had to be encoded."""
     tokenize = Tokenize()
-    cached.encode(tokenize, rank, world)
+    cached.encode(tokenize, one_of(world, rank))
     return tokenize.seen
 
 
@@ -59,7 +70,7 @@ def test_cached_tokens_hold_each_view_of_each_image_once(tmp_path, monkeypatch):
     monkeypatch.setattr(CachedTokens, "BATCH", 16)
     cached, encoded = CachedTokens(tmp_path, Images(), 4, 2), []
     for rank, rows in ((0, 120), (1, 80)):                  # three of the five chunks, then the other two
-        cached.encode(lambda images: encoded.append(images) or images, rank, 2)
+        cached.encode(lambda images: encoded.append(images) or images, one_of(2, rank))
         assert sum(map(len, encoded)) == rows and max(map(len, encoded)) == 16
         encoded.clear()
     indices = np.arange(50).repeat(40)
@@ -132,10 +143,24 @@ def test_images_that_change_are_encoded_anew(tmp_path, monkeypatch, capsys):
     assert encoded(views=3, num_tokens=13)[0] >= 48
 
 
+def test_a_tail_is_encoded_without_the_compiler(untrained, monkeypatch):
+    """torch.compile makes a program for each number of images: a minute for the last few of a set."""
+    compiled_sizes = []
+
+    def compiled(machine, function):
+        return lambda images: compiled_sizes.append(len(images)) or function(images)
+    monkeypatch.setattr(Machine, "compile", compiled)
+    tokenizer = FrozenTokenizer(untrained / "vqgan.pt", VQGAN, None, 8, Machine("cpu"))
+    images, _ = Shapes("val").batch(np.arange(21))
+    tokens = tokenizer.encode(images)
+    assert compiled_sizes == [8, 8]
+    assert torch.equal(tokens[16:], tokenizer.encode(images[16:])) and len(tokens) == 21
+
+
 def test_a_cache_of_an_older_version_is_removed(tmp_path, capsys):
     np.save(tmp_path / "00000.npy", np.zeros((50, 3), np.uint16))
     encode_all = CachedTokens(tmp_path, Images(), 1, 2)
-    encode_all.encode(lambda images: images)
+    encode_all.encode(lambda images: images, Machine("cpu"))
     assert "1 files" in capsys.readouterr().err
     assert list(tmp_path.glob("*.npy")) == encode_all.paths
 
@@ -176,7 +201,7 @@ def test_encoding_is_stopped_by_a_signal(size, tmp_path, capfd):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: None)
         train, _ = open_data(str(tmp_path / "images"), size)
-        CachedTokens(tmp_path / "tokens", train, 1000, 2).encode(tokenize)
+        CachedTokens(tmp_path / "tokens", train, 1000, 2).encode(tokenize, Machine("cpu"))
     process = start(main)
     assert encoding.wait(10)
     os.kill(process.pid, signal.SIGINT)
