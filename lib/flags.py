@@ -108,7 +108,8 @@ def check_image_size(size: int, stride: int):
     the tokenizer's stride, or too small for the discriminator."""
     smallest = math.ceil(8 / stride) * stride
     if size < smallest:
-        raise UserError(f"--image-size {size} is too small: the smallest is {smallest}")
+        raise UserError(f"--image-size {size} is too small: with the tokenizer's stride {stride}, "
+                        f"the smallest is {smallest}")
     if size % stride:
         below = size - size % stride
         raise UserError(f"--image-size {size} is not divisible by the tokenizer's stride {stride}: "
