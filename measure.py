@@ -131,9 +131,10 @@ def open_images(args: argparse.Namespace, folder: Path,
         raise UserError(f"the {len(train.classes)} classes of {data} are not those that {folder} "
                         f"was trained on: restore its images")
     real = random_subset(val, args.num)
-    if len(real) <= metrics.NEIGHBOURS:
+    fewest = 2 if args.tokenizer else metrics.NEIGHBOURS + 1    # of precision and recall
+    if len(real) < fewest:
         raise UserError(f"--num {args.num} takes {len(real)} of the {len(val)} validation images "
-                        f"of {data}: precision and recall need at least {metrics.NEIGHBOURS + 1}")
+                        f"of {data}, and at least {fewest} are needed: raise --num or add images")
     return train, real
 
 
