@@ -32,7 +32,15 @@ from lib.loader import DataSet
 from lib.orders import ORDERS
 from lib.pictures import to_pil
 from lib.runtime import Machine
-from lib.sampling import STAGES, add_sampler_flags, load_run, sampler_of, sampler_options
+from lib.sampling import (
+    STAGES,
+    add_sampler_flags,
+    load_run,
+    rand_of_images,
+    sampler_of,
+    sampler_options,
+)
+from lib.sets import samples_in_turn
 from lib.web import MAX_UPLOAD, PageServer, Tell
 from maskgit import SCHEDULES, MaskGIT, gamma, guided_logits, mask_counts
 from vqgan import as_grid, to_pixels
@@ -166,7 +174,6 @@ class Demo:
         settings = self.read_settings(request["settings"])
         model = self.models[settings.decoder]
         options = sampler_options(settings, model)
-        options["generator"] = self.machine.generator(settings.seed)
         passes = options.get("steps", model.config.num_tokens)
         steps = []
 
@@ -186,11 +193,12 @@ class Demo:
                 options["known"] = known.expand(settings.num, -1)
                 if label is None:
                     label = likeliest_class(model, known, settings.seed)
-            labels = torch.arange(settings.num) % len(self.classes)
+            labels, numbers = samples_in_turn(0, settings.num, settings.num, len(self.classes))
             if label is not None:
-                labels = torch.full((settings.num,), label)
-            sampler = sampler_of(model)
-            sampler(model, self.machine.put(labels), on_step=on_step, **options)
+                numbers = torch.arange(settings.num)
+                labels = torch.full_like(numbers, label)
+            options["rand"] = rand_of_images(settings.seed, labels, numbers, self.machine)
+            sampler_of(model)(model, self.machine.put(labels), on_step=on_step, **options)
             tell({
                 **steps_in_numbers(steps, settings.schedule, int(unknown.sum())),
                 "unknown": unknown.tolist(),

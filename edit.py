@@ -29,6 +29,7 @@ from lib.sampling import (
     draw_step,
     load_run,
     load_tokenizer,
+    rand_of_images,
     sampler_options,
 )
 from maskgit import MaskGIT, decode
@@ -189,31 +190,28 @@ def paint(
     tokenizer: VQGAN, transformer: MaskGIT, known: Tensor, labels: Tensor, margins: tuple[int, int],
     options: dict, film: bool,
 ) -> list[Tensor]:
-    """Paints a variant for each label (n,), BATCH at a time: a panorama if there are margins.
+    """Paints a variant for each label (B,): a panorama if there are margins.
 
     known: (side, side), mask_id where it is repainted. margins: pixels to paint left and right of
-    the square. options: of decode(). Returns images (n, 3, S, left + S + right) on the CPU, in a
+    the square. options: of decode(). Returns images (B, 3, S, left + S + right) on the CPU, in a
     list: the result alone or, with film, one tensor for each step."""
     stride = tokenizer.config.stride
     left = math.ceil(margins[0] / stride)                           # in tokens
     right = math.ceil(margins[1] / stride)
     overhang = left * stride - margins[0]               # pixels of the first column to cut off
     width = margins[0] + len(known) * stride + margins[1]
-    batches = []                                                    # a list of frames for each
-    for batch in labels.split(BATCH):
-        if any(margins):
-            steps = extrapolate(transformer, known, batch, left, right, options)
-            opacity = 1.0
-            at_once = 1                                             # a panorama can be large
-        else:
-            steps = repaint(transformer, known, batch, options)
-            opacity = 0.85
-            at_once = BATCH
-        if not film:
-            steps = steps[-1:]
-        frames = [draw_step(tokenizer, *step, opacity, at_once) for step in steps]
-        batches.append([frame[..., overhang:overhang + width] for frame in frames])
-    return [torch.cat(frame) for frame in zip(*batches, strict=True)]
+    if any(margins):
+        steps = extrapolate(transformer, known, labels, left, right, options)
+        opacity = 1.0
+        at_once = 1                                                 # a panorama can be large
+    else:
+        steps = repaint(transformer, known, labels, options)
+        opacity = 0.85
+        at_once = BATCH
+    if not film:
+        steps = steps[-1:]
+    frames = [draw_step(tokenizer, *step, opacity, at_once) for step in steps]
+    return [frame[..., overhang:overhang + width] for frame in frames]
 
 
 def write_pictures(out: Path, photo: Tensor, mask: Tensor, painted: Tensor) -> None:
@@ -229,6 +227,16 @@ def write_pictures(out: Path, photo: Tensor, mask: Tensor, painted: Tensor) -> N
 
 
 # -------------------------------------------------------------------------------------- the script
+
+def choose_class(
+    args: argparse.Namespace, transformer: MaskGIT, known: Tensor, classes: list[str],
+) -> tuple[int, str]:
+    """Returns the label to paint, and why. Raises UserError if --class names none."""
+    if args.class_name is None:
+        label = editing.likeliest_class(transformer, known.flatten(), args.seed)
+        return label, "the likeliest, given what is kept"
+    return find_class(args.class_name, classes), "as asked"
+
 
 @torch.no_grad()
 def reconstruct(args: argparse.Namespace, machine: runtime.Machine) -> None:
@@ -260,7 +268,7 @@ def edit(args: argparse.Namespace, machine: runtime.Machine) -> None:
     size = checkpoint["image_size"]
     stride = tokenizer.config.stride
     options = sampler_options(args, transformer)
-    options |= {"start_step": args.start_step, "generator": machine.generator(args.seed)}
+    options["start_step"] = args.start_step
     task = next(name for name in TASKS if getattr(args, name) is not None)
     out = pictures.picture_path(args.out, folder, f"{Path(args.photo).stem}.{task}.png")
     check_flags(args, out, size, options["steps"])
@@ -274,18 +282,18 @@ def edit(args: argparse.Namespace, machine: runtime.Machine) -> None:
     with machine.autocast():
         tokens = tokenizer.encode(square[None].to(machine.device))[0]
         known = tokens.masked_fill(region.to(machine.device), transformer.mask_id)
-        if args.class_name is None:
-            label = editing.likeliest_class(transformer, known.flatten(), args.seed)
-            reason = "the likeliest, given what is kept"
-        else:
-            label = find_class(args.class_name, classes)
-            reason = "as asked"
+        label, reason = choose_class(args, transformer, known, classes)
         if machine.leads:
             print(f"{folder}: {args.photo}, {options['steps']} steps, {args.schedule} schedule, "
                   f"seed {args.seed}, on {machine.device}\nclass: {classes[label]} ({reason})",
                   flush=True)
-        labels = machine.put(torch.full((args.num,), label))
-        frames = paint(tokenizer, transformer, known, labels, margins, options, args.film)
+        batches = []
+        for numbers in torch.arange(args.num).split(BATCH):
+            labels = torch.full_like(numbers, label)
+            options["rand"] = rand_of_images(args.seed, labels, numbers, machine)
+            batches.append(paint(tokenizer, transformer, known, machine.put(labels), margins,
+                                 options, args.film))
+        frames = [torch.cat(frame) for frame in zip(*batches, strict=True)]
     if not machine.leads:
         return
     around = F.pad(square, margins, value=1.0)                      # (3, S, W)

@@ -25,10 +25,10 @@ from lib.data import DATA_FLAGS
 from lib.features import BY_CLASS, PRECISION_IMAGES, RECOGNISED, SHARPNESS, Measurements
 from lib.files import cache_folder
 from lib.loader import DataSet
-from lib.sampling import add_run_flags, add_sampler_flags, sampler_options
+from lib.sampling import ACCEPT_FLAG, add_run_flags, add_sampler_flags, sampler_settings
 from lib.sets import random_subset, read_own_batches
 from lib.terminal import print_table
-from maskgit import SCHEDULES, MaskGIT
+from maskgit import SCHEDULES
 from measure import (
     SWEEPS,
     Evaluation,
@@ -39,7 +39,6 @@ from measure import (
     open_evaluation,
     repainted_batches,
 )
-from sequential import CausalTransformer
 
 LIKELIHOODS = """\
 negative log-likelihood per token in nats, with tokens masked under each schedule ("linear" is an
@@ -293,6 +292,7 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     switch = {"action": "store_true"}
     several = {"type": flags.count, "nargs": "+"}
     flags.add_flags(parser, {
+        **ACCEPT_FLAG,
         **features.FEATURE_FLAGS,
         "num": (flags.whole, 2000, "images to draw, and to compare with; the paper: 50000"),
         "batch": (flags.count, 100, "images at a time"),
@@ -308,20 +308,6 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     })
     flags.add_machine_flags(parser, compiles=False)
     return parser.parse_args(arguments)
-
-
-def sampler_settings(args: argparse.Namespace, model: MaskGIT) -> dict:
-    """Returns the settings of the model's sampler as plain values, defaults filled in."""
-    settings = {"temperature": args.temperature, "top_k": args.top_k}
-    if isinstance(model, CausalTransformer):
-        return settings
-    options = sampler_options(args, model)
-    settings["steps"] = options["steps"]
-    settings["schedule"] = args.schedule
-    settings["choice_temperature"] = args.choice_temperature
-    settings["cfg"] = options["cfg"]
-    settings["order"] = args.order
-    return settings
 
 
 def main() -> None:

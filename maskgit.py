@@ -258,9 +258,11 @@ def uniform(*shape: int, generator: torch.Generator | None, device: torch.device
 
 # ------------------------------------------------------------ what is revealed first (§3.3, step 4)
 
-# An order is a function (log_p (B, N), t / T, generator) -> confidence (B, N). log_p is the
-# log-probability of each sampled token. The tokens with the lowest confidence are masked again.
-Order = Callable[[Tensor, float, torch.Generator | None], Tensor]
+# rand(B, ..., device=...) draws uniform numbers in [0, 1), as torch.rand does. An order is a
+# function (log_p (B, N), t / T, rand) -> confidence (B, N). log_p is the log-probability of each
+# sampled token. The tokens with the lowest confidence are masked again.
+Rand = Callable[..., Tensor]
+Order = Callable[[Tensor, float, Rand], Tensor]
 
 
 def by_confidence(choice_temperature: float = 4.5) -> Order:
@@ -268,11 +270,11 @@ def by_confidence(choice_temperature: float = 4.5) -> Order:
 
     choice_temperature: scales Gumbel noise that is added to log p, annealed to 0 over the steps
     (released code; the paper does not mention it, but without it samples turn flat)."""
-    def order(log_p: Tensor, progress: float, generator: torch.Generator | None) -> Tensor:
+    def order(log_p: Tensor, progress: float, rand: Rand) -> Tensor:
         scale = choice_temperature * (1 - progress)
         if scale == 0:
             return log_p
-        return log_p + scale * gumbel_noise(log_p, generator)
+        return log_p + scale * gumbel_noise(log_p, rand)
     return order
 
 
@@ -290,7 +292,7 @@ def decode(
     top_k: int | None = None,
     cfg: float = 0.0,
     start_step: int = 0,
-    generator: torch.Generator | None = None,
+    rand: Rand = torch.rand,
     on_step: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Decodes all tokens of each image in T parallel forward passes (§3.3): (B,) -> (B, N) int64.
@@ -313,8 +315,8 @@ def decode(
 
         # 2. Sample a token at every masked position; the confidence is its log-probability, and
         # infinite for known tokens, which stay.
-        sampled = torch.where(masked, sample_tokens(logits, temperature, top_k, generator), tokens)
-        confidence = order(log_probability(logits, sampled), t / steps, generator)
+        sampled = torch.where(masked, sample_tokens(logits, temperature, top_k, rand), tokens)
+        confidence = order(log_probability(logits, sampled), t / steps, rand)
         confidence = confidence.masked_fill(~masked, math.inf)
 
         # 3. Mask schedule: n = ⌊γ(t / T)·M⌋ tokens stay masked, but fewer than before.
@@ -355,20 +357,20 @@ def guided_logits(model: MaskGIT, tokens: Tensor, labels: Tensor, weight: float)
 
 
 def sample_tokens(
-    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None = None,
+    logits: Tensor, temperature: float, top_k: int | None, rand: Rand = torch.rand,
 ) -> Tensor:
     """Samples a token at each position; temperature 0 takes the likeliest: (..., K) -> (...)."""
     if top_k:
         least = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     if temperature > 0:
-        logits = logits / temperature + gumbel_noise(logits, generator)
+        logits = logits / temperature + gumbel_noise(logits, rand)
     return logits.argmax(-1)
 
 
-def gumbel_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def gumbel_noise(like: Tensor, rand: Rand = torch.rand) -> Tensor:
     """Returns standard Gumbel noise; argmax(logits + noise) is a sample of softmax(logits)."""
-    values = torch.rand(like.shape, device=like.device, generator=generator)
+    values = rand(*like.shape, device=like.device)
     return -torch.log(-torch.log(values.clamp(1e-20, 1 - 1e-7)))
 
 

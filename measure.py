@@ -26,7 +26,13 @@ from lib.loader import DataSet
 from lib.lpips import LPIPS, load_lpips_at_hand
 from lib.orders import ORDERS
 from lib.results import Results
-from lib.sampling import load_run, load_tokenizer, sampler_of, sampler_options
+from lib.sampling import (
+    Sampler,
+    load_run,
+    load_tokenizer,
+    rand_of_images,
+    sampler_options,
+)
 from lib.sets import Batch, random_subset, read_own_batches
 from maskgit import SCHEDULES, MaskGIT, decode, mask_tokens, mvtm_loss
 from sequential import CausalTransformer
@@ -152,6 +158,11 @@ def check_flags(args: argparse.Namespace, transformer: MaskGIT | None) -> None:
     elif args.ablate and min(args.ablate_steps) > transformer.config.num_tokens:
         raise UserError(f"--ablate-steps are all more than the number of tokens, "
                         f"{transformer.config.num_tokens}: name fewer steps")
+    if args.manipulate and args.accept < 1:
+        raise UserError("--accept chooses among whole samples, and --manipulate repaints real "
+                        "images: leave one of them out")
+    if args.accept < 1 and not args.classifier_steps:
+        raise UserError("--accept needs the run's classifier: leave out --classifier-steps 0")
     sampler_options(args, transformer)
     if args.sweep:
         sampler_options(changed(args, **{args.sweep: SWEEPS[args.sweep][-1]}), transformer)
@@ -180,18 +191,15 @@ def load_sequential(folder: Path, tokenizer: str,
 def draw_tokens(run: Evaluation, args: argparse.Namespace, title: str) -> Tensor:
     """Draws the tokens (num, N) int32 of --num samples with the sampler's flags in `args`.
 
-    The classes take turns. Every batch has its own generator, so the samples are the same on any
-    number of ranks; all ranks get all of them. title: of the progress line."""
-    sampler = sampler_of(run.transformer)
-    options = sampler_options(args, run.transformer)
+    The classes take turns, and the images of each are those that sample.py draws. All ranks get all
+    of them. title: of the progress line."""
+    sampler = Sampler(
+        args, run.tokenizer, run.transformer, run.machine, run.networks.classifier)
     classes = run.transformer.config.num_classes
     own = []
     numbers = sets.own_batches(args.num, args.batch)
     for number in sets.with_progress(numbers, args.num, args.batch, title):
-        labels = run.machine.put(sets.labels_in_turn(number, args.batch, args.num, classes))
-        generator = run.machine.generator(runtime.step_seed(args.seed, number))
-        with run.machine.autocast():
-            tokens = sampler(run.transformer, labels, generator=generator, **options)
+        tokens = sampler.draw(*sets.samples_in_turn(number, args.batch, args.num, classes))
         run.machine.sync()
         own.append(tokens.to("cpu", torch.int32))
     return torch.cat(sets.gather_batches(own))
@@ -237,11 +245,12 @@ def repainted_batches(run: Evaluation, region: Tensor, title: str) -> Iterator[B
     for batch in read_own_batches(run.real, run.args.batch, title):
         images = run.machine.put(batch.images)
         labels = run.machine.put(batch.labels)
-        generator = run.machine.generator(runtime.step_seed(run.args.seed, batch.number))
+        places = batch.number * run.args.batch + torch.arange(len(labels))
+        rand = rand_of_images(run.args.seed, batch.labels, places, run.machine)
         with run.machine.autocast():
             known = run.tokenizer.encode(run.machine.to_floats(batch.images)).flatten(1)
             known = torch.where(region.flatten(), run.transformer.mask_id, known)   # (n, N)
-            tokens = decode(run.transformer, labels, known=known, generator=generator, **options)
+            tokens = decode(run.transformer, labels, known=known, rand=rand, **options)
         repainted = torch.where(pixels, to_images(run, tokens), images)
         run.machine.sync()
         yield Batch(batch.number, repainted.cpu(), batch.labels)

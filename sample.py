@@ -3,12 +3,14 @@
     python sample.py --steps 8 --schedule cosine            # the newest run, one row for each class
     python sample.py --run runs/shapes --class heart 3 --num 12 --seed 1
     python sample.py --film                                 # also the steps, as a strip and a GIF
+    python sample.py --files DIR --num 5000                 # each image as DIR/CLASS/00000.png
+    torchrun --nproc_per_node 8 -- sample.py --run runs/imagenet --files DIR --num 50
 
+Image k of a class depends on the seed, the class and k alone, not on what is drawn beside it.
 edit.py repaints a part of a photo; demo.py shows the decoding in a browser.
 """
 import argparse
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,50 +18,105 @@ from torch import Tensor
 
 from lib import flags, pictures, runtime
 from lib.data import find_class
+from lib.features import read_classifier
+from lib.files import fingerprint
+from lib.flags import UserError
+from lib.sample_files import BATCH, claim_folder, class_folders, read_row, write_missing
 from lib.sampling import (
+    ACCEPT_FLAG,
+    Sampler,
     add_run_flags,
     add_sampler_flags,
     draw_step,
     load_run,
-    sampler_of,
-    sampler_options,
+    sampler_settings,
 )
 from lib.terminal import Progress
-from maskgit import MaskGIT
 from sequential import CausalTransformer
-from vqgan import VQGAN, as_grid
+from vqgan import as_grid
 
 FLAGS = {
     "class": ({"nargs": "+", "metavar": "NAME_OR_ID", "dest": "classes"}, None,
-              "classes to draw, one row each (default: the first ten)"),
+              "classes to draw, one row each (default: the first ten; with --files all)"),
     "num": (flags.count, 8, "images of each class"),
+    **ACCEPT_FLAG,
     "film": ({"action": "store_true"}, None,
              "also write the decoding steps, of one image of each class, as a strip and a GIF"),
+    "files": ({"metavar": "FOLDER"}, None,
+              "also write each image as FOLDER/CLASS/00000.png; those that are there are kept"),
     "out": (str, None, "the picture to write (default: samples.png in the run's folder)"),
 }
-BATCH = 64                      # images decoded at once
+GRID_PIXELS = 16_000_000        # with --files, a larger grid is left out: it would fill the memory
 
 
-def check_size(num: int, out: Path, captions: Sequence[str], image_size: int) -> None:
-    """Raises UserError if the picture is too large for its format or for the memory."""
-    layout = pictures.GridLayout(num, len(captions), (image_size, image_size), captions)
-    pictures.check_picture(out, layout.size, "a lower --num")
+def choose_classes(args: argparse.Namespace, names: list[str]) -> list[int]:
+    """Returns the labels to draw, each only once. Raises UserError if --class names no class."""
+    if args.classes:
+        labels = [find_class(text, names) for text in args.classes]
+        return list(dict.fromkeys(labels))
+    if args.files:
+        return list(range(len(names)))
+    return list(range(min(10, len(names))))
+
+
+def grid_fits(args: argparse.Namespace, captions: list[str], image_size: int, out: Path) -> bool:
+    """Returns whether the grid is drawn: with --files only if it is no larger than GRID_PIXELS.
+
+    Raises UserError if it is too large for its format or for the memory."""
+    layout = pictures.GridLayout(args.num, len(captions), (image_size, image_size), captions)
     width, height = layout.size
-    floats = 3 * image_size ** 2 * num * len(captions)
+    if args.files and width * height > GRID_PIXELS:
+        return False
+    pictures.check_picture(out, layout.size, "a lower --num")
+    floats = 3 * image_size ** 2 * args.num * len(captions)
     # The images as floats of 4 bytes, twice while their batches are joined, and the grid.
-    flags.check_memory(2 * 4 * floats + 3 * width * height, f"--num {num}")
+    flags.check_memory(2 * 4 * floats + 3 * width * height, f"--num {args.num}")
+    return True
 
 
-@torch.no_grad()
-def draw(
-    tokenizer: VQGAN, transformer: MaskGIT, labels: Tensor, options: dict,
-    moments: Sequence[int] = (),
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Draws an image for each label, BATCH at a time.
+def open_classifier(
+    args: argparse.Namespace, folder: Path, classes: list[str], machine: runtime.Machine,
+) -> torch.nn.Module | None:
+    """Returns the run's classifier, if --accept needs it. Raises UserError if it is not there."""
+    if args.accept == 1:
+        return None
+    if args.film:
+        raise UserError("--accept chooses among several images, and --film shows the steps of one: "
+                        "leave one of them out")
+    path = folder / "classifier.pt"
+    if not path.exists():
+        raise UserError(f"--accept needs {path}, which does not exist: "
+                        f"python evaluate.py --run {folder} trains it")
+    return read_classifier(path, classes, machine)
 
-    labels: (n,) int64. options: of the decoding function. moments: steps t to keep for a film.
-    Returns images (n, 3, H, W) in [0, 1] on the CPU; and for each moment the sampled tokens and a
-    mask of those that are masked again, both (n, side, side)."""
+
+def draw(sampler: Sampler, labels: Tensor, numbers: Tensor) -> Tensor:
+    """Draws the images of these classes and numbers k, BATCH at a time.
+
+    labels, numbers: (n,) int64 on the CPU. Returns (n, 3, H, W) in [0, 1] on the CPU."""
+    progress = Progress("drawing", len(labels))
+    images = []
+    for batch in torch.arange(len(labels)).split(BATCH):
+        tokens = sampler.draw(labels[batch], numbers[batch])
+        images.append(sampler.images(tokens).cpu())
+        if len(labels) > BATCH:
+            progress.show(sum(map(len, images)))
+    return torch.cat(images)
+
+
+def draw_film(sampler: Sampler, labels: Tensor) -> tuple[list[Tensor], list[str]]:
+    """Draws image 0 of each class (n,) again, and returns its steps and their titles.
+
+    A step is a tensor (n, 3, H, W) on the CPU, with grey over what is masked again."""
+    if isinstance(sampler.transformer, CausalTransformer):
+        num_tokens = sampler.transformer.config.num_tokens
+        moments = [round(i / 8 * num_tokens) for i in range(1, 9)]
+        titles = [f"{t} tokens" for t in moments]
+        opacity = 1.0                   # hides what is not decoded yet: it is arbitrary
+    else:
+        moments = list(range(1, sampler.options["steps"] + 1))
+        titles = [f"step {t}" for t in moments]
+        opacity = 0.85
     sampled_at = {t: [] for t in moments}               # by step: a tensor for each batch
     masked_at = {t: [] for t in moments}
 
@@ -68,59 +125,75 @@ def draw(
             sampled_at[t].append(as_grid(sampled))
             masked_at[t].append(as_grid(masked))
 
-    sampler = sampler_of(transformer)
-    progress = Progress("drawing", len(labels))
-    images = []
     for batch in labels.split(BATCH):
-        tokens = sampler(transformer, batch, on_step=keep if moments else None, **options)
-        images.append(tokenizer.decode(as_grid(tokens)).float().cpu())
-        if len(labels) > BATCH:
-            progress.show(sum(map(len, images)))
-    steps = [(torch.cat(sampled_at[t]), torch.cat(masked_at[t])) for t in moments]
-    return torch.cat(images), steps
+        sampler.decode(batch, torch.zeros_like(batch), keep)
+    frames = []
+    with sampler.machine.autocast():
+        for t in moments:
+            sampled = torch.cat(sampled_at[t])
+            masked = torch.cat(masked_at[t])
+            frames.append(draw_step(sampler.tokenizer, sampled, masked, opacity, BATCH))
+    return frames, titles
+
+
+def draw_files(
+    args: argparse.Namespace, sampler: Sampler, names: list[str], labels: Tensor, numbers: Tensor,
+) -> list[Path]:
+    """Draws those images that the folder of --files lacks. Returns the folder of each class.
+
+    names: of all classes, by label. labels, numbers: of the images, (n,). Raises UserError if the
+    folder holds images of another model, seed or sampler."""
+    started = time.time()
+    folders = class_folders(Path(args.files), names)
+    claim_folder(Path(args.files), sampler.machine, sampler_settings(args, sampler.transformer) | {
+        "seed": args.seed,
+        "tokenizer": fingerprint(sampler.tokenizer),
+        "transformer": fingerprint(sampler.transformer),
+    })
+    write_missing(sampler, labels, numbers, folders)
+    if sampler.machine.leads:
+        print(f"{args.files}: all {len(labels)} images are there, in {time.time() - started:.1f} s")
+    return folders
 
 
 def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
-    """Draws a row of images for each class. All ranks draw the same; the first one writes."""
+    """Draws images of each class: as a grid, as single files, as a film.
+
+    Ranks share the single files. They all draw the rest, and the first one writes it."""
     folder, tokenizer, transformer, checkpoint = load_run(
         args.run, machine, args.vqgan, args.decoder)
     names = checkpoint["classes"]
-    classes = list(range(min(10, len(names))))
-    if args.classes:
-        classes = [find_class(text, names) for text in args.classes]
+    size = checkpoint["image_size"]
+    classes = choose_classes(args, names)
     captions = [names[label] for label in classes]
-    options = sampler_options(args, transformer)
+    classifier = open_classifier(args, folder, names, machine)
+    sampler = Sampler(args, tokenizer, transformer, machine, classifier)
     out = pictures.picture_path(args.out, folder, "samples.png")
-    check_size(args.num, out, captions, checkpoint["image_size"])
+    with_grid = grid_fits(args, captions, size, out)
 
-    if isinstance(transformer, CausalTransformer):
-        method = "token by token"
-        moments = [round(i / 8 * transformer.config.num_tokens) for i in range(1, 9)]
-        titles = [f"{t} tokens" for t in moments]
-        opacity = 1.0                   # hides what is not decoded yet: it is arbitrary
-    else:
-        method = f"{options['steps']} steps, {args.schedule} schedule"
-        moments = list(range(1, options["steps"] + 1))
-        titles = [f"step {t}" for t in moments]
-        opacity = 0.85
+    method = "token by token"
+    if not isinstance(transformer, CausalTransformer):
+        method = f"{sampler.options['steps']} steps, {args.schedule} schedule"
     if machine.leads:
         print(f"{folder}: samples, {method}, seed {args.seed}, on {machine.device}", flush=True)
     started = time.time()
     labels = torch.tensor(classes).repeat_interleave(args.num)
-    options["generator"] = machine.generator(args.seed)
-    if not args.film:
-        moments = []
-    with machine.autocast():
-        images, steps = draw(tokenizer, transformer, machine.put(labels), options, moments)
-        frames = []
-        for sampled, masked in steps:                               # one image of each class
-            frames.append(draw_step(
-                tokenizer, sampled[::args.num], masked[::args.num], opacity, BATCH))
+    numbers = torch.arange(args.num).repeat(len(classes))
+    rows = []
+    if not args.files:
+        rows = draw(sampler, labels, numbers).split(args.num)
+    else:
+        folders = draw_files(args, sampler, names, labels, numbers)
+        if with_grid:
+            rows = [read_row(folders[label], args.num, size) for label in classes]
+    if args.film:
+        frames, titles = draw_film(sampler, torch.tensor(classes))
     machine.sync()
     if not machine.leads:
         return
-    pictures.save_image(out, pictures.grid(images.split(args.num), captions))
-    print(f"wrote {out}: {len(labels)} images in {time.time() - started:.1f} s")
+    if with_grid:
+        pictures.save_image(out, pictures.grid(rows, captions))
+        print(f"wrote {out}: {len(labels)} images in {time.time() - started:.1f} s")
     if args.film:
         pictures.save_film(out, frames, titles)
 
@@ -137,4 +210,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.command_line(main, interrupted="stopped by Ctrl-C: nothing was written")
+    flags.command_line(main, interrupted="stopped by Ctrl-C: nothing was written, except to the "
+                                         "folder of --files, where the images so far are kept")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskgit import Attention, Block, MaskGIT, MaskGITConfig, sample_tokens
+from maskgit import Attention, Block, MaskGIT, MaskGITConfig, Rand, sample_tokens
 
 
 class KeyValueCache:
@@ -106,13 +106,13 @@ def decode_sequential(
     labels: Tensor,
     temperature: float = 1.0,
     top_k: int | None = None,
-    generator: torch.Generator | None = None,
+    rand: Rand = torch.rand,
     cached: bool = True,
     on_step: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Decodes N tokens in raster order in N forward passes: (B,) int64 -> (B, N) int64.
 
-    temperature, top_k: as for maskgit.decode.
+    temperature, top_k, rand: as for maskgit.decode.
     cached: keep the keys and values of earlier positions; otherwise each pass computes them again.
     on_step(t, tokens, masked, confidence), all (B, N), is called after each token, as by
     maskgit.decode. `masked` is true where no token has been decoded yet; `tokens` is arbitrary
@@ -132,7 +132,7 @@ def decode_sequential(
             cache.advance()
         else:
             logits = model(tokens[:, :i + 1], labels)[:, -1].float()
-        tokens[:, i] = sample_tokens(logits, temperature, top_k, generator)
+        tokens[:, i] = sample_tokens(logits, temperature, top_k, rand)
         rows = tokens[:, i:i + 1]
         masked[:, i] = False
         if on_step is not None:

@@ -24,7 +24,7 @@ from lib.loader import batches
 from lib.pictures import draw_log, grid, save_image, to_uint8
 from lib.run import Log, Run, command
 from lib.runtime import Machine, launch
-from lib.sampling import MODELS, STAGES, default_guidance
+from lib.sampling import MODELS, STAGES, default_guidance, rand_of_images
 from lib.tokens import CachedTokens, FrozenTokenizer
 from maskgit import (
     SCHEDULES,
@@ -195,7 +195,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
             save_preview(run, ema, tokenizer, classes, machine)
         if judging:
             distance = judge.distance(
-                lambda labels, generator: draw(ema, tokenizer, labels, generator, machine))
+                lambda labels, numbers: draw(ema, tokenizer, labels, numbers, machine))
             figures[judge.name] = distance
             run.keep_best(done, distance, ema, about)
         if drawing or judging or saving or run.due(done, args.log_every):
@@ -303,16 +303,18 @@ def masked_loss(
 
 @torch.no_grad()
 def draw(
-    model: MaskGIT, tokenizer: FrozenTokenizer, labels: Tensor,
-    generator: torch.Generator | None, machine: Machine,
+    model: MaskGIT, tokenizer: FrozenTokenizer, labels: Tensor, numbers: Tensor, machine: Machine,
 ) -> Tensor:
-    """Returns samples of the classes `labels` (n,): images uint8 (n, 3, S, S)."""
+    """Returns samples of these classes and numbers within the class, both (n,) on the CPU: images
+    uint8 (n, 3, S, S), those that sample.py draws with seed 0."""
+    rand = rand_of_images(0, labels, numbers, machine)
+    labels = machine.put(labels)
     with machine.autocast():
         if isinstance(model, CausalTransformer):
-            tokens = decode_sequential(model, labels, generator=generator)
+            tokens = decode_sequential(model, labels, rand=rand)
         else:
             steps = min(model.config.default_steps, model.config.num_tokens)
-            tokens = decode(model, labels, steps, cfg=default_guidance(model), generator=generator)
+            tokens = decode(model, labels, steps, cfg=default_guidance(model), rand=rand)
         images = [to_uint8(tokenizer.model.decode(part)) for part in as_grid(tokens).split(8)]
     return torch.cat(images)
 
@@ -322,8 +324,9 @@ def save_preview(
 ) -> None:
     """Writes a picture of samples: a row of eight for each of the first ten classes."""
     shown = torch.arange(min(10, len(classes)))
-    labels = machine.put(shown.repeat_interleave(8))
-    images = draw(model, tokenizer, labels, machine.generator(0), machine)
+    labels = shown.repeat_interleave(8)
+    numbers = torch.arange(8).repeat(len(shown))
+    images = draw(model, tokenizer, labels, numbers, machine)
     machine.sync()
     if machine.leads:
         save_image(run.picture, grid((images.cpu() / 255).split(8), classes))

@@ -26,17 +26,17 @@ from lib.files import (
 from lib.flags import UserError, whole
 from lib.loader import DataSet, batches
 from lib.optim import set_learning_rate
-from lib.runtime import Machine, step_seed
+from lib.runtime import Machine
 from lib.sets import (
     Batch,
     all_batches,
     concatenate,
     gather_batches,
-    labels_in_turn,
     own_batches,
     random_subset,
     read_batches,
     read_own_batches,
+    samples_in_turn,
     with_progress,
 )
 from lib.terminal import Progress
@@ -140,8 +140,16 @@ def load_classifier(path: Path, train: DataSet, steps: int, machine: Machine) ->
         model = train_classifier(train, steps, 0, machine, "classifier of real images")
         save_checkpoint(path, on_cpu(expected | {"model": model.state_dict()}))
     machine.wait()                              # until the file is there
-    weights = load_checkpoint(path, "classifier")["model"]
-    model = load_weights(Classifier(len(train.classes)), weights, path)
+    return read_classifier(path, train.classes, machine)
+
+
+def read_classifier(path: Path, classes: list[str], machine: Machine) -> Classifier:
+    """Returns the classifier of these classes that is kept at `path`. Raises UserError."""
+    kept = load_checkpoint(path, "classifier")
+    if kept["classes"] != list(classes):
+        raise UserError(f"{path} is a classifier of other classes than the run's: delete it, and "
+                        f"evaluate.py will train it again")
+    model = load_weights(Classifier(len(classes)), kept["model"], path)
     model.eval().requires_grad_(False)
     return model.to(machine.device, memory_format=machine.layout)
 
@@ -323,19 +331,17 @@ class Judge:
         measured = self.networks.measure(read_own_batches(real, self.BATCH, "real images"))
         self.reference = Reference(self.networks, measured)
 
-    def distance(self, draw: Callable[[Tensor, torch.Generator | None], Tensor]) -> float:
+    def distance(self, draw: Callable[[Tensor, Tensor], Tensor]) -> float:
         """Draws samples, the classes in turn, and returns their distance to real images.
 
-        draw(labels, generator) returns images uint8 (n, 3, S, S) of the classes labels (n,), a
-        tensor on the device. Every batch has its own generator, so the samples are of the same
-        random numbers at every call and on any number of ranks. All ranks call this and get the
-        distance."""
+        draw(labels, numbers) returns images uint8 (n, 3, S, S) of these classes and numbers within
+        the class, both (n,) on the CPU. All ranks call this and get the distance."""
         samples = self.networks.measure(self._samples(draw))
         return self.reference.distance(samples)
 
     def _samples(self, draw):
         numbers = own_batches(self.num_samples, self.BATCH)
         for number in with_progress(numbers, self.num_samples, self.BATCH, "samples"):
-            labels = labels_in_turn(number, self.BATCH, self.num_samples, self.num_classes)
-            generator = self.machine.generator(step_seed(0, number))
-            yield Batch(number, draw(self.machine.put(labels), generator), labels)
+            labels, numbers = samples_in_turn(
+                number, self.BATCH, self.num_samples, self.num_classes)
+            yield Batch(number, draw(labels, numbers), labels)

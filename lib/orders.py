@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from maskgit import Order, by_confidence
+from maskgit import Order, Rand, by_confidence
 
 
 def by_chance() -> Order:
     """Returns an order that reveals tokens at random."""
-    def order(log_p: Tensor, progress: float, generator: torch.Generator | None) -> Tensor:
-        return torch.rand(log_p.shape, device=log_p.device, generator=generator)
+    def order(log_p: Tensor, progress: float, rand: Rand) -> Tensor:
+        return rand(*log_p.shape, device=log_p.device)
     return order
 
 
@@ -24,7 +24,7 @@ def by_halton(num_tokens: int, device: torch.device | str = "cpu") -> Order:
     ranks = halton_order(num_tokens).argsort()                      # (N,): 0 is revealed first
     confidence = (-ranks).float().to(device)
 
-    def order(log_p: Tensor, progress: float, generator: torch.Generator | None) -> Tensor:
+    def order(log_p: Tensor, progress: float, rand: Rand) -> Tensor:
         return confidence.expand(log_p.shape)
     return order
 

@@ -7,20 +7,26 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib.files import fingerprint, rebuild
-from lib.flags import UserError, add_flags, count, non_negative, whole
+from lib.flags import UserError, add_flags, count, non_negative, number, whole
 from lib.orders import ORDERS, make_order
 from lib.pictures import grey_out
-from lib.runtime import Machine
-from maskgit import SCHEDULES, MaskGIT, check_decoding, decode
+from lib.runtime import Machine, step_seed
+from maskgit import SCHEDULES, MaskGIT, Rand, check_decoding, decode
 from sequential import CausalTransformer, decode_sequential
-from vqgan import VQGAN
+from vqgan import VQGAN, as_grid
 
 # A decoder's stage of training, which names its files in a run's folder; and the stage's model.
 STAGES = {"parallel": "transformer", "autoregressive": "autoregressive"}
 MODELS = {"transformer": MaskGIT, "autoregressive": CausalTransformer}
+
+ACCEPT_FLAG = {
+    "accept": (number(float, 0.001, 1), 1.0,
+               "share of the images that is kept: of 1/ACCEPT drawn for each, the one that the "
+               "run's classifier is surest of"),
+}
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +78,20 @@ def sampler_options(args: argparse.Namespace, model: MaskGIT) -> dict:
     return options
 
 
+def sampler_settings(args: argparse.Namespace, model: MaskGIT) -> dict:
+    """Returns the settings of the model's sampler as plain values, defaults filled in."""
+    settings = {"temperature": args.temperature, "top_k": args.top_k, "accept": args.accept}
+    if isinstance(model, CausalTransformer):
+        return settings
+    options = sampler_options(args, model)
+    settings["steps"] = options["steps"]
+    settings["schedule"] = args.schedule
+    settings["choice_temperature"] = args.choice_temperature
+    settings["cfg"] = options["cfg"]
+    settings["order"] = args.order
+    return settings
+
+
 def default_guidance(model: MaskGIT) -> float:
     """Returns the default of --cfg: 1 for a model with a null class, else 0."""
     return 0.0 if model.null_label is None else 1.0
@@ -80,6 +100,81 @@ def default_guidance(model: MaskGIT) -> float:
 def sampler_of(model: MaskGIT) -> Callable[..., Tensor]:
     """Returns the model's decoding function: sampler(model, labels, **options) -> tokens (B, N)."""
     return decode_sequential if isinstance(model, CausalTransformer) else decode
+
+
+def rand_of_images(seed: int, labels: Tensor, numbers: Tensor, machine: Machine) -> Rand:
+    """Returns a function like torch.rand for a batch of images, each with a generator of its own.
+
+    So image number k of a class is always drawn from the same random numbers, whatever is drawn
+    beside it. labels, numbers: of the images, (B,) on the CPU."""
+    # torch-xla has but one generator for all images: for it the CPU draws.
+    device = torch.device("cpu") if machine.mesh else machine.device
+    generators = []
+    for label, k in zip(labels.tolist(), numbers.tolist(), strict=True):
+        generators.append(torch.Generator(device).manual_seed(step_seed(seed, label, k)))
+
+    def rand(*shape: int, device: torch.device) -> Tensor:
+        values = torch.empty(shape, device=generators[0].device)
+        for row, generator in zip(values, generators, strict=True):
+            row.uniform_(generator=generator)
+        return machine.put(values)
+    return rand
+
+
+class Sampler:
+    """Draws images of a run: image k of a class is a function of the seed, the class and k alone.
+
+    args: of add_sampler_flags() and ACCEPT_FLAG. classifier: images (B, 3, S, S) -> logits of the
+    classes; only --accept needs it. Raises UserError for flags that do not suit the transformer."""
+
+    def __init__(self, args: argparse.Namespace, tokenizer: VQGAN, transformer: MaskGIT,
+                 machine: Machine, classifier: nn.Module | None = None):
+        self.seed = args.seed
+        self.options = sampler_options(args, transformer)
+        self.candidates = round(1 / args.accept)
+        self.tokenizer = tokenizer
+        self.transformer = transformer
+        self.machine = machine
+        self.classifier = classifier
+
+    def draw(self, labels: Tensor, numbers: Tensor) -> Tensor:
+        """Returns the tokens (B, N) of images of these classes and numbers k, both (B,) on the CPU.
+
+        With --accept 1/c, image k is one of the candidates c·k to c·k + c - 1."""
+        first = self.candidates * numbers
+        best = self.decode(labels, first)
+        if self.candidates == 1:
+            return best
+        best_score = self.score(best, labels)
+        for i in range(1, self.candidates):
+            tokens = self.decode(labels, first + i)
+            score = self.score(tokens, labels)
+            best = torch.where(score > best_score, tokens, best)
+            best_score = torch.maximum(score, best_score)
+        return best
+
+    def decode(
+        self, labels: Tensor, numbers: Tensor,
+        on_step: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Decodes tokens (B, N), without rejecting any. on_step: as for maskgit.decode()."""
+        rand = rand_of_images(self.seed, labels, numbers, self.machine)
+        sampler = sampler_of(self.transformer)
+        labels = self.machine.put(labels)
+        with self.machine.autocast():
+            return sampler(self.transformer, labels, rand=rand, on_step=on_step, **self.options)
+
+    @torch.no_grad()
+    def score(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Returns log p(class | image) by the classifier, (B, 1)."""
+        log_p = self.classifier(self.images(tokens)).log_softmax(-1)
+        return log_p.gather(1, self.machine.put(labels)[:, None])
+
+    @torch.no_grad()
+    def images(self, tokens: Tensor) -> Tensor:
+        """Returns the images of tokens (B, N), floats (B, 3, S, S) in [0, 1] on the device."""
+        with self.machine.autocast():
+            return self.tokenizer.decode(as_grid(tokens)).float()
 
 
 @torch.no_grad()

@@ -87,11 +87,13 @@ def read_batches(data: DataSet, size: int, numbers: range) -> Iterator[Batch]:
     return iter(loader(Batches(data, size), numbers, data.workers))
 
 
-def labels_in_turn(number: int, size: int, count: int, classes: int) -> Tensor:
-    """Returns the labels (n,) of a batch of `count` samples whose classes take turns, n <= size."""
+def samples_in_turn(number: int, size: int, count: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Returns a batch of `count` samples whose classes take turns: the labels (n,), and the number
+    of each sample within its class (n,); n <= size."""
     first = number * size
     end = min(first + size, count)
-    return torch.arange(first, end) % classes
+    places = torch.arange(first, end)
+    return places % classes, places // classes
 
 
 # -------------------------------------------------------------------------------- the ranks' shares

@@ -1,5 +1,6 @@
 import atexit
 import csv
+import functools
 import importlib
 import multiprocessing
 import os
@@ -76,6 +77,11 @@ def refused(script, *arguments, says, **options):
     for word in [says] if isinstance(says, str) else says:
         assert word in last, f"'{word}' is not in: {last}"
     return last
+
+
+def rand_of(seed):
+    """Returns torch.rand with a generator of its own."""
+    return functools.partial(torch.rand, generator=torch.Generator().manual_seed(seed))
 
 
 def wait_for_step(process, step):

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from conftest import rand_of
 
 from lib.orders import ORDERS, halton_order, make_order
 from maskgit import (
@@ -131,7 +132,7 @@ def test_the_noise_in_the_choice_is_gumbel_noise_that_fades_with_the_steps():
     log_p = -torch.rand(100, 1000)
 
     def noise(progress):
-        return by_confidence(4.5)(log_p, progress, torch.Generator().manual_seed(0)) - log_p
+        return by_confidence(4.5)(log_p, progress, rand_of(0)) - log_p
     assert noise(0).mean().item() == pytest.approx(4.5 * 0.5772, abs=0.1)            # Euler's constant
     assert noise(0).var().item() == pytest.approx(4.5 ** 2 * math.pi ** 2 / 6, rel=0.03)
     torch.testing.assert_close(noise(0.75), noise(0) / 4, atol=1e-4, rtol=1e-4)
@@ -141,7 +142,7 @@ def test_the_noise_in_the_choice_is_gumbel_noise_that_fades_with_the_steps():
 def test_the_order_is_told_how_far_the_decoding_is(model):
     told = []
 
-    def order(log_p, progress, generator):
+    def order(log_p, progress, rand):
         told.append(progress)
         return log_p
     decode(model, LABELS, 4, order=order)
@@ -175,15 +176,15 @@ def test_sampling_follows_the_probabilities(model, temperature):
     labels = torch.zeros(4000, dtype=torch.long)
     with torch.no_grad():
         logits = model(torch.full((1, 16), model.mask_id), labels[:1])[0, 0]
-    tokens = decode(model, labels, 1, temperature=temperature, generator=torch.Generator().manual_seed(0))
+    tokens = decode(model, labels, 1, temperature=temperature, rand=rand_of(0))
     frequencies = torch.bincount(tokens[:, 0], minlength=24) / 4000
     assert (frequencies - (logits / temperature).softmax(-1)).abs().max() < 0.04
 
 
-def test_the_same_generator_gives_the_same_tokens(model):
-    first = decode(model, LABELS, generator=torch.Generator().manual_seed(1))
-    again = decode(model, LABELS, generator=torch.Generator().manual_seed(1))
-    other = decode(model, LABELS, generator=torch.Generator().manual_seed(2))
+def test_the_same_random_numbers_give_the_same_tokens(model):
+    first = decode(model, LABELS, rand=rand_of(1))
+    again = decode(model, LABELS, rand=rand_of(1))
+    other = decode(model, LABELS, rand=rand_of(2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -205,7 +206,7 @@ def test_the_halton_order_reveals_its_points_in_turn(model):
 def test_the_random_order_is_another_for_every_image(model):
     labels = torch.zeros(300, dtype=torch.long)
     _, history = decode_by_steps(model, labels, 2, "linear", order=make_order("random", 16, 4.5, "cpu"),
-                                 generator=torch.Generator().manual_seed(0))
+                                 rand=rand_of(0))
     first_half = ~history[0][2]
     assert (first_half.float().mean(0) - 0.5).abs().max() < 0.12              # every position is as likely to be first
 

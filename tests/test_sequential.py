@@ -1,6 +1,7 @@
 """The autoregressive baseline: what a position sees, and that the cache changes nothing."""
 import pytest
 import torch
+from conftest import rand_of
 
 from maskgit import MaskGITConfig
 from sequential import CausalTransformer, decode_sequential
@@ -32,8 +33,8 @@ def test_a_position_sees_only_what_comes_before(model):
 @pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"temperature": 0.7, "top_k": 5}])
 def test_the_cache_changes_no_token(model, options):
     labels = torch.tensor([0, 1, 2, 1])
-    cached = decode_sequential(model, labels, generator=torch.Generator().manual_seed(1), **options)
-    uncached = decode_sequential(model, labels, generator=torch.Generator().manual_seed(1), cached=False, **options)
+    cached = decode_sequential(model, labels, rand=rand_of(1), **options)
+    uncached = decode_sequential(model, labels, rand=rand_of(1), cached=False, **options)
     assert torch.equal(cached, uncached) and cached.max() < 24
 
 

@@ -1,0 +1,95 @@
+"""Writes samples as files, FOLDER/CLASS/00000.png: a folder that is itself a data set."""
+import json
+import re
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from lib.editing import to_square
+from lib.files import write_atomically
+from lib.flags import UserError
+from lib.folders import SPLITS
+from lib.image_files import read_image
+from lib.pictures import save_image, to_pil
+from lib.runtime import Machine
+from lib.sampling import Sampler
+from lib.scan import as_people_count
+from lib.terminal import Progress
+
+BATCH = 64                      # images decoded at once
+
+
+def class_folders(folder: Path, classes: list[str]) -> list[Path]:
+    """Returns the folder of each class, by label.
+
+    It has the name of the class, if --data would read all these folders back as the same classes in
+    the same order; otherwise the label stands before the name."""
+    names = [re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", name)[:100] for name in classes]
+    hidden = any(name.startswith(".") for name in names)
+    special = hidden or not set(SPLITS).isdisjoint(names)
+    if special or sorted(set(names), key=as_people_count) != list(classes):
+        digits = len(str(len(names) - 1))
+        names = [f"{label:0{digits}} {name}".strip() for label, name in enumerate(names)]
+    return [folder / name for name in names]
+
+
+def image_path(folder: Path, k: int | Tensor) -> Path:
+    """Returns the file of image k of a class. folder: of the class."""
+    return folder / f"{int(k):05}.png"
+
+
+def claim_folder(folder: Path, machine: Machine, settings: dict) -> None:
+    """Notes in the folder what its images are drawn with.
+
+    Raises UserError if it holds anything that was not drawn with the same."""
+    note = folder / ".drawn-with"
+    text = json.dumps(settings)
+    if note.exists():
+        usable = note.read_text() == text
+    else:
+        usable = not folder.is_dir() or not any(folder.iterdir())
+    if not usable:
+        raise UserError(f"{folder} is not empty, and no {note} says that its images are of this "
+                        f"model, seed and sampler: name another folder with --files")
+    machine.wait()                                                  # until all ranks have looked
+
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    if machine.leads:
+        write_atomically(note, write)
+
+
+def write_missing(
+    sampler: Sampler, labels: Tensor, numbers: Tensor, folders: list[Path],
+) -> int:
+    """Draws the images whose files are missing, each rank its share. Returns how many it drew.
+
+    labels, numbers: of all images, (n,) on the CPU; see Sampler. folders: see class_folders().
+    Raises UserError if a file cannot be written."""
+    machine = sampler.machine
+    missing = []
+    for i in range(machine.rank, len(labels), machine.world):
+        if not image_path(folders[labels[i]], numbers[i]).exists():
+            missing.append(i)
+    progress = Progress("drawing", len(missing) * machine.world)
+    for first in range(0, len(missing), BATCH):
+        batch = missing[first:first + BATCH]
+        images = sampler.images(sampler.draw(labels[batch], numbers[batch])).cpu()
+        for i, image in zip(batch, images, strict=True):
+            path = image_path(folders[labels[i]], numbers[i])
+            save_image(path, to_pil(image), compress_level=1)       # fast, and hardly larger
+        if machine.leads:
+            progress.show((first + len(batch)) * machine.world)
+    machine.wait()                                                  # until all files are there
+    return len(missing)
+
+
+def read_row(folder: Path, num: int, size: int) -> Tensor:
+    """Returns the first images of a class's folder, floats (num, 3, size, size) in [0, 1]."""
+    images = []
+    for k in range(num):
+        images.append(to_square(read_image(image_path(folder, k)), size, "crop"))
+    return torch.stack(images)
