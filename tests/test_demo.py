@@ -29,6 +29,7 @@ import maskgit
 from lib.editing import composite, likeliest_class
 from lib.orders import by_chance, by_confidence
 from lib.runtime import Machine
+from lib.sampling import rand_of_images
 from lib.shapes import Shapes
 from maskgit import decode, gamma, guided_logits, mask_counts
 from sequential import decode_sequential
@@ -122,7 +123,7 @@ def test_the_steps_are_those_of_decode(models, draw):
     labels = torch.arange(12) % 10
     expected = []
     decode(model, labels, 6, "square", order=by_confidence(3), temperature=0.9, top_k=50, cfg=1.0,
-           generator=torch.Generator().manual_seed(5), on_step=lambda *step: expected.append(step))
+           rand=rand_of_images(5, labels, torch.arange(12) // 10, Machine("cpu")), on_step=lambda *step: expected.append(step))
     assert passes == 6 and steps["labels"] == labels.tolist() and sorted(images) == [1, 2, 3, 4, 5, 6]
     for t, sampled, masked, confidence in expected:
         assert steps["sampled"][t - 1] == sampled.tolist() and steps["masked"][t - 1] == masked.tolist()
@@ -139,7 +140,9 @@ def test_the_steps_are_those_of_decode(models, draw):
 def test_a_class_and_the_sequential_decoder(models, draw):
     passes, steps, images = draw({"num": "3", "decoder": "autoregressive"}, label=3)
     model = models.models["autoregressive"]
-    tokens = decode_sequential(model, torch.full((3,), 3), generator=torch.Generator().manual_seed(0))
+    labels = torch.full((3,), 3)
+    rand = rand_of_images(0, labels, torch.arange(3), Machine("cpu"))
+    tokens = decode_sequential(model, labels, rand=rand)
     assert passes == 64 and steps["sampled"] == [tokens.tolist()] and not np.any(steps["masked"])
     assert steps["labels"] == [3, 3, 3] and (images[1] == as_bytes(models.tokenizer.decode(as_grid(tokens)))).all()
 
@@ -197,8 +200,9 @@ def test_an_edit_changes_the_region_alone(models, ask, draw):
     model = models.models["parallel"]
     tokens = models.tokenizer.encode(images / 255).flatten()
     known = torch.where(torch.tensor(CENTRE), model.mask_id, tokens)
-    painted = decode(model, torch.full((3,), 6), known=known.expand(3, -1), cfg=1.0,
-                     generator=torch.Generator().manual_seed(0))
+    labels = torch.full((3,), 6)
+    rand = rand_of_images(0, labels, torch.arange(3), Machine("cpu"))
+    painted = decode(model, labels, known=known.expand(3, -1), cfg=1.0, rand=rand)
     assert steps["sampled"][-1] == painted.tolist() and steps["counts"] == [16, *mask_counts("cosine", 8, 16)]
     assert steps["unknown"] == CENTRE
     assert draw({"num": "1"}, **edit)[1]["labels"] == [likeliest_class(model, known, 0)]

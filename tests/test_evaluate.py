@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, rand_of
 from PIL import Image
 from test_metrics import frechet_by_singular_values, inception_score_in_numpy
 
 import evaluate
 import measure
+import sample
 from lib import features, metrics, pictures, runtime, sets
 from lib.features import Classifier, Judge, Measurements, Networks, Reference
 from lib.files import fingerprint, load_checkpoint, load_weights, save_checkpoint
 from lib.results import Results
+from lib.sampling import rand_of_images
 from lib.shapes import Shapes
 from maskgit import SCHEDULES, MaskGIT, MaskGITConfig, decode
 from sequential import CausalTransformer
@@ -98,8 +100,9 @@ def approximately(value, tolerance):
 # ---- lib/sets.py
 
 def test_the_classes_take_turns():
-    labels = [sets.labels_in_turn(number, 4, 14, 5).tolist() for number in range(4)]
-    assert labels == [[0, 1, 2, 3], [4, 0, 1, 2], [3, 4, 0, 1], [2, 3]]
+    batches = [sets.samples_in_turn(number, 4, 14, 5) for number in range(4)]
+    assert [labels.tolist() for labels, _ in batches] == [[0, 1, 2, 3], [4, 0, 1, 2], [3, 4, 0, 1], [2, 3]]
+    assert [numbers.tolist() for _, numbers in batches] == [[0, 0, 0, 0], [0, 1, 1, 1], [1, 1, 2, 2], [2, 2]]
 
 
 def test_a_random_subset_is_the_same_each_time_and_of_all_classes():
@@ -275,17 +278,17 @@ def test_the_judge_measures_drawn_images(tmp_path):
     machine = runtime.Machine("cpu")
     args = SimpleNamespace(features="classifier", classifier_steps=2, inception=None, evaluate_num=230)
     judge = Judge(args, machine, Shapes("train"), Shapes("val"), tmp_path)
-    labels, drawn, seeds = [], [], []
+    labels, numbers, drawn = [], [], []
 
-    def draw(classes, generator):
+    def draw(classes, numbers_in_class):
         labels.extend(classes.tolist())
-        seeds.append(generator.initial_seed())
+        numbers.extend(numbers_in_class.tolist())
         images, _ = Shapes("train").batch(np.arange(len(classes)) + 1000 * len(drawn))
         drawn.append(images)
         return images
     found = judge.distance(draw)
     assert judge.name == "FCD" and labels == [i % 10 for i in range(230)]
-    assert seeds == [runtime.step_seed(0, number) % (1 << 32) for number in range(3)]
+    assert numbers == [i // 10 for i in range(230)]
     classifier = load_weights(Classifier(10), load_checkpoint(tmp_path / "classifier.pt", "classifier")["model"], "")
     with torch.no_grad():
         x = classifier.eval().features(torch.cat(drawn) / 255).double().numpy()
@@ -296,12 +299,12 @@ def test_the_judge_measures_drawn_images(tmp_path):
 # ---- measure.py
 
 def test_samples_are_drawn_for_the_classes_in_turn(opened):
-    """A batch is what decode() draws for its labels, with a generator of its own."""
+    """Each is what decode() draws for it alone."""
     tokens = measure.draw_tokens(opened, flags_of(opened.folder, "--seed", 3, "--steps", 2, "--num", 25), "samples")
     expected = []
-    for number, count in enumerate([10, 10, 5]):
-        generator = torch.Generator().manual_seed(runtime.step_seed(3, number) % (1 << 32))
-        expected.append(decode(opened.transformer, torch.arange(count), steps=2, generator=generator))
+    for i in range(25):
+        rand = rand_of(runtime.step_seed(3, i % 10, i // 10))
+        expected.append(decode(opened.transformer, torch.tensor([i % 10]), steps=2, rand=rand))
     assert torch.equal(tokens.long(), torch.cat(expected))
     samples = measure.Samples(tokens, opened)
     images, labels = samples.batch(np.array([24, 3, 11]))
@@ -309,6 +312,17 @@ def test_samples_are_drawn_for_the_classes_in_turn(opened):
     with torch.no_grad():
         restored = opened.tokenizer.decode(as_grid(tokens[[24, 3, 11]].long()))
     assert torch.equal(images, pictures.to_uint8(restored))
+
+
+@pytest.mark.parametrize("accept", [1, 0.5])
+def test_samples_are_the_files_of_sample_py(opened, call_main, tmp_path, accept):
+    flags = ["--seed", 3, "--steps", 2, "--accept", accept]
+    tokens = measure.draw_tokens(opened, flags_of(opened.folder, *flags, "--num", 25), "samples")
+    images, _ = measure.Samples(tokens, opened).batch(np.arange(25))
+    call_main(sample, tmp_path, "--run", opened.folder, "--files", "out", "--num", 3, "--bf16", "no", *flags)
+    for i, image in enumerate(images):
+        with Image.open(tmp_path / "out" / f"{i % 10} {Shapes.classes[i % 10]}" / f"{i // 10:05}.png") as file:
+            assert (np.asarray(file) == image.movedim(0, -1).numpy()).all()
 
 
 def test_cas_learns_from_the_samples_and_is_tested_on_real_images(opened, monkeypatch):
@@ -463,8 +477,9 @@ def test_table_1_is_what_a_computation_by_hand_gives(folder, capsys):
     classifier = features.load_classifier(folder / "classifier.pt", Shapes("train"), 1, machine)
     drawn = []
     for number in range(3):
-        generator = machine.generator(runtime.step_seed(0, number))
-        tokens = decode(transformer, torch.arange(10), steps=8, top_k=5, generator=generator)
+        labels = torch.arange(10)
+        rand = rand_of_images(0, labels, torch.full((10,), number), machine)
+        tokens = decode(transformer, labels, steps=8, top_k=5, rand=rand)
         with torch.no_grad():
             drawn.append(pictures.to_uint8(tokenizer.decode(as_grid(tokens))))
     drawn = torch.cat(drawn)
@@ -568,7 +583,7 @@ def test_a_run_with_an_autoregressive_decoder(folder):
         expected = F.cross_entropy(model(tokens, labels).flatten(0, 1), tokens.flatten()).item()
     found = evaluated(folder, "--decoder", "autoregressive", "--num", 10)
     assert found["stages"]["NLL"] == {"next token": pytest.approx(expected, rel=1e-5)}
-    assert found["rows"]["samples"]["FCD"] > 0 and found["sampler"] == {"temperature": 1.0, "top_k": None}
+    assert found["rows"]["samples"]["FCD"] > 0 and found["sampler"]["top_k"] is None
     beside = evaluated(folder, "--num", 10)["stages"]["NLL"]
     assert list(beside) == [*SCHEDULES, "next token"] and beside["next token"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="--decoder parallel"):

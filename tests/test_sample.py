@@ -1,5 +1,7 @@
 """sample.py as a user runs it: what is drawn, how, and where it is written."""
+import argparse
 import os
+import re
 import runpy
 import shutil
 from types import SimpleNamespace
@@ -7,14 +9,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, call_script, on_ranks, run
 from PIL import Image
 
+import lib.sampling
 import sample
 from lib import pictures, runtime
-from lib.flags import UserError
+from lib.flags import UserError, add_flags
+from lib.folders import open_folder
+from lib.runtime import Machine
+from lib.sample_files import class_folders
+from lib.sampling import ACCEPT_FLAG, Sampler, add_sampler_flags
 from maskgit import MaskGIT, MaskGITConfig, decode
-from sequential import CausalTransformer, decode_sequential
+from sequential import CausalTransformer
 from vqgan import as_grid, to_pixels
 
 
@@ -153,6 +160,83 @@ def test_ctrl_c_says_what_became_of_the_work(script, monkeypatch, capsys):
     assert expected in capsys.readouterr().err
 
 
+# --------------------------------------------------------------------------------------------------- a file an image
+
+def files_in(folder):
+    """{path below the folder: its bytes}, of the images alone."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+
+
+def test_single_files(untrained, call, tmp_path):
+    """Image k of a class is the same file whatever else is asked for, and what the grid shows."""
+    call("--run", untrained, "--files", "all", "--num", 2)
+    call("--run", untrained, "--files", "some", "--num", 3, "--class", "fish", "heart", "ball", "heart", "--out", "a.png")
+    everything, some = files_in(tmp_path / "all"), files_in(tmp_path / "some")
+    assert len(everything) == 20 and list(some) == [
+        f"{name}/{k:05}.png" for name in ("0 ball", "3 fish", "6 heart") for k in range(3)]
+    assert len(everything.items() & some.items()) == 6 and len(set(some.values())) == 9
+    call("--run", untrained, "--num", 3, "--class", "fish", "heart", "ball", "--out", "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_files_that_are_there_are_kept(untrained, call, tmp_path):
+    """A file that was being written is not there."""
+    command = ["--run", untrained, "--files", "out", "--class", "heart", "--out", "a.png"]
+    call(*command, "--num", 4)
+    folder = tmp_path / "out" / "6 heart"
+    before = files_in(folder)
+    (folder / "00002.png").rename(folder / ".00002.png.host.1.tmp")
+    (folder / "00001.png").write_bytes((folder / "00003.png").read_bytes())
+    assert "drawing: 2 of 2 images" in call(*command, "--num", 5)
+    after = files_in(folder)
+    assert after["00001.png"] == before["00003.png"] and after["00002.png"] == before["00002.png"] and len(after) == 5
+    assert "drawing" not in call(*command, "--num", 5)
+
+
+@pytest.mark.parametrize("flags", [["--seed", 1], ["--steps", 3], ["--decoder", "autoregressive"]])
+def test_files_of_another_sampler_are_not_mixed(untrained, call, tmp_path, flags):
+    command = ["--run", untrained, "--files", "out", "--class", "heart", "--num", 1, "--out", "a.png"]
+    call(*command)
+    assert "--files" in call(*command, *flags, code=2)
+    (tmp_path / "photos" / "heart").mkdir(parents=True)
+    assert "photos is not empty" in call(*command, "--files", "photos", code=2)
+
+
+def test_a_grid_that_is_too_large_is_left_out_beside_files(untrained, call, tmp_path, monkeypatch):
+    command = ["--run", untrained, "--num", 2, "--class", "heart", "--out", "a.png"]
+    monkeypatch.setattr(sample, "GRID_PIXELS", 1000)
+    printed = call(*command, "--files", "out")
+    assert "a.png" not in printed and not (tmp_path / "a.png").exists() and len(files_in(tmp_path / "out")) == 2
+    assert "wrote a.png" in call(*command)
+
+
+def test_ranks_share_the_files(untrained, call, tmp_path):
+    command = ["--run", untrained, "--num", 3, "--class", "heart", "fish", "--out", tmp_path / "a.png", "--bf16", "no"]
+    call(*command, "--files", "one")
+    assert on_ranks(call_script, "sample", *command, "--files", tmp_path / "two") == [0, 0]
+    assert files_in(tmp_path / "one") == files_in(tmp_path / "two")
+
+
+@pytest.mark.parametrize("classes, folders", [
+    (["ant", "bee 2", "bee 10"], ["ant", "bee 2", "bee 10"]),
+    (["bee", "ant"], ["0 bee", "1 ant"]),
+    (["ant", "ant"], ["0 ant", "1 ant"]),
+    (["n/a", "why?", "x:y"], ["0 n_a", "1 why_", "2 x_y"]),
+    (["test", "train"], ["0 test", "1 train"]),
+    ([".ant", "bee"], ["0 .ant", "1 bee"]),
+    (["", "bee"], ["0", "1 bee"]),
+    ([f"c{i}" for i in range(11)][::-1], [f"{i:02} c{10 - i}" for i in range(11)]),
+])
+def test_class_folders_are_read_back_in_the_same_order(tmp_path, classes, folders):
+    assert [path.name for path in class_folders(tmp_path, classes)] == folders
+    for number, path in enumerate(class_folders(tmp_path, classes)):
+        for k in range(2):
+            pictures.save_image(path / f"{k:05}.png", Image.new("RGB", (8, 8), (number, 0, 0)))
+    train, _ = open_folder(str(tmp_path), 8)
+    images, labels = train.batch(np.arange(len(train)))
+    assert train.classes == folders and torch.equal(images[:, 0, 0, 0].long(), labels)
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("flags, says", [
@@ -169,6 +253,9 @@ def test_ctrl_c_says_what_became_of_the_work(script, monkeypatch, capsys):
     (["--run", "nowhere"], ["nowhere", "does not exist"]),
     (["--out", "picture.xyz"], ["picture.xyz", ".png"]),
     (["--num", 1000, "--out", "wide.jpg"], ["wide.jpg", "65,500", ".png", "--num"]),
+    (["--accept", 0], ["--accept", "0.001"]),
+    (["--accept", 0.5], ["--accept", "classifier.pt", "evaluate.py --run"]),
+    (["--accept", 0.5, "--film"], ["--accept", "--film"]),
     (["--num", 300, "--out", "wide.webp"], ["wide.webp", "16,383", ".png", "--num"]),
 ])
 def test_bad_flags(untrained, call, tmp_path, monkeypatch, flags, says):
@@ -252,39 +339,71 @@ def test_another_codebook(untrained, call, tmp_path):
 
 # ------------------------------------------------------------------------------------------- what is drawn, and how
 
-def options_for(model):
-    return {} if isinstance(model, CausalTransformer) else {"steps": 3}
+def sampler_for(model, *flags):
+    """Returns a Sampler as sample.py makes it, whose classifier is surest of class c if the image is brightest there."""
+    parser = argparse.ArgumentParser()
+    add_sampler_flags(parser)
+    add_flags(parser, ACCEPT_FLAG)
+    args = parser.parse_args(["--steps", "3", *map(str, flags)])
+    return Sampler(args, Tiles(), model, Machine("cpu", bf16=False), lambda images: images[:, 0, 0, :6:2])
 
 
-def test_batches_share_one_generator(model, monkeypatch):
-    """Images beyond the first batch are other images, in the order of their labels."""
+def asked_for(model, images, *flags):
+    """Draws images [(class, k), ...] in one batch -> their tokens, a list for each."""
+    labels, numbers = torch.tensor(images).T
+    return dict(zip(images, sampler_for(model, *flags).draw(labels, numbers).tolist(), strict=True))
+
+
+@pytest.mark.parametrize("images", [
+    [(0, 0)], [(1, 7)], [(0, k) for k in range(12)], [(0, k) for k in reversed(range(12))],
+    [(c, k) for c in range(3) for k in range(3)], [(c, k) for k in range(8) for c in (2, 0, 1)],
+    [(1, 7), (0, 0)], [(2, 2)] + [(0, 5)] * 70])
+@pytest.mark.parametrize("flags", [[], ["--accept", 0.5], ["--order", "random", "--top-k", 5, "--seed", 9]])
+def test_an_image_is_the_same_whatever_is_drawn_beside_it(model, images, flags):
+    """Its tokens are a function of the seed, its class and its number k alone."""
+    for image, tokens in asked_for(model, images, *flags).items():
+        assert tokens == asked_for(model, [image], *flags)[image]
+
+
+def test_images_of_another_number_class_or_seed_are_others(model):
+    tokens = asked_for(model, [(c, k) for c in range(3) for k in range(4)])
+    tokens |= {"another seed": asked_for(model, [(0, 0)], "--seed", 1)[0, 0]}
+    assert len(set(map(tuple, tokens.values()))) == 13
+
+
+def test_of_several_candidates_the_one_stays_that_the_classifier_is_surest_of(model):
+    """Image k is one of 4 k to 4 k + 3."""
+    tokens = asked_for(model, [(1, k) for k in range(12)])
+    chosen = asked_for(model, [(1, k) for k in range(3)], "--accept", 0.25)
+    classifier = sampler_for(model).classifier
+    for k in range(3):
+        candidates = torch.tensor([tokens[1, i] for i in range(4 * k, 4 * k + 4)])
+        log_p = classifier(Tiles().decode(as_grid(candidates))).log_softmax(-1)[:, 1]
+        assert chosen[1, k] == candidates[log_p.argmax()].tolist()
+
+
+def test_images_beyond_the_first_batch(model, monkeypatch):
+    """They are in the order of their labels."""
     monkeypatch.setattr(sample, "BATCH", 2)
-    labels, options = torch.tensor([0, 1, 0, 1, 2]), options_for(model)
-    decoder = decode_sequential if isinstance(model, CausalTransformer) else decode
-    images, _ = sample.draw(Tiles(), model, labels, options | {"generator": torch.Generator().manual_seed(5)})
-    generator = torch.Generator().manual_seed(5)
-    tokens = torch.cat([decoder(model, batch, generator=generator, **options) for batch in labels.split(2)])
-    assert torch.equal(images, Tiles().decode(as_grid(tokens)))
-    assert not torch.equal(images[:2], images[2:4])
+    labels, numbers = torch.tensor([0, 1, 0, 1, 2]), torch.tensor([0, 0, 1, 3, 0])
+    sampler = sampler_for(model)
+    images = sample.draw(sampler, labels, numbers)
+    assert torch.equal(images, Tiles().decode(as_grid(sampler.draw(labels, numbers))))
 
 
 def test_the_steps_of_a_film_are_what_the_decoder_tells(model, monkeypatch):
-    """At the moments asked for: the tokens that were sampled, and which are masked; of all batches."""
+    """Of image 0 of each class, those at the moments that are shown; what is masked is grey."""
     monkeypatch.setattr(sample, "BATCH", 2)
-    told = []
-    labels, options = torch.tensor([0, 1, 2]), options_for(model)
-    decoder = decode_sequential if isinstance(model, CausalTransformer) else decode
-    generator = torch.Generator().manual_seed(5)
-    for batch in labels.split(2):
-        decoder(model, batch, generator=generator, on_step=lambda *step: told.append(step), **options)
-    first, second = told[:len(told) // 2], told[len(told) // 2:]
-    generator.manual_seed(5)
-    _, steps = sample.draw(Tiles(), model, labels, options | {"generator": generator}, moments=[1, 3])
-    assert len(steps) == 2
-    for t, (sampled, masked) in zip([1, 3], steps, strict=True):
-        assert torch.equal(sampled, as_grid(torch.cat([first[t - 1][1], second[t - 1][1]])))
-        assert torch.equal(masked, as_grid(torch.cat([first[t - 1][2], second[t - 1][2]])))
-    assert steps[0][1].any()
+    told, labels, sampler = {}, torch.tensor([0, 1, 2]), sampler_for(model)
+    sampler.decode(labels, torch.zeros(3).long(), lambda t, *step: told.update({t: step}))
+    frames, titles = sample.draw_film(sampler, labels)
+    moments = [2 * i for i in range(1, 9)] if isinstance(model, CausalTransformer) else [1, 2, 3]
+    assert [int(re.search(r"\d+", title)[0]) for title in titles] == moments
+    for t, frame in zip(moments, frames, strict=True):
+        sampled, masked, _ = told[t]
+        shown = to_pixels(~as_grid(masked), 2)[:, None].expand(3, 3, 8, 8)
+        assert torch.equal(frame[shown], Tiles().decode(as_grid(sampled))[shown])
+        assert not torch.equal(frame, Tiles().decode(as_grid(sampled))) or t == moments[-1]
 
 
 def test_a_step_is_shown_with_grey_over_what_is_masked():
@@ -321,7 +440,7 @@ def test_the_film_of_a_run(untrained, call, monkeypatch, decoder, titles):
 
 
 def test_what_the_decoder_is_asked_for(untrained, call, monkeypatch):
-    """A row for each class, 64 images at a time; the seed and the flags of the sampler arrive."""
+    """A row for each class, 64 images at a time; the flags of the sampler arrive."""
     asked, rows = [], []
 
     def recording_decode(model, labels, **options):
@@ -331,15 +450,14 @@ def test_what_the_decoder_is_asked_for(untrained, call, monkeypatch):
     def recording_grid(images, captions):
         rows.append((len(images), {len(row) for row in images}, captions))
         return Image.new("RGB", (8, 8))
-    monkeypatch.setattr(sample, "sampler_of", lambda model: recording_decode)
+    monkeypatch.setattr(lib.sampling, "sampler_of", lambda model: recording_decode)
     monkeypatch.setattr(pictures, "grid", recording_grid)
-    flags = {"--steps": 2, "--schedule": "square", "--temperature": 0.9, "--top-k": 7, "--num": 40, "--seed": 5,
+    flags = {"--steps": 2, "--schedule": "square", "--temperature": 0.9, "--top-k": 7, "--num": 40,
              "--out": "a.png"}
     call("--run", untrained, "--class", "heart", 3, *[word for flag in flags.items() for word in flag])
     assert [labels for labels, _ in asked] == [[6] * 40 + [3] * 24, [3] * 16]
     assert rows == [(2, {40}, ["heart", "fish"])]
     for _, options in asked:
-        assert options["generator"] is asked[0][1]["generator"] and options["generator"].initial_seed() == 5
         assert options["steps"] == 2 and options["schedule"] == "square" and options["top_k"] == 7
         assert options["temperature"] == 0.9 and options["cfg"] == 0
 
