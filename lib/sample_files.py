@@ -27,7 +27,7 @@ def class_folders(folder: Path, classes: list[str]) -> list[Path]:
     It has the name of the class, if --data would read all these folders back as the same classes in
     the same order; otherwise the label stands before the name."""
     names = [re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", name)[:100] for name in classes]
-    hidden = any(name.startswith(".") for name in names)
+    hidden = any(name == "" or name.startswith(".") for name in names)
     special = hidden or not set(SPLITS).isdisjoint(names)
     if special or sorted(set(names), key=as_people_count) != list(classes):
         digits = len(str(len(names) - 1))
