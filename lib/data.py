@@ -67,12 +67,13 @@ class Cifar10(DataSet):
 
 
 def open_shapes(size: int | None, folder: str) -> tuple:
-    check_size("shapes", size)
-    return Shapes("train"), Shapes("val")
+    size = size or 32
+    return Shapes("train", size), Shapes("val", size)
 
 
 def open_cifar10(size: int | None, folder: str) -> tuple:
-    check_size("cifar10", size)
+    if size not in (None, 32):
+        raise UserError(f"cifar10 has images of 32 pixels, not {size}: leave --image-size out")
     return Cifar10("train", folder), Cifar10("val", folder)
 
 
@@ -88,12 +89,6 @@ def open_places2(size: int | None, folder: str) -> tuple:
 # returns the training and the validation set.
 DATA_SETS = {"shapes": open_shapes, "cifar10": open_cifar10, "imagenet": open_imagenet,
              "places2": open_places2}
-
-
-def check_size(name: str, size: int | None) -> None:
-    """Raises UserError if another size than 32 is asked of a data set of 32 x 32 images."""
-    if size not in (None, 32):
-        raise UserError(f"{name} has images of 32 pixels, not {size}: leave --image-size out")
 
 
 def open_large(name: str, size: int | None, data_dir: str) -> tuple:

@@ -10,17 +10,17 @@ FAR = 9.0                   # the distance to a second part where the object has
 
 
 class Shapes(DataSet):
-    """50,000 training and 5,000 validation images, 32 x 32; image i is of class i % 10.
+    """50,000 training and 5,000 validation images, 32 x 32 or larger; image i is of class i % 10.
 
-    It is a pure function of (split, i). Light falls from a random side: it grades the background,
+    It is a pure function of (split, i), drawn in the resolution that is asked for. Light falls from a random side: it grades the background,
     shades the object and casts its shadow on the other side, so tokens far apart have to agree.
     Colour, size, position and rotation vary."""
 
     classes = SHAPES
-    image_size = 32
     workers = 0
 
-    def __init__(self, split: str):
+    def __init__(self, split: str, image_size: int = 32):
+        self.image_size = image_size
         self.key = {"train": 0, "val": 1}[split]
         self.length = {"train": 50_000, "val": 5_000}[split]
 
@@ -28,9 +28,10 @@ class Shapes(DataSet):
         return self.length
 
     def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> ImagesAndLabels:
-        """Returns images (B, 3, 32, 32) uint8 and labels (B,) int64. Nothing is augmented."""
+        """Returns images (B, 3, S, S) uint8 and labels (B,) int64. Nothing is augmented."""
         labels = np.asarray(indices) % len(SHAPES)
-        images = draw_scenes(labels, hashed_uniform(self.key, indices, 13))
+        uniform = hashed_uniform(self.key, indices, 13)
+        images = draw_scenes(labels, uniform, self.image_size)
         return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels).long()
 
 
@@ -111,10 +112,11 @@ def hsv_to_rgb(h: np.ndarray, s: np.ndarray, v: np.ndarray) -> np.ndarray:
     return v[..., None] * (1 - s[..., None] * np.clip(np.minimum(k, 4 - k), 0, 1))
 
 
-def draw_scenes(labels: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    """Returns images (B, 32, 32, 3) uint8.
+def draw_scenes(labels: np.ndarray, uniform: np.ndarray, image_size: int = 32) -> np.ndarray:
+    """Returns images (B, S, S, 3) uint8.
 
-    labels: (B,) ints below 10. uniform: (B, 13) in [0, 1), which decides everything else."""
+    labels: (B,) ints below 10. uniform: (B, 13) in [0, 1), which decides everything else.
+    image_size: S."""
     draws = uniform.T[..., None, None]                             # (13, B, 1, 1)
 
     def between(low: float, high: float, column: int) -> np.ndarray:
@@ -131,22 +133,23 @@ def draw_scenes(labels: np.ndarray, uniform: np.ndarray) -> np.ndarray:
 
     # Pixel centres in [-1, 1], y up, relative to the object and (second) to its shadow, which falls
     # on a pixel if the object is `shadow_length` away from it towards the light.
-    pixel_x = (np.arange(32, dtype=np.float32) + 0.5) / 16 - 1
+    half = image_size / 2                                          # pixels in a unit of length
+    pixel_x = (np.arange(image_size, dtype=np.float32) + 0.5) / half - 1
     pixel_y = -pixel_x[:, None]
-    dx = pixel_x - center_x                                        # (B, 1, 32)
-    dy = pixel_y - center_y                                        # (B, 32, 1)
-    dx = np.stack([dx, dx + light_x * shadow_length]) / size       # (2, B, 1, 32)
-    dy = np.stack([dy, dy + light_y * shadow_length]) / size       # (2, B, 32, 1)
-    x = np.cos(turn) * dx + np.sin(turn) * dy                      # (2, B, 32, 32)
+    dx = pixel_x - center_x                                        # (B, 1, S)
+    dy = pixel_y - center_y                                        # (B, S, 1)
+    dx = np.stack([dx, dx + light_x * shadow_length]) / size       # (2, B, 1, S)
+    dy = np.stack([dy, dy + light_y * shadow_length]) / size       # (2, B, S, 1)
+    x = np.cos(turn) * dx + np.sin(turn) * dy                      # (2, B, S, S)
     y = np.cos(turn) * dy - np.sin(turn) * dx
     distances, second = outlines(labels, x, y)
 
     # Anti-aliasing: a pixel is covered in proportion to its distance from the outline, within half
-    # a pixel. The shadow is softer, over 4 pixels. Beyond a sharp corner the distance is too small,
+    # a pixel. The shadow is softer, over an eighth of the image. Beyond a sharp corner the distance is too small,
     # which would give the shadow spikes: hence the circle around it.
     to_shadow = np.maximum(distances[1], np.hypot(x[1], y[1]) - 1)
-    cover = np.clip(0.5 - distances[0] * size * 16, 0, 1)[..., None]
-    cover_second = np.clip(0.5 - second[0] * size * 16, 0, 1)[..., None]
+    cover = np.clip(0.5 - distances[0] * size * half, 0, 1)[..., None]
+    cover_second = np.clip(0.5 - second[0] * size * half, 0, 1)[..., None]
     shadow = np.clip(0.5 - to_shadow * size * 4, 0, 1)[..., None] * 0.5
 
     hue = draws[6] + 0.25 + 0.5 * draws[9]                         # never the background's hue

@@ -66,7 +66,7 @@ OTHERS = [
     (train_vq, "--run NEW --data places2 --groups 1", "365"),
     (train_vq, "--run NEW --data EMPTY", "no images"),
     (train_vq, "--run NEW --data TEXT", "TEXT"),
-    (train_vq, "--run NEW --image-size 64", "32 pixels"),
+    (train_vq, "--run NEW --data cifar10 --image-size 64", "32 pixels"),
     (train_vq, "--run NEW --multipliers 1 1 1 1 1 1 1", "stride"),
     (train_vq, "--run NEW --filters 8 --groups 3", "groups"),
     (train_vq, "--run NEW --batch 8 --micro-batch 3", "--batch 8"),

@@ -67,6 +67,15 @@ def test_shapes_are_a_pure_function_of_split_and_index():
     assert not torch.equal(val.batch([117])[0], alone)
 
 
+def test_larger_shapes_are_the_same_scenes():
+    """Halved, they differ only along outlines, which are smoothed within a pixel of their own size."""
+    small, _ = Shapes("val").batch(np.arange(40))
+    large, labels = Shapes("val", 64).batch(np.arange(40))
+    assert large.shape == (40, 3, 64, 64) and labels.tolist() == [i % 10 for i in range(40)]
+    difference = (torch.nn.functional.avg_pool2d(large.float(), 2) - small.float()).abs()
+    assert difference.mean() < 1 and difference.median() <= 1
+
+
 def test_shapes_vary_and_are_shaded():
     images, labels = Shapes("train").batch(range(2000))
     assert torch.bincount(labels).tolist() == [200] * 10
