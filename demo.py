@@ -274,10 +274,12 @@ class Demo:
         request = json.loads(body)
         settings = self.read_settings(request["settings"])
         for num in request["numbers"]:
-            labels = self.machine.put(torch.arange(num) % len(self.classes))
+            labels, numbers = samples_in_turn(0, num, num, len(self.classes))
+            rand = rand_of_images(settings.seed, labels, numbers, self.machine)
+            labels = self.machine.put(labels)
             for decoder, model in self.models.items():
                 options = sampler_options(settings, model)
-                options["generator"] = self.machine.generator(settings.seed)
+                options["rand"] = rand
                 measured = {"num": num, "decoder": decoder}
                 tell(measured)
                 tell(measured | {"seconds": self.shortest_time(model, labels, options)})
