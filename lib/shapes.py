@@ -12,9 +12,9 @@ FAR = 9.0                   # the distance to a second part where the object has
 class Shapes(DataSet):
     """50,000 training and 5,000 validation images, 32 x 32 or larger; image i is of class i % 10.
 
-    It is a pure function of (split, i), drawn in the resolution that is asked for. Light falls from a random side: it grades the background,
-    shades the object and casts its shadow on the other side, so tokens far apart have to agree.
-    Colour, size, position and rotation vary."""
+    It is a pure function of (split, i), drawn in the resolution that is asked for. Light falls from
+    a random side: it grades the background, shades the object and casts its shadow on the other
+    side, so tokens far apart have to agree. Colour, size, position and rotation vary."""
 
     classes = SHAPES
     workers = 0
@@ -145,8 +145,8 @@ def draw_scenes(labels: np.ndarray, uniform: np.ndarray, image_size: int = 32) -
     distances, second = outlines(labels, x, y)
 
     # Anti-aliasing: a pixel is covered in proportion to its distance from the outline, within half
-    # a pixel. The shadow is softer, over an eighth of the image. Beyond a sharp corner the distance is too small,
-    # which would give the shadow spikes: hence the circle around it.
+    # a pixel. The shadow is softer, over an eighth of the image. Beyond a sharp corner the distance
+    # is too small, which would give the shadow spikes: hence the circle around it.
     to_shadow = np.maximum(distances[1], np.hypot(x[1], y[1]) - 1)
     cover = np.clip(0.5 - distances[0] * size * half, 0, 1)[..., None]
     cover_second = np.clip(0.5 - second[0] * size * half, 0, 1)[..., None]
