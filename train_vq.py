@@ -187,7 +187,9 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
                         disc_loss = discriminator_loss(real_logits, fake_logits, args.gan_loss)
                     loss = disc_loss
                     if args.r1 > 0 and step % args.r1_every == 0:           # StyleGAN2's lazy R1
-                        loss = loss + args.r1_every * args.r1 * r1_penalty(disc, images[part])
+                        penalty = args.r1 * r1_penalty(disc, images[part])
+                        loss = loss + args.r1_every * penalty
+                        log.add(r1=penalty)
                     (loss / num_parts).backward()
                 log.add(discriminator=disc_loss)
             disc_optimizer.step()
