@@ -55,7 +55,7 @@ def planned_tokens(args: argparse.Namespace) -> tuple[int, int, int]:
 
     They are those of the run's tokenizer, if there is one, or of the preset. Raises UserError if
     the image size does not fit the tokenizer's stride."""
-    image_size, stride, codebook_size, num_classes = PLANNED[args.preset]
+    image_size, stride, codebook_size, num_classes = PLANNED.get(args.preset, PLANNED["folder"])
     tokenizer_file = Path(args.vqgan or args.run / "vqgan.pt")
     if args.vqgan or tokenizer_file.exists():
         tokenizer, checkpoint = rebuild(tokenizer_file, "vqgan", VQGAN)
