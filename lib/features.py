@@ -183,6 +183,8 @@ def load_inception(path: str | None, machine: Machine) -> nn.Module:
                         f"file with --inception") from error
     if machine.leads:
         machine.wait()
+    # FID takes differences of large numbers, for which TF32 on a GPU is too coarse.
+    torch.backends.cudnn.allow_tf32 = False
     return model.to(machine.device)
 
 

@@ -137,9 +137,6 @@ class Machine:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True       # try all algorithms, as shapes never change
-            # What autocast leaves in float32 takes differences of large numbers (R1, distances,
-            # FID), for which TF32 is too coarse.
-            torch.backends.cudnn.allow_tf32 = False
         else:
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)      # also rules the CPU
         if "RANK" in os.environ and not dist.is_initialized():                # torchrun sets RANK
