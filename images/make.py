@@ -10,6 +10,7 @@ validation images of their classes. The pictures of the page need Chromium and p
 """
 import argparse
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -56,11 +57,12 @@ class Job(NamedTuple):
 
 def open_job(args: argparse.Namespace, scratch: str) -> Job:
     """Returns the job that the flags ask for. Raises UserError."""
-    _, _, _, checkpoint = load_run(args.run, Machine())
+    run = Path(os.path.relpath(args.run))               # as it is shown
+    _, _, _, checkpoint = load_run(run, Machine())
     size = checkpoint["image_size"]
     _, validation = open_data(checkpoint["data"], size)
     args.out.mkdir(parents=True, exist_ok=True)
-    return Job(args.run, args.first_run, args.out, Path(scratch), size, checkpoint["classes"],
+    return Job(run, args.first_run, args.out, Path(scratch), size, checkpoint["classes"],
                validation)
 
 
@@ -132,6 +134,7 @@ def open_page(job: Job, link: str = "") -> Iterator:
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page(viewport=PAGE_SIZE)
+        page.set_default_timeout(600_000)
         page.goto(f"http://127.0.0.1:{server.server_port}/{link}")
         yield page
         browser.close()

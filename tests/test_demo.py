@@ -26,6 +26,7 @@ import demo
 import lib.orders
 import lib.sampling
 import maskgit
+from images import make
 from lib.editing import composite, likeliest_class
 from lib.orders import by_chance, by_confidence
 from lib.runtime import Machine
@@ -405,6 +406,28 @@ def test_ctrl_c_ends_it_in_the_midst_of_its_work():
 def test_a_port_in_use(server, call_main):
     last = call_main(demo, ROOT, "--run", ROOT / "example", "--port", server.server_port, code=2)
     assert last.startswith(f"error: port {server.server_port} is not available") and "--port" in last
+
+
+# ------------------------------------------------------------------------------------------------ images/make.py
+
+@pytest.mark.slow
+def test_pictures_of_a_run(call_main, tmp_path, monkeypatch):
+    """Those of the README are made of example/; one that cannot be made is left out, and the next is made."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    printed = call_main(make, ROOT, "samples", "data-flow", "limit-boundary", "--out", tmp_path,
+                        "--first-run", tmp_path / "none")
+    assert "left out: there is no " in printed and "--first-run" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data-flow.png", "limit-boundary.png"]
+    with Image.open(tmp_path / "limit-boundary.png") as rows:
+        assert rows.size == (530, 258)                                              # three grids, each with its titles
+        photo, _ = Shapes("val").batch(np.array([7]))                               # the first moon, which is its input
+        shown = np.asarray(rows)[20:84:2, 2:66:2]
+    assert (shown == photo[0].movedim(0, -1).numpy()).all()
+
+
+def test_an_unknown_picture(call_main, tmp_path):
+    last = call_main(make, ROOT, "flim", "--out", tmp_path, code=2)
+    assert last.startswith("error: there is no picture flim: choose among example, film")
 
 
 # --------------------------------------------------------------------------------------------------- in a browser
