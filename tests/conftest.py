@@ -1,6 +1,7 @@
 import atexit
 import csv
 import functools
+import gc
 import importlib
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ import torch
 import lib.run
 import train_transformer
 import train_vq
-from lib import files, flags, runtime
+from lib import data, files, flags, runtime
 from lib.shapes import Shapes
 from maskgit import MaskGIT, MaskGITConfig
 from sequential import CausalTransformer
@@ -43,17 +44,30 @@ TINY_TRANSFORMER = ["--cache-tokens", 0, "--dropout", 0.1, "--dim", 16, "--depth
                     "--batch", 4, "--class-dropout", 0, *EVERY_STEP]
 
 
+# Trainings in this process and its forks are spared what takes longest: curves, for which they copy the log, and three
+# quarters of the validation images.
+
+def copy_log(path, log):
+    shutil.copy(log, path)
+
+
+def spread_fewer(images, count):
+    return data.spread(images, min(count, 128))
+
+
+for script in (train_vq, train_transformer):
+    script.draw_log = copy_log
+    script.spread = spread_fewer
+
+
+def pytest_collection_finish():
+    gc.freeze()         # what is imported by now need not be searched for garbage again and again
+
+
 @pytest.fixture(autouse=True)
 def float32(monkeypatch):
     """Makes all tests compute in float32, even on a CPU with bfloat16 instructions."""
     monkeypatch.setattr(runtime, "computes_bfloat16", lambda: False)
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """Spares trainings their curves, which take twice as long as all the rest. Those of `trained` are drawn."""
-    for script in (train_vq, train_transformer):
-        monkeypatch.setattr(script, "draw_log", lambda path, log: None)
 
 
 def run(script, *arguments, code=0, env=None, **options):
@@ -155,6 +169,7 @@ def on_ranks(function, *arguments, world=2):
         port = probe.getsockname()[1]
 
     def start(rank):
+        gc.freeze()
         if world > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                            "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

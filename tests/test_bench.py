@@ -1,5 +1,6 @@
 """The benchmark, and what --dry-run counts."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,9 @@ def test_the_compiler_is_reset_before_each_row(call_main, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("row", bench.ROWS)
 def test_each_row_is_measured(row, call_main, tmp_path, monkeypatch):
+    sizes = bench.sizes_of("shapes")
+    smaller = sizes._replace(vqgan=replace(sizes.vqgan, filters=8), maskgit=replace(sizes.maskgit, dim=64, depth=1))
+    monkeypatch.setattr(bench, "sizes_of", lambda preset: smaller)
     monkeypatch.setattr(bench, "matrix_peak", lambda machine: 1e12)
     output = call_main(bench, tmp_path, "--preset", "shapes", "--rows", row, "--batch", 2, "--repeats", 1,
                        "--bf16", "no", "--json", "bench.json")

@@ -22,6 +22,7 @@ import sample
 from lib import features, metrics, pictures, runtime, sets
 from lib.features import Classifier, Judge, Measurements, Networks, Reference
 from lib.files import fingerprint, load_checkpoint, load_weights, save_checkpoint
+from lib.loader import batches
 from lib.results import Results
 from lib.sampling import rand_of_images
 from lib.shapes import Shapes
@@ -58,6 +59,16 @@ def save_transformer(folder, kind, model_class, tokenizer, data="shapes", classe
     return model
 
 
+DRAW_ACCURACY = pictures.draw_accuracy
+
+
+@pytest.fixture(autouse=True)
+def faster(monkeypatch):
+    """Spares evaluations the picture at their end, and trains classifiers on 16 images a step instead of 128."""
+    monkeypatch.setattr(pictures, "draw_accuracy", lambda path, points: None)
+    monkeypatch.setattr(features, "batches", lambda data, batch, *others: batches(data, 16, *others))
+
+
 @pytest.fixture
 def folder(tmp_path):
     """The folder of such a run."""
@@ -65,9 +76,18 @@ def folder(tmp_path):
     return tmp_path / "shapes"
 
 
+@pytest.fixture(scope="module")
+def classifier_file(tmp_path_factory):
+    """A classifier of the shapes, after the one step of QUICK."""
+    path = tmp_path_factory.mktemp("classifier") / "classifier.pt"
+    features.load_classifier(path, Shapes("train"), 1, runtime.Machine("cpu"))
+    return path
+
+
 @pytest.fixture
-def opened(folder):
+def opened(folder, classifier_file):
     """What evaluate.py opens of it: an Evaluation."""
+    shutil.copy(classifier_file, folder)
     return measure.open_evaluation(flags_of(folder), runtime.Machine("cpu"))
 
 
@@ -248,7 +268,8 @@ def test_figures_of_images_beside_real_ones():
     assert reference.precision_recall(ours) == metrics.precision_recall(ours.features, real.features)
 
 
-def test_training_a_classifier(capsys):
+def test_training_a_classifier(capsys, monkeypatch):
+    monkeypatch.setattr(features, "batches", batches)
     machine = runtime.Machine("cpu")
     model = features.train_classifier(Greys(), 40, 0, machine, "classifier of greys")
     assert not model.training and "classifier of greys: 40 of 40 steps" in capsys.readouterr().out
@@ -467,8 +488,9 @@ def test_a_sweep_changes_one_setting(opened, monkeypatch):
 
 # ---- the whole evaluation
 
-def test_table_1_is_what_a_computation_by_hand_gives(folder, capsys):
+def test_table_1_is_what_a_computation_by_hand_gives(folder, capsys, monkeypatch):
     """The distance, the likelihood, the codebook and so on, from the images themselves."""
+    monkeypatch.setattr(pictures, "draw_accuracy", DRAW_ACCURACY)
     found = evaluated(folder, "--top-k", 5)
     output = capsys.readouterr().out
     assert "FCD" in output and "FID" not in output and "30 generated and 30 real" in output and "seed 0" in output

@@ -134,11 +134,12 @@ def test_bfloat16_is_read(msgpack, tmp_path):
 # ---- damaged files
 
 @pytest.mark.parametrize("path, read", [(TOKENIZER, vqgan_from_jax), (TRANSFORMER, maskgit_of_64)])
-def test_a_missing_parameter_is_named(msgpack, path, read, tmp_path):
+def test_a_missing_parameter_is_named(msgpack, path, read, monkeypatch):
     arrays = read_arrays(path)
     for name in arrays:
-        write_arrays({other: array for other, array in arrays.items() if other != name}, tmp_path / "file")
-        refuses(read, tmp_path / "file", name, "missing")
+        others = {other: array for other, array in arrays.items() if other != name}
+        monkeypatch.setattr(pretrained, "read_arrays", lambda path, others=others: others)
+        refuses(read, path, name, "missing")
 
 
 @pytest.mark.parametrize("path, read, name", [
