@@ -261,18 +261,9 @@ class Machine:
         """
         number = step_seed(seed, step, self.rank if self.mesh is None else 0)
         torch.manual_seed(number)
-        self.generator(number)
-        return torch.Generator().manual_seed(number)
-
-    def generator(self, seed: int) -> torch.Generator | None:
-        """Returns a random generator for tensors on the device; only 32 bits of the seed count.
-
-        torch-xla has but one generator, which is then seeded, and None is returned."""
-        seed %= 1 << 32
         if self.mesh is not None:
-            self.xla.manual_seed(seed)
-            return None
-        return torch.Generator(self.device).manual_seed(seed)
+            self.xla.manual_seed(number % (1 << 32))                # it takes 32 bits
+        return torch.Generator().manual_seed(number)
 
     def any(self, flag: bool) -> bool:
         """Returns True if `flag` is true on any rank. All ranks wait here for each other."""
