@@ -21,8 +21,9 @@ from conftest import (
 )
 from torch import nn
 
-from lib import flags, runtime
+from lib import devices, flags, runtime
 from lib.loader import loader
+from maskgit import MaskGIT, MaskGITConfig
 
 CPU = Namespace(device="cpu", bf16=False)
 # Entropy loss and codebook start look at whole batches: without them stage 1 is the same however a batch is split.
@@ -328,3 +329,38 @@ def test_upsampling_for_torch_xla_gives_the_same_pixels():
     runtime.replace_upsampling(model)
     assert not any(isinstance(module, nn.Upsample) for module in model.modules())
     assert torch.equal(model(images), expected)
+
+
+def test_blocks_prepared_for_a_cpu_compute_the_same():
+    """Inductor is left out: the compiled block is the one that a compiler gets."""
+    torch.manual_seed(0)
+    model = MaskGIT(MaskGITConfig(codebook_size=16, num_classes=2, num_tokens=9, dim=16, depth=2, heads=2, mlp_dim=32))
+    model.eval()
+    tokens, labels = torch.randint(16, (3, 9)), torch.tensor([0, 1, 0])
+    expected = model(tokens, labels)
+    for block in model.blocks:
+        devices.replace_gelu(block)
+    assert not any(isinstance(module, nn.GELU) for module in model.blocks.modules())
+    assert torch.allclose(model(tokens, labels), expected, atol=1e-6)
+    seen = []
+    for block in model.blocks:
+        block.attention.query.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    runtime.Machine("cpu", bf16=True).wrap(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(model(tokens, labels).float(), expected, atol=0.05)
+    assert seen == [torch.bfloat16] * 2
+
+
+@pytest.mark.parametrize(("compiled", "steps", "expected"), [
+    (None, 999, False), (None, 1000, True), (False, 1000, False), (True, 0, True),
+])
+def test_blocks_are_compiled_in_long_trainings(compiled, steps, expected, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: f"/usr/bin/{name}")
+    machine = runtime.Machine("cpu", bf16=False, compiled=compiled, steps=steps)
+    assert machine.compiles_blocks == expected
+    model = MaskGIT(MaskGITConfig(codebook_size=16, num_classes=2, num_tokens=9, dim=16, depth=2, heads=2, mlp_dim=32))
+    machine.wrap(model)
+    assert all((block._compiled_call_impl is not None) == expected for block in model.blocks)
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
+    assert runtime.Machine("cpu", compiled=compiled, steps=steps).compiles_blocks == (compiled is True)
