@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_data import make_folder
 from torch import nn
 
 import bench
@@ -119,7 +120,7 @@ def test_flops_of_the_transformer():
 def test_memory_for_the_backward_pass_leaves_out_the_weights():
     model = nn.Sequential(nn.Linear(1000, 1000), nn.GELU(), nn.Linear(1000, 10))
     with costs.imagined():
-        kept = costs.kept_for_backward(model, torch.zeros(7, 1000))
+        kept = costs.kept_for_backward([model], model, torch.zeros(7, 1000))
     assert kept == 3 * 7 * 1000 * 4                     # the input of each layer
 
 
@@ -127,17 +128,23 @@ def test_memory_for_the_backward_pass_leaves_out_the_weights():
 
 def plan(call_main, script, folder, *flags):
     """Returns what --dry-run prints: {row: text}."""
-    output = call_main(script, folder, *flags, "--dry-run", 1, "--bf16", "no")
+    output = call_main(script, folder, *flags, "--dry-run", 1)
     rows = {}
+    name = ""
     for line in output.splitlines():
-        name, _, text = line.partition(" ")
-        rows[name] = text.strip()
+        name = line[:13].strip() or name                    # a row may go on in a second line
+        rows[name] = f"{rows.get(name, '')} {line[13:]}".strip()
     assert not list(folder.glob("runs"))
     return rows
 
 
 def number(text):
-    return float(text.split()[0])
+    return float(text.split()[0].replace(",", ""))
+
+
+def total(rows):
+    """Returns the PFLOP of the whole training."""
+    return float(rows["FLOPs"].split(", ")[-1].split()[0])
 
 
 TINY = ["--dim", 16, "--depth", 2, "--heads", 2, "--batch", 4]
@@ -145,7 +152,7 @@ TINY = ["--dim", 16, "--depth", 2, "--heads", 2, "--batch", 4]
 
 def test_a_dry_run_of_stage_2_follows_the_sizes(call_main, tmp_path):
     tiny = plan(call_main, train_transformer, tmp_path, *TINY)
-    assert "64 tokens of 256" in tiny["parameters"] and tiny[""].endswith("a micro-batch of 4")
+    assert "64 tokens of 256" in tiny["parameters"] and tiny["memory"].endswith("a micro-batch of 4")
     larger = plan(call_main, train_transformer, tmp_path, *TINY, "--image-size", 64)
     assert "256 tokens of 256" in larger["parameters"]
     assert number(larger["FLOPs"]) > 4 * number(tiny["FLOPs"])
@@ -159,6 +166,40 @@ def test_a_dry_run_of_stage_2_reads_the_tokenizer_and_the_run_that_it_is_given(c
     assert "64 tokens of 32" in with_tokenizer["parameters"]
     continued = plan(call_main, train_transformer, tmp_path, "--batch", 4, "--init", untrained)
     assert continued["parameters"].startswith("0.0") and "64 tokens of 32" in continued["parameters"]
+
+
+def test_a_dry_run_of_stage_2_follows_the_other_flags(call_main, tmp_path):
+    at_first = plan(call_main, train_transformer, tmp_path, *TINY, "--cache-tokens", 0)
+    twice = plan(call_main, train_transformer, tmp_path, *TINY, "--cache-tokens", 0, "--steps", 8000)
+    assert total(twice) == pytest.approx(2 * total(at_first), rel=0.01)
+    views = plan(call_main, train_transformer, tmp_path, *TINY, "--cache-tokens", 3, "--optimizer", "adamw", "--bf16", "no")
+    assert total(views) > 3 * total(at_first)                       # 150,000 views, instead of 4,000 steps of 4 images
+    to_resume = [float(rows["checkpoints"].split(", ")[1].split()[0]) for rows in (at_first, views)]
+    assert to_resume[0] < to_resume[1]                              # Muon keeps a moment less
+    assert "H100, H200" in at_first and "H100, H200" not in views
+    activations = [number(rows["memory"].split("weights, ")[1]) for rows in (at_first, views)]
+    assert activations[1] == pytest.approx(2 * activations[0], rel=0.01)
+    causal = plan(call_main, train_transformer, tmp_path, *TINY, "--decoder", "autoregressive", "--cache-tokens", 0)
+    assert causal["memory"] != at_first["memory"]                   # no embedding of the null class
+
+
+def test_a_dry_run_says_what_reading_takes(call_main, tmp_path):
+    """The token cache, the processes that read, and the shared memory through which they hand images over."""
+    make_folder(tmp_path / "images", {"a": 40, "b": 20})
+    flags = [*TINY, "--data", tmp_path / "images"]
+    small = plan(call_main, train_transformer, tmp_path, *flags, "--cache-tokens", 3)
+    assert small["token cache"] == f"{3 * 57 * 2 * 65 / 1e9:.3g} GB: {3 * 57} views"
+    assert "readers" not in small                                                     # decoded once, into memory
+    larger = plan(call_main, train_transformer, tmp_path, *flags, "--cache-tokens", 0, "--image-size", 128, "--workers", 5)
+    assert "token cache" not in larger
+    assert larger["/dev/shm"].startswith(f"{5 * 2 * 4 * 3 * 128 ** 2 / 1e9:.2g} GB for the 5 readers")
+
+
+@pytest.mark.parametrize("preset", ["imagenet", "cifar10", "shapes"])
+def test_plans_are_those_of_the_training_scripts(preset):
+    planned = plans.PLANNED[preset]
+    sizes = bench.sizes_of(preset.replace("imagenet", "imagenet256"))
+    assert (planned.image_size, planned.tokenizer) == (sizes.vq.image_size, sizes.vqgan)
 
 
 def test_a_dry_run_refuses_what_a_run_would(call_main, tmp_path):
@@ -177,5 +218,10 @@ def test_a_dry_run_of_stage_1_follows_the_sizes(call_main, tmp_path):
     assert number(at_64["FLOPs"]) > 3.5 * number(at_32["FLOPs"])
     fsq = plan(call_main, train_vq, tmp_path, *tiny, "--quantizer", "fsq", "--levels", 5, 4)
     assert "64 tokens of 20" in fsq["parameters"]
+    later = plan(call_main, train_vq, tmp_path, *tiny, "--gan-start", 0.75)
+    alone = plan(call_main, train_vq, tmp_path, *tiny, "--adversarial", 0)
+    assert total(with_disc) - total(alone) == pytest.approx(2 * (total(later) - total(alone)), rel=0.05)
+    without_r1 = plan(call_main, train_vq, tmp_path, *tiny, "--r1", 0)
+    assert total(without_r1) < total(with_disc) < total(plan(call_main, train_vq, tmp_path, *tiny, "--r1-every", 1))
     in_parts = plan(call_main, train_vq, tmp_path, *tiny, "--micro-batch", 2)
-    assert in_parts[""].endswith("a micro-batch of 2")
+    assert in_parts["memory"].endswith("a micro-batch of 2")
