@@ -149,6 +149,8 @@ def print_transformer_plan(
     size or folder."""
     micro_batch = args.batch // machine.devices // num_parts
     num_tokens = model.config.num_tokens
+    for block in model.blocks:
+        block.attention.dropout = 0.0       # else a CPU would keep N x N matrices; a GPU does not
     with costs.imagined():
         tokens = torch.zeros(micro_batch, num_tokens, dtype=torch.long)
         labels = torch.zeros(micro_batch, dtype=torch.long)

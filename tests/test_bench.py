@@ -179,6 +179,9 @@ def test_a_dry_run_of_stage_2_follows_the_other_flags(call_main, tmp_path):
     assert "H100, H200" in at_first and "H100, H200" not in views
     activations = [number(rows["memory"].split("weights, ")[1]) for rows in (at_first, views)]
     assert activations[1] == pytest.approx(2 * activations[0], rel=0.01)
+    dropping = plan(call_main, train_transformer, tmp_path, *TINY, "--cache-tokens", 0, "--dropout", 0.1)
+    more = number(dropping["memory"].split("weights, ")[1]) / activations[0]
+    assert 1 < more < 1.5                                           # masks, but no 65 x 65 products as without a GPU
     causal = plan(call_main, train_transformer, tmp_path, *TINY, "--decoder", "autoregressive", "--cache-tokens", 0)
     assert causal["memory"] != at_first["memory"]                   # no embedding of the null class
 
