@@ -183,7 +183,7 @@ def report(root: str, problems: dict[str, UserError], total: int) -> None:
                         f"repair or remove them; the first is {next(iter(problems))}")
 
 
-def size_and_time(path: str) -> list[int]:
+def size_and_time(path: str | bytes) -> list[int]:
     """Returns what changes with a file's content: its size and its time of change (ns)."""
     try:
         status = os.stat(path)
