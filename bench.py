@@ -100,9 +100,8 @@ def matrix_peak(machine: Machine) -> float:
 
 
 def start_afresh(machine: Machine) -> None:
-    """Frees the memory of the row before, and forgets its compiled graphs.
-
-    Otherwise torch.compile would answer a second batch size with a graph for any shape."""
+    """Frees the memory of the row before, and forgets its compiled graphs: after those of eight
+    batch sizes torch.compile would go on without compiling."""
     torch.compiler.reset()
     gc.collect()
     if machine.device.type == "cuda":

@@ -12,7 +12,7 @@ from discriminator import Discriminator, r1_penalty
 from lib import costs, optim
 from lib.data import DATA_SETS, open_data
 from lib.files import rebuild
-from lib.flags import UserError
+from lib.flags import check_image_size
 from lib.folders import open_folder
 from lib.lpips import LPIPS
 from lib.runtime import Machine
@@ -112,9 +112,7 @@ def planned_tokenizer(args: argparse.Namespace) -> tuple[VQGANConfig, int]:
         config = tokenizer.config
         image_size = checkpoint["image_size"]
     image_size = args.image_size or image_size
-    if image_size % config.stride:
-        raise UserError(f"--image-size {image_size} is not divisible by the tokenizer's stride "
-                        f"{config.stride}: choose a multiple of {config.stride}")
+    check_image_size(image_size, config.stride)
     return config, image_size
 
 
