@@ -129,7 +129,7 @@ def test_sampling_editing_and_evaluation(chips, images, plain, tmp_path):
     on_chips(chips, report, "evaluate.py", "--run", folder, *EVALUATE)
     ours = json.loads((folder / "eval.json").read_text())
     theirs = json.loads((plain / "eval.json").read_text())
-    # The samples differ, as the device draws its own random numbers. The rest is the same.
+    # The samples can differ where a token hangs on a product's rounding. The rest is the same.
     assert numbers_in(ours["stages"]) == pytest.approx(numbers_in(theirs["stages"]), rel=1e-4)
     for row in ("real training images", "reconstructions"):
         assert numbers_in(ours["rows"][row]) == pytest.approx(numbers_in(theirs["rows"][row]), rel=1e-3, abs=1e-4), row
