@@ -301,8 +301,7 @@ def decode(
     the schedule counts only unknown ones. order: which tokens are revealed first.
     temperature: of the token samples; 0 takes the likeliest. top_k: sample among the k likeliest.
     cfg: weight of classifier-free guidance, which grows linearly with t; needs a null class.
-    start_step: how many steps to skip if much is known (the released demo skips 2 of 12).
-    rand: draws the random numbers, as torch.rand does. The model should be in eval mode.
+    start_step: steps to skip if much is known (released demo: 2 of 12). rand: as torch.rand.
     on_step(t, sampled, masked, confidence), all (B, N), is called after each step: the predicted
     tokens, which of them are masked again, and the confidence of each, infinite where known."""
     check_decoding(model, steps, start_step, cfg)
