@@ -112,49 +112,53 @@ def children_of(process):
     return subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
 
 
-def kill_with_children(process):
-    """Kills torchrun's ranks as well: they would go on without it."""
-    children = children_of(process)
-    process.kill()
-    for child in children:
-        os.kill(int(child), signal.SIGKILL)
-    process.stdout.read()               # until the last of them has closed it
-    process.wait()
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Makes the run of one process with which others are compared."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert on_ranks(call_script, "train_vq", "--run", folder, *SPLITTABLE, world=1) == [0]
+    return folder
+
+
+def train_until_killed_in_the_fourth_step(*command):
+    original = runtime.Machine.seed_step
+
+    def seed_step(machine, seed, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(machine, seed, step)
+    runtime.Machine.seed_step = seed_step
+    call_script(*command)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first, then", [(torchrun, one_process), (one_process, torchrun)])
-def test_a_run_moves_from_two_processes_to_one_and_back(first, then, tmp_path):
-    run("train_vq.py", "--run", tmp_path / "alone", *SPLITTABLE)
-    command = ["train_vq.py", "--run", tmp_path / "moved", *SPLITTABLE]
-    process = subprocess.Popen(first(*command), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    wait_for_step(process, 3)
-    kill_with_children(process)
-    result = subprocess.run(then(*command, "--resume"), capture_output=True, text=True, env=ENVIRONMENT, timeout=120,
-                            check=False)
-    assert result.returncode == 0, result.stderr
-    assert_close(weights(tmp_path / "alone" / "vqgan.pt"), weights(tmp_path / "moved" / "vqgan.pt"))
-    rows = read_log(tmp_path / "moved" / "vqgan.log.csv")
+@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
+def test_a_run_moves_from_two_processes_to_one_and_back(first, then, alone, tmp_path):
+    command = ["train_vq", "--run", tmp_path, *SPLITTABLE]
+    statuses = on_ranks(train_until_killed_in_the_fourth_step, *command, world=first)
+    assert 0 not in statuses and None not in statuses
+    assert on_ranks(call_script, *command, "--resume", world=then) == [0] * then
+    assert_close(weights(alone / "vqgan.pt"), weights(tmp_path / "vqgan.pt"))
+    rows = read_log(tmp_path / "vqgan.log.csv")
     assert [row["step"] for row in rows] == list("123456")
     # The logged loss is the mean over the ranks: that of the whole batch.
-    for row, alone in zip(rows, read_log(tmp_path / "alone" / "vqgan.log.csv"), strict=True):
-        assert float(row["reconstruction"]) == pytest.approx(float(alone["reconstruction"]), abs=1e-3)
+    for row, expected in zip(rows, read_log(alone / "vqgan.log.csv"), strict=True):
+        assert float(row["reconstruction"]) == pytest.approx(float(expected["reconstruction"]), abs=1e-3)
 
 
 @pytest.mark.slow
-def test_two_machines(tmp_path):
+def test_two_machines(alone, tmp_path):
     """Two agents with a process each, as on two machines with a shared folder, end with the weights of one process."""
-    run("train_vq.py", "--run", tmp_path / "alone", *SPLITTABLE)
     port = 27000 + os.getpid() % 1000
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
                "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--local_addr", "127.0.0.1", "--",
-               str(ROOT / "train_vq.py"), "--run", str(tmp_path / "both"), *map(str, SPLITTABLE)]
+               str(ROOT / "train_vq.py"), "--run", str(tmp_path), *map(str, SPLITTABLE)]
     agents = [subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
               for _ in range(2)]
     for agent in agents:
         output, _ = agent.communicate(timeout=240)
         assert agent.returncode == 0, output
-    assert_close(weights(tmp_path / "alone" / "vqgan.pt"), weights(tmp_path / "both" / "vqgan.pt"))
+    assert_close(weights(alone / "vqgan.pt"), weights(tmp_path / "vqgan.pt"))
 
 
 @pytest.mark.slow
