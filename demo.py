@@ -1,4 +1,4 @@
-"""Serves a page that shows every step of decoding (§3.3) and edits images with a brush (§4.3).
+"""Serves a page that shows every step of decoding (§3.2) and edits images with a brush (§4.3).
 
     python demo.py                    # the newest run, or example/, at http://127.0.0.1:8000
     python demo.py --run runs/shapes --port 8001

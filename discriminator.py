@@ -1,4 +1,4 @@
-"""The tokenizer's adversary in stage 1 (§3.1, after Esser et al. 2021).
+"""The tokenizer's adversary in stage 1 (§3, after Esser et al. 2021).
 
 StyleGAN2's residual discriminator, as in the released code; the adversarial losses; R1."""
 import math
@@ -15,7 +15,7 @@ def blur_downsample(x: Tensor) -> Tensor:
     """Blurs by [1 3 3 1] in both directions and halves: (B, C, H, W) -> (B, C, H / 2, W / 2).
 
     It is written with pairs of rows and columns: a depthwise convolution has a slow backward pass,
-    of which R1 takes two, and Inductor cannot compile the second derivative of average pooling."""
+    of which R1 takes two, and nested average poolings do not compile (LOG.md)."""
     # Channels come last, as in memory: otherwise the gradient would have another layout than x,
     # and all that follows in the backward pass would be slow.
     x = x.permute(0, 2, 3, 1)

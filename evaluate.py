@@ -300,7 +300,7 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
                       "measure only this run's tokenizer, which needs no transformer"),
         "manipulate": (switch, None, "measure outpainting and inpainting of validation images"),
         "ablate": (switch, None, "measure every mask schedule at several T"),
-        "ablate_steps": (several, [4, 8, 12, 16, 32, 64], "these T"),
+        "ablate_steps": (several, [4, 8, 12, 16, 32, 64], "numbers of steps for --ablate"),
         "sweep": (list(SWEEPS), None, "measure one setting of the sampler at several values"),
         "seeds": (flags.count, 3, "seeds for --ablate and --sweep, from --seed upwards"),
         "again": (switch, None, "measure again what eval.json already holds"),

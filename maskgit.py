@@ -1,9 +1,9 @@
-"""Stage 2 of MaskGIT (§3.2 to §3.4): the bidirectional transformer, masked training and decoding.
+"""Stage 2 of MaskGIT (§3.1 to §3.3): the bidirectional transformer, masked training and decoding.
 
 Read it beside the paper:
-    gamma                     the mask scheduling functions (§3.4, Table 3)
-    mask_tokens, mvtm_loss    masked visual token modelling (§3.2, Eq. 1)
-    decode                    iterative parallel decoding, the four steps of §3.3
+    gamma                     the mask scheduling functions (§3.3, Table 3)
+    mask_tokens, mvtm_loss    masked visual token modelling (§3.1, Eq. 1)
+    decode                    iterative parallel decoding, the four steps of §3.2
 
 The transformer computes what the released one does: BERT, with a LayerNorm after each residual sum.
 The class is the first of N + 1 positions. One table embeds codes, then classes, then [MASK]; its
@@ -146,10 +146,10 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-# ------------------------------------------------------------------- mask schedules (§3.4, Table 3)
+# ------------------------------------------------------------------- mask schedules (§3.3, Table 3)
 
-# γ(r), for tensors r and N. N is the number of tokens; two schedules are scaled by its logarithm so
-# that they start at about 1.
+# γ(r), for tensors r and N, the number of tokens. The exponential starts at 1 - 1 / N; the
+# logarithmic one would exceed 1 below r = 1 / N, and gamma() cuts it there.
 GAMMAS = {
     "cosine": lambda r, N: torch.cos(r * (math.pi / 2)),
     "linear": lambda r, N: 1 - r,
@@ -194,7 +194,7 @@ def mask_counts(schedule: str, steps: int, total: int, start_step: int = 0) -> l
     return [count.item() for count in counts[1:]]
 
 
-# ---------------------------------------------------------------------------- training (§3.2, MVTM)
+# ---------------------------------------------------------------------------- training (§3.1, MVTM)
 
 def mask_tokens(
     tokens: Tensor, schedule: str, mask_id: int, generator: torch.Generator | None = None,
@@ -256,7 +256,7 @@ def uniform(*shape: int, generator: torch.Generator | None, device: torch.device
     return values.to(device, non_blocking=True)
 
 
-# ------------------------------------------------------------ what is revealed first (§3.3, step 4)
+# ------------------------------------------------------------ what is revealed first (§3.2, step 4)
 
 # rand(B, ..., device=...) draws uniform numbers in [0, 1), as torch.rand does. An order is a
 # function (log_p (B, N), t / T, rand) -> confidence (B, N). log_p is the log-probability of each
@@ -278,7 +278,7 @@ def by_confidence(choice_temperature: float = 4.5) -> Order:
     return order
 
 
-# ------------------------------------------------------------------------- parallel decoding (§3.3)
+# ------------------------------------------------------------------------- parallel decoding (§3.2)
 
 @torch.no_grad()
 def decode(
@@ -295,7 +295,7 @@ def decode(
     rand: Rand = torch.rand,
     on_step: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Decodes all tokens of each image in T parallel forward passes (§3.3): (B,) -> (B, N) int64.
+    """Decodes all tokens of each image in T parallel forward passes (§3.2): (B,) -> (B, N) int64.
 
     steps: T, from 1 to N. known: tokens (B, N) to keep, mask_id where unknown (None: everywhere);
     the schedule counts only unknown ones. order: which tokens are revealed first.

@@ -1,4 +1,4 @@
-"""Draws images by class with a trained run: parallel decoding of tokens (§3.3), then the tokenizer.
+"""Draws images by class with a trained run: parallel decoding of tokens (§3.2), then the tokenizer.
 
     python sample.py --steps 8 --schedule cosine            # the newest run, one row for each class
     python sample.py --run runs/shapes --class heart 3 --num 12 --seed 1

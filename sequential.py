@@ -1,4 +1,4 @@
-"""The paper's baseline (§3.1; "VQGAN" in Table 1): decoding token by token, in raster order.
+"""The paper's baseline (§2.1; "VQGAN" in Table 1): decoding token by token, in raster order.
 
 The transformer is MaskGIT's with one change: a position sees only itself and the positions before
 it. It is trained to predict the next token, and decodes N tokens in N passes."""

@@ -1,4 +1,4 @@
-"""Trains stage 2, the bidirectional transformer, by masked visual token modelling (§3.2).
+"""Trains stage 2, the bidirectional transformer, by masked visual token modelling (§3.1).
 
     python train_transformer.py                  # from runs/shapes/vqgan.pt: 9 minutes on two cores
     python train_transformer.py --resume         # go on after an interruption
@@ -122,8 +122,8 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     run.say(f"{run.folder}: {optim.count_parameters(model) / 1e6:.2f} M parameters, "
             f"{config.num_tokens} tokens of {config.codebook_size}, {len(classes)} classes, "
             f"on {machine.device} x {machine.devices}")
-    if args.vqgan and machine.leads and (args.overwrite or not own_tokenizer.exists()):
-        tokenizer.copy_to(own_tokenizer)
+    if args.vqgan and machine.leads:
+        tokenizer.copy_to(own_tokenizer, args.overwrite)
 
     # Images become tokens: all of them now, or each batch as it comes.
     judge = None
@@ -143,11 +143,11 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     for step, (inputs, labels) in enumerate(stream, start=run.step):    # images, or their tokens
         # Every random draw is a function of (seed, step, rank).
         generator = machine.seed_step(args.seed, step)
-        for optimizer in optimizers.values():
+        for optimizer in optimizers.values():           # args.lr is AdamW's; Muon has its own base
             optim.set_learning_rate(
                 optimizer, step, args.lr, args.warmup, args.steps, args.decay)
 
-        # The batch: tokens, of which some are masked (§3.2).
+        # The batch: tokens, of which some are masked (§3.1).
         if args.cache_tokens:
             tokens = machine.put(inputs, own_share=True).long()                     # (B, N)
         else:
@@ -237,14 +237,14 @@ def configuration(
 
 
 def load_pretrained(
-    args: argparse.Namespace, model: MaskGIT, tokenizer_id: str, classes: list[str],
+    args: argparse.Namespace, model: MaskGIT, fingerprint: str, classes: list[str],
 ) -> None:
     """Copies the weights of the run named by --init into a model of the same sizes.
 
     The embeddings of classes are copied only if both runs have the same classes. Raises UserError
     if that run has another tokenizer or another number of tokens."""
     start, checkpoint = open_start(args)
-    if checkpoint["tokenizer"] != tokenizer_id:
+    if checkpoint["tokenizer"] != fingerprint:
         raise UserError(f"{args.init} has another tokenizer: add --vqgan {args.init}/vqgan.pt")
     if start.config.num_tokens != model.config.num_tokens:
         raise UserError(f"{args.init} draws {start.config.num_tokens} tokens, not "
@@ -257,6 +257,8 @@ def load_pretrained(
         rows[model.mask_id] = weights[name][start.mask_id]
         if checkpoint["classes"] == classes:
             rows[codes:model.mask_id] = weights[name][codes:start.mask_id]
+        if model.config.null_class and start.config.null_class:
+            rows[-1] = weights[name][-1]
         weights[name] = rows
     model.load_state_dict(weights)
 
@@ -305,8 +307,9 @@ def masked_loss(
 def draw(
     model: MaskGIT, tokenizer: FrozenTokenizer, labels: Tensor, numbers: Tensor, machine: Machine,
 ) -> Tensor:
-    """Returns samples of these classes and numbers within the class, both (n,) on the CPU: images
-    uint8 (n, 3, S, S), those that sample.py draws with seed 0."""
+    """Draws samples as sample.py does with seed 0: uint8 images (n, 3, S, S).
+
+    labels, numbers: (n,) on the CPU, the class of each image and its number within the class."""
     rand = rand_of_images(0, labels, numbers, machine)
     labels = machine.put(labels)
     with machine.autocast():

@@ -1,4 +1,4 @@
-"""Trains stage 1, the VQGAN tokenizer (§3.1).
+"""Trains stage 1, the VQGAN tokenizer (§3).
 
     python train_vq.py                           # the drawn shapes: 5 minutes on two cores
     python train_vq.py --data cifar10
@@ -58,8 +58,8 @@ FLAGS = {
     "lr": (non_negative, 3e-3, 1e-3, 1e-4, "learning rate of Adam, for the tokenizer"),
     "disc_lr": (non_negative, 1e-3, 5e-4, 1e-4, "learning rate of Adam, for the discriminator"),
     "beta1": (fraction, 0.9, 0.9, 0.0, "Adam's first beta; the second is 0.99"),
-    "warmup": (whole, 100, 500, 0, "steps of linear warm-up"),
-    "decay": (yes_or_no, True, True, False, "yes: cosine decay to 1%%; no: a constant rate"),
+    "warmup": (whole, 100, 500, 0, "steps of linear warm-up of --lr; --disc-lr has --gan-ramp"),
+    "decay": (yes_or_no, True, True, False, "yes: cosine decay of --lr to 1%%; no: constant"),
     "ema": (fraction, 0.995, 0.999, 0.999, "decay of the averaged weights"),
     "reconstruction": (non_negative, 20.0, 20.0, 1.0, "weight of the squared error"),
     "perceptual": (["auto", "lpips", "none"], "auto", "auto", "auto",

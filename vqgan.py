@@ -1,4 +1,4 @@
-"""Stage 1 of MaskGIT (§3.1): a VQGAN that turns an image into a grid of codebook indices and back.
+"""Stage 1 of MaskGIT (§3): a VQGAN that turns an image into a grid of codebook indices and back.
 
     image --Encoder--> features --Quantizer--> indices --Quantizer--> features --Decoder--> image
 

@@ -23,7 +23,7 @@ from lib.shapes import Shapes
 DATA_FLAGS = {
     "data_dir": (str, "data", "the folder of cifar10, imagenet and places2"),
     "max_pixels": (count, 178_956_970,
-                   "of an image file; a larger one may be a trap that fills the memory")}
+                   "largest image file to read, in pixels; a larger one may be a trap")}
 IMAGENET_CLASSES = list(SYNSETS.values())
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -117,7 +117,11 @@ def open_data(name: str, size: int | None = None, folder: str = "data") -> tuple
     data set, 32 for a folder. folder: where the named data sets are. Raises UserError for an
     unknown name or bad data."""
     if name in DATA_SETS:
-        return DATA_SETS[name](size, folder)
+        train, val = DATA_SETS[name](size, folder)
+        if size not in (None, train.image_size):
+            raise UserError(f"{name} has images of {train.image_size} pixels, not {size}: give "
+                            f"--image-size {train.image_size}")
+        return train, val
     if not os.path.isdir(name):
         refuse_archive(name, "--data")
         names = ", ".join(DATA_SETS)

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-OUT_OF_MEMORY = ("out of memory: in training lower --micro-batch (the result stays that of --batch)"
-                 " or the model's sizes, otherwise the number of images at once (--num, --batch)")
+OUT_OF_MEMORY = ("out of memory: in training lower --micro-batch (a step still has --batch images) "
+                 "or the model's sizes, otherwise the number of images at once (--num, --batch)")
 
 
 class UserError(ValueError):
@@ -221,13 +221,13 @@ def parse_training_flags(
         "overwrite": ({"action": "store_true"}, None,
                       "start again, and replace what the run's folder holds"),
         "dry_run": ({"type": number(float, 0.001), "metavar": "TFLOPS"}, None,
-                    "print what the run would take at so many TFLOP/s, and end"),
+                    "print what the run would take at this many TFLOP/s, and exit"),
     })
     add_flags(parser, own_flags)
     for flag, (kind, *_, text) in flags.items():
         add_flags(parser, {flag: (kind, None, f"{text} (default: {shown_default(flag, presets)})")})
     add_flags(parser, {
-        "seed": (whole, 0, "of every random draw"),
+        "seed": (whole, 0, "seed of every random draw"),
         "workers": (whole, None,
                     "processes that read ahead (default: none for data in memory, else up to 16)"),
     })

@@ -237,7 +237,7 @@ class Log:
         """Collects scalar tensors on the device until write(), so that no step waits for them."""
         for name, value in values.items():
             self.pending.setdefault(name, []).append(value.detach().float())
-        if not self.times:                  # the clock starts after the first step, which compiles
+        if not self.times:          # the clock starts after the first forward pass, which compiles
             self.times = [(self.run.step + 1, time.time())]
 
     def write(self, step: int, **figures: float) -> None:

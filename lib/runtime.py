@@ -138,7 +138,7 @@ class Machine:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True       # try all algorithms, as shapes never change
         else:
-            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)      # also rules the CPU
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)      # and on a CPU
         if "RANK" in os.environ and not dist.is_initialized():                # torchrun sets RANK
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))

@@ -1,6 +1,6 @@
 """What all scripts that draw share: flags of the run and of the sampler, and loading a run.
 
-This is the one file of lib/ that knows the models of both stages.
+Of lib/, only this file, plans.py and layouts.py know the models of both stages.
 """
 import argparse
 from collections.abc import Callable, Iterable
@@ -22,10 +22,20 @@ from vqgan import VQGAN, as_grid
 STAGES = {"parallel": "transformer", "autoregressive": "autoregressive"}
 MODELS = {"transformer": MaskGIT, "autoregressive": CausalTransformer}
 
+
+
+def one_of_so_many(text: str) -> float:
+    """Reads 1, 0.5, 0.33, 0.25, ...: about one divided by a whole number."""
+    value = number(float, 0.001, 1)(text)
+    if abs(round(1 / value) * value - 1) > 0.02:
+        raise argparse.ArgumentTypeError(f"{text} is not 1, 0.5, 0.33, 0.25, 0.2 or the like")
+    return value
+
+
 ACCEPT_FLAG = {
-    "accept": (number(float, 0.001, 1), 1.0,
-               "share of the images that is kept: of 1/ACCEPT drawn for each, the one that the "
-               "run's classifier is surest of"),
+    "accept": (one_of_so_many, 1.0,
+               "1, or 0.5, 0.33, 0.25, ...: of 2, 3, 4, ... candidates for each image, keep the "
+               "one that the run's classifier scores highest"),
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lib.files import fingerprint, rebuild, write_atomically
-from lib.flags import check_image_size
+from lib.flags import UserError, check_image_size
 from lib.loader import DataSet, interruptible, loader
 from lib.runtime import Machine, hashed_uniform
 from lib.terminal import Progress
@@ -38,8 +38,16 @@ class FrozenTokenizer:
         self.model = machine.freeze(machine.place(model))
         self.compiled_encode = machine.compile(self.model.encode)
 
-    def copy_to(self, path: Path) -> None:
-        """Copies the tokenizer's file into a run, which then holds all that sampling needs."""
+    def copy_to(self, path: Path, overwrite: bool) -> None:
+        """Copies the tokenizer's file into a run, which then holds all that sampling needs.
+
+        Raises UserError if the run has another tokenizer that must not be overwritten."""
+        if path.exists() and not overwrite:
+            other, _ = rebuild(path, "vqgan", type(self.model))
+            if fingerprint(other) != self.fingerprint:
+                raise UserError(f"{path} is another tokenizer than --vqgan {self.path}: choose "
+                                f"another --run, or add --overwrite")
+            return
         content = self.path.read_bytes()
         write_atomically(path, lambda file: file.write(content))
 
@@ -129,6 +137,9 @@ class CachedTokens:
                     if machine.leads:
                         progress.show(done)
                 rows = torch.cat([torch.cat(tokens).cpu(), torch.cat(labels)[:, None]], 1)
+                if rows.max() > np.iinfo(np.uint16).max:
+                    raise UserError("the cache has 16 bits for each token and label, too few for "
+                                    "this codebook or these classes: add --cache-tokens 0")
                 rows = rows.numpy().astype(np.uint16)
                 write_atomically(self.paths[number], functools.partial(np.save, arr=rows))
 

@@ -90,6 +90,7 @@ OTHERS = [
     (sample, "--run RUN --steps 65", "64"),
     (sample, "--run RUN --top-k 33", "32"),
     (sample, "--run RUN --cfg 2", "--class-dropout"),
+    (sample, "--run RUN --accept 0.7", "0.5"),
     (sample, "--run RUN --num 100000000", "GB"),
     (sample, "--run RUN --out NEW/x.txt", ".png"),
     (sample, "--run RUN --schedule quartic", "cosine"),

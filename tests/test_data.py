@@ -67,6 +67,13 @@ def test_shapes_are_a_pure_function_of_split_and_index():
     assert not torch.equal(val.batch([117])[0], alone)
 
 
+def test_a_data_set_has_the_size_that_is_asked_for(monkeypatch):
+    monkeypatch.setitem(data.DATA_SETS, "digits", lambda size, folder: (Shapes("train", 28), Shapes("val", 28)))
+    assert open_data("digits", 28)[0].image_size == 28
+    with pytest.raises(UserError, match="28 pixels, not 32: give --image-size 28"):
+        open_data("digits", 32)
+
+
 def test_larger_shapes_are_the_same_scenes():
     """Halved, they differ only along outlines, which are smoothed within a pixel of their own size."""
     small, _ = Shapes("val").batch(np.arange(40))

@@ -84,7 +84,7 @@ def test_of_no_tokens_none_is_masked_again_and_of_one_token_it_is_until_the_end(
 
 
 def test_equals_a_naive_loop_at_temperature_0(model):
-    """§3.3 written once more, one token at a time, without noise."""
+    """§3.2 written once more, one token at a time, without noise."""
     tokens = decode(model, LABELS, steps=7, schedule="cosine", **GREEDY)
     for row, label in enumerate(LABELS.tolist()):
         state = [model.mask_id] * 16
@@ -216,7 +216,7 @@ def test_schedules_fall_from_one_to_zero():
     for schedule in SCHEDULES:
         value = gamma(r, schedule, 256)
         assert value.max() <= 1 and value.min() > 0 and value[-1] < 1e-5 and (value.diff() <= 0).all()
-        # §3.4: concave functions lie above the linear one, convex ones below.
+        # §3.3: concave functions lie above the linear one, convex ones below.
         above = value[5:-5] > gamma(r, "linear", 256)[5:-5]
         assert above.all() if schedule in ("cosine", "square", "cubic", "exponential") else not above.any()
 

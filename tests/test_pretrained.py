@@ -4,6 +4,8 @@ import hashlib
 import os
 import sys
 import threading
+from argparse import Namespace
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,8 +17,9 @@ from conftest import TINY_TRANSFORMER, TINY_VQ, refused, run
 
 import pretrained
 import sample
+import train_transformer
 from lib.data import IMAGENET_CLASSES
-from lib.files import download, load_checkpoint
+from lib.files import download, load_checkpoint, save_checkpoint
 from lib.flags import UserError
 from lib.flax import read_arrays, write_arrays
 from lib.layouts import port_arrays
@@ -462,6 +465,21 @@ def test_training_goes_on_from_a_run(trained, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     refused("train_transformer.py", "--run", tmp_path / "no", "--vqgan", trained / "vqgan.pt",
             "--init", tmp_path / "nowhere", says=["nowhere", "does not exist"])
+
+
+def test_a_run_goes_on_with_the_null_class_it_has_learned(tmp_path):
+    """Its row comes last, and so it is another row where there are other classes."""
+    config = MaskGITConfig(codebook_size=8, num_classes=2, num_tokens=4, dim=8, depth=1, heads=1, mlp_dim=8,
+                           null_class=True)
+    start = MaskGIT(config)
+    save_checkpoint(tmp_path / "transformer.pt", {
+        "kind": "transformer", "config": asdict(config), "model": start.state_dict(), "tokenizer": "same",
+        "classes": ["a", "b"],
+    })
+    model = MaskGIT(replace(config, num_classes=3))
+    train_transformer.load_pretrained(Namespace(init=tmp_path, decoder="parallel"), model, "same", ["x", "y", "z"])
+    for ours, theirs in ((model.token_embedding.weight, start.token_embedding.weight), (model.head_bias, start.head_bias)):
+        assert torch.equal(ours[[0, 7, model.mask_id, -1]], theirs[[0, 7, start.mask_id, -1]])
 
 
 # ---- fetching

@@ -13,6 +13,8 @@ from PIL import Image
 from test_data import assert_ends, make_folder, start
 
 from lib.data import open_data
+from lib.files import load_checkpoint, save_checkpoint
+from lib.flags import UserError
 from lib.runtime import Machine, hashed_uniform
 from lib.shapes import Shapes
 from lib.tokens import CachedTokens, FrozenTokenizer
@@ -220,3 +222,17 @@ def test_training_from_cached_tokens(trained, tmp_path):
     output = run("train_transformer.py", "--run", tmp_path / "other", *flags, "--cache-tokens", 3)
     assert "encoded anew" in output
     assert len(list((tmp_path / "other" / "tokens").glob("*/00000-*.npy"))) == 1
+
+
+def test_a_run_keeps_the_tokenizer_it_has(untrained, tmp_path):
+    tokenizer = FrozenTokenizer(untrained / "vqgan.pt", VQGAN, None, 8, Machine("cpu"))
+    path = tmp_path / "vqgan.pt"
+    tokenizer.copy_to(path, overwrite=False)
+    tokenizer.copy_to(path, overwrite=False)
+    other = load_checkpoint(path, "vqgan")
+    other["model"]["decoder.layers.0.weight"] += 1
+    save_checkpoint(path, other)
+    with pytest.raises(UserError, match="another tokenizer.*--overwrite"):
+        tokenizer.copy_to(path, overwrite=False)
+    tokenizer.copy_to(path, overwrite=True)
+    assert path.read_bytes() == (untrained / "vqgan.pt").read_bytes()

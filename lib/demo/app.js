@@ -1,6 +1,6 @@
 'use strict';
 
-// The page of demo.py: draws images, shows each step of decoding (§3.3), looks into one token,
+// The page of demo.py: draws images, shows each step of decoding (§3.2), looks into one token,
 // edits a picture with a brush, and compares the parallel decoder with the sequential one.
 
 // ------------------------------------------------------------------------------------------ state
@@ -350,7 +350,7 @@ function noiseAt(drawn, step) {
   return drawn.settings.choice_temperature * (1 - step / drawn.masked.length);
 }
 
-// §3.3 in the numbers of this step.
+// §3.2 in the numbers of this step.
 function sentences(step) {
   const total = result.counts[0];
   if (!step) return [`At the start ${total} of ${about.tokens} tokens are masked.`];
