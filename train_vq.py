@@ -1,6 +1,6 @@
 """Trains stage 1, the VQGAN tokenizer (§3).
 
-    python train_vq.py                           # the drawn shapes: 5 minutes on two cores
+    python train_vq.py                           # the drawn shapes: 9 minutes on two cores
     python train_vq.py --data cifar10
     python train_vq.py --data FOLDER             # a subfolder of images for each class
     python train_vq.py --resume                  # go on after an interruption
