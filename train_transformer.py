@@ -1,6 +1,6 @@
 """Trains stage 2, the bidirectional transformer, by masked visual token modelling (§3.1).
 
-    python train_transformer.py                  # from runs/shapes/vqgan.pt: 10 minutes on two cores
+    python train_transformer.py             # from runs/shapes/vqgan.pt: 10 minutes on two cores
     python train_transformer.py --resume         # go on after an interruption
     python train_transformer.py --decoder autoregressive        # the raster-scan baseline
     torchrun --nproc_per_node 8 train_transformer.py --data imagenet --cache-tokens 10
