@@ -180,7 +180,7 @@ def on_ranks(function, *arguments, world=2):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(240)
+        process.join(600)
     statuses = [process.exitcode for process in processes]
     for process in processes:
         process.kill()

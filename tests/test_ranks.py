@@ -156,7 +156,7 @@ def test_two_machines(alone, tmp_path):
     agents = [subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
               for _ in range(2)]
     for agent in agents:
-        output, _ = agent.communicate(timeout=240)
+        output, _ = agent.communicate(timeout=600)
         assert agent.returncode == 0, output
     assert_close(weights(alone / "vqgan.pt"), weights(tmp_path / "vqgan.pt"))
 
