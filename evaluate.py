@@ -17,11 +17,11 @@ import statistics
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lib import features, flags, pictures, runtime, sets
 from lib.data import DATA_FLAGS
+from lib.editing import centre_region, outpaint_region
 from lib.features import BY_CLASS, PRECISION_IMAGES, RECOGNISED, SHARPNESS, Measurements
 from lib.files import cache_folder
 from lib.loader import DataSet
@@ -133,12 +133,10 @@ def table2(run: Evaluation) -> dict:
 
     Returns {name: row}."""
     side = math.isqrt(run.transformer.config.num_tokens)
-    quarter = side // 4
-    right = torch.zeros(side, side, dtype=torch.bool)
-    right[:, side // 2:] = True
-    centre = torch.zeros(side, side, dtype=torch.bool)
-    centre[quarter:side - quarter, quarter:side - quarter] = True
-    regions = {"outpainting, right 50%": right, "inpainting, centre 50% x 50%": centre}
+    regions = {
+        "outpainting, right 50%": outpaint_region("right", 0.5, side),
+        "inpainting, centre 50% x 50%": centre_region(side),
+    }
     rows = {name: row_of_repainted(run, name, region) for name, region in regions.items()}
     if run.machine.leads:
         print_table(run.title, rows)
