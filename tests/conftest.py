@@ -111,6 +111,17 @@ def read_log(path):
         return list(csv.DictReader(file))
 
 
+def assert_same_log(path, expected_path, rows, rel, absolute):
+    """Compares two logs of so many rows: all values but the speed, within the tolerances of pytest.approx."""
+    found = read_log(path)
+    expected_rows = read_log(expected_path)
+    assert len(found) == len(expected_rows) == rows
+    for row, expected in zip(found, expected_rows, strict=True):
+        for name in expected.keys() - {"images/s", "TFLOP/s"}:
+            if row[name] != expected[name]:                                          # empty where nothing is measured
+                assert float(row[name]) == pytest.approx(float(expected[name]), rel=rel, abs=absolute), (name, row["step"])
+
+
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """Puts back what a training in this process does with Ctrl-C and SIGTERM."""

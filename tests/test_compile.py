@@ -7,7 +7,15 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY_TRANSFORMER, TINY_VQ, call_script, on_ranks, read_log
+from conftest import (
+    ROOT,
+    TINY_TRANSFORMER,
+    TINY_VQ,
+    assert_same_log,
+    call_script,
+    on_ranks,
+    read_log,
+)
 from torch._dynamo.utils import counters
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")]
@@ -25,17 +33,6 @@ def train_compiled(*command):
     assert counters["frames"]["ok"]                                         # an error of the compiler is but a warning
 
 
-def assert_same_losses(path, expected_path):
-    """Compares two logs: the losses of every step, and the figures of the last one."""
-    rows = read_log(path)
-    expected_rows = read_log(expected_path)
-    assert len(rows) == len(expected_rows) == 4
-    for row, expected in zip(rows, expected_rows, strict=True):
-        for name in expected.keys() - {"images/s", "TFLOP/s"}:
-            if row[name] != expected[name]:                                          # empty where nothing is measured
-                assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-2, abs=1e-3), (name, row["step"])
-
-
 @pytest.mark.parametrize("ranks, backend", [(1, "inductor"), (2, "aot_eager")])
 def test_compiled_trainings_have_the_losses_of_plain_ones(ranks, backend, tmp_path, monkeypatch):
     """The graphs of two ranks are split for the exchange of gradients; their kernels are no others than those of one."""
@@ -45,13 +42,13 @@ def test_compiled_trainings_have_the_losses_of_plain_ones(ranks, backend, tmp_pa
     ended_well = [0] * ranks
     assert on_ranks(call_script, "train_vq", "--run", plain, *STAGE_1, world=ranks) == ended_well
     assert on_ranks(train_compiled, "train_vq", "--run", compiled, *STAGE_1, world=ranks) == ended_well
-    assert_same_losses(compiled / "vqgan.log.csv", plain / "vqgan.log.csv")
+    assert_same_log(compiled / "vqgan.log.csv", plain / "vqgan.log.csv", 4, 1e-2, 1e-3)
     assert all(float(row["discriminator"]) > 0 for row in read_log(compiled / "vqgan.log.csv"))
     stage_2 = [*STAGE_2, "--vqgan", plain / "vqgan.pt"]
     assert on_ranks(call_script, "train_transformer", "--run", plain, *stage_2, world=ranks) == ended_well
     assert on_ranks(train_compiled, "train_transformer", "--run", compiled, *stage_2, "--overwrite",
                     world=ranks) == ended_well
-    assert_same_losses(compiled / "transformer.log.csv", plain / "transformer.log.csv")
+    assert_same_log(compiled / "transformer.log.csv", plain / "transformer.log.csv", 4, 1e-2, 1e-3)
 
 
 # In stage 1 the discriminator joins in at once, with one program for n images and one for 2n. In stage 2 each step encodes
