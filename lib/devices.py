@@ -1,8 +1,20 @@
 """What one device needs and others do not, done to a model from outside."""
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+
+def replace_modules(
+    model: nn.Module, kind: type, replacement: Callable[[nn.Module], nn.Module],
+):
+    """Replaces each module of this kind in a model by replacement(module)."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, kind):
+                setattr(parent, name, replacement(child))
+
 
 # ---- training on a CPU
 
@@ -11,11 +23,12 @@ def prepare_blocks(blocks: nn.ModuleList, bf16: bool, compiled: bool):
 
     They are compiled one by one: one graph serves all of them, so training starts sooner than with
     a compiled model. If the compiler fails, torch says so and goes on without it."""
+    if compiled:
+        torch._dynamo.config.suppress_errors = True
     for block in blocks:
         if bf16:
             block.register_forward_pre_hook(to_bfloat16)
         if compiled:
-            torch._dynamo.config.suppress_errors = True
             replace_gelu(block)
             block.compile(dynamic=False)
 
@@ -36,10 +49,9 @@ class SigmoidGELU(nn.Module):
 
 def replace_gelu(model: nn.Module):
     """Replaces each nn.GELU("tanh") in a model by SigmoidGELU."""
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if isinstance(child, nn.GELU) and child.approximate == "tanh":
-                setattr(parent, name, SigmoidGELU())
+    def replacement(gelu: nn.GELU) -> nn.Module:
+        return SigmoidGELU() if gelu.approximate == "tanh" else gelu
+    replace_modules(model, nn.GELU, replacement)
 
 
 # ---- torch-xla
@@ -59,7 +71,6 @@ def replace_upsampling(model: nn.Module):
     """Replaces each nearest-neighbour nn.Upsample in a model by RepeatPixels.
 
     torch-xla's interpolate has no backward pass: the gradients would go through the host."""
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Upsample):
-                setattr(parent, name, RepeatPixels(int(child.scale_factor)))
+    def replacement(upsample: nn.Upsample) -> nn.Module:
+        return RepeatPixels(int(upsample.scale_factor))
+    replace_modules(model, nn.Upsample, replacement)

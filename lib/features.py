@@ -342,8 +342,8 @@ class Judge:
         return self.reference.distance(samples)
 
     def _samples(self, draw):
-        numbers = own_batches(self.num_samples, self.BATCH)
-        for number in with_progress(numbers, self.num_samples, self.BATCH, "samples"):
+        own = own_batches(self.num_samples, self.BATCH)
+        for number in with_progress(own, self.num_samples, self.BATCH, "samples"):
             labels, numbers = samples_in_turn(
                 number, self.BATCH, self.num_samples, self.num_classes)
             yield Batch(number, draw(labels, numbers), labels)

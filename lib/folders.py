@@ -23,6 +23,7 @@ from lib.scan import (
     size_and_time,
 )
 
+SMALL = 64                  # pixels; images up to this size are kept decoded, if they fit in memory
 SPLITS = ["train", "val", "valid", "validation", "test"]      # the first of the last four validates
 
 
@@ -209,7 +210,7 @@ def leave_out_broken(root: str, splits: list[dict[str, list[str]]],
     for by_class in splits:
         for paths in by_class.values():
             files += paths
-    if size <= 64 and fits_in_memory(root, len(files), 2 * size):
+    if size <= SMALL and fits_in_memory(root, len(files), 2 * size):
         pixels = decode_all(root, files, 2 * size)
         readable = set(pixels)
     else:

@@ -13,9 +13,9 @@ from lib import costs, optim
 from lib.data import DATA_SETS, open_data
 from lib.files import rebuild
 from lib.flags import check_image_size
-from lib.folders import open_folder
+from lib.folders import SMALL, open_folder
 from lib.lpips import LPIPS
-from lib.runtime import Machine
+from lib.runtime import MOST_CORES, Machine
 from lib.tokens import CachedTokens
 from maskgit import MaskGIT
 from vqgan import VQGAN, VQGANConfig
@@ -26,7 +26,6 @@ PEAK = 989e12
 STAGE_1 = 0.23 * PEAK
 STAGE_2 = 0.33 * PEAK
 JPEGS = 175                             # of ImageNet, that a CPU core decodes and crops in a second
-READERS = 16                            # at most, for each GPU
 
 
 class Planned(NamedTuple):
@@ -297,10 +296,10 @@ def print_reading(
     batch: the images that a reader hands over at once. images_per_second: of an H100."""
     in_memory = args.data in ("shapes", "cifar10")
     if args.data not in PLANNED:                        # a folder's small images are kept decoded
-        in_memory = image_size <= 64
+        in_memory = image_size <= SMALL
     if in_memory:
         return
-    readers = READERS if args.workers is None else args.workers
+    readers = MOST_CORES if args.workers is None else args.workers
     waiting = readers * 2 * batch * 3 * image_size ** 2                 # two batches of each
     print_row("readers", f"{images_per_second / JPEGS:.1f} CPU cores to feed an H100, at {JPEGS} "
                          f"JPEG files a second and core")

@@ -32,15 +32,17 @@ from lib.flags import UserError
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def cores() -> int:
-    """Returns how many CPU cores this process may use, when the ranks of a computer share them.
+MOST_CORES = 16         # for each rank: more processes that read images would only take memory
 
-    At most 16: more processes that read images would only take memory."""
+
+def cores() -> int:
+    """Returns how many CPU cores this process may use, when the ranks of a computer share them: at
+    most MOST_CORES."""
     allowed = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         allowed = len(os.sched_getaffinity(0))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(16, allowed // ranks))
+    return max(1, min(MOST_CORES, allowed // ranks))
 
 
 def computes_bfloat16() -> bool:

@@ -23,8 +23,7 @@ STAGES = {"parallel": "transformer", "autoregressive": "autoregressive"}
 MODELS = {"transformer": MaskGIT, "autoregressive": CausalTransformer}
 
 
-
-def one_of_so_many(text: str) -> float:
+def unit_fraction(text: str) -> float:
     """Reads 1, 0.5, 0.33, 0.25, ...: about one divided by a whole number."""
     value = number(float, 0.001, 1)(text)
     if abs(round(1 / value) * value - 1) > 0.02:
@@ -33,7 +32,7 @@ def one_of_so_many(text: str) -> float:
 
 
 ACCEPT_FLAG = {
-    "accept": (one_of_so_many, 1.0,
+    "accept": (unit_fraction, 1.0,
                "1, or 0.5, 0.33, 0.25, ...: of 2, 3, 4, ... candidates for each image, keep the "
                "one that the run's classifier scores highest"),
 }
