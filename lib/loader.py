@@ -1,7 +1,9 @@
 """The endless stream of shuffled batches for training, and the processes that read ahead for it."""
 import atexit
 import contextlib
+import copy
 import functools
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -96,6 +98,7 @@ def loader(dataset: object, keys: Iterable, workers: int, pin_memory: bool = Fal
     Raises UserError if dataset[key] does, or if one of these processes dies."""
     readers = torch.utils.data.DataLoader(
         ErrorsAsValues(dataset), batch_size=None, sampler=keys, num_workers=workers,
+        multiprocessing_context=context_of_readers() if workers > 0 else None,
         pin_memory=pin_memory, worker_init_fn=ignore_signals)
     try:
         readers = iter(readers)
@@ -113,6 +116,29 @@ def loader(dataset: object, keys: Iterable, workers: int, pin_memory: bool = Fal
         raise UserError(f"a process that reads images died ({type(error).__name__} {error}): lower "
                         f"--workers, or provide more (shared) memory, in Docker with --ipc=host"
                         ) from error
+
+
+def context_of_readers() -> multiprocessing.context.BaseContext:
+    """Returns this system's way to start processes, with a Flag where it makes an Event."""
+    context = copy.copy(multiprocessing.get_context())
+    context.Event = Flag
+    return context
+
+
+class Flag:
+    """An event for several processes, without a lock.
+
+    A process that is killed while it looks at a multiprocessing.Event keeps its lock: torch would
+    then wait for the lock for ever, where it should say that a reader has died."""
+
+    def __init__(self):
+        self.state = multiprocessing.RawValue("b", 0)
+
+    def set(self):
+        self.state.value = 1
+
+    def is_set(self) -> bool:
+        return self.state.value == 1
 
 
 class ErrorsAsValues:
