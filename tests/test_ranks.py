@@ -211,7 +211,7 @@ ERRORS = [
 def test_an_error_on_one_rank_ends_all(error, status, message, failing_rank, capfd):
     started = time.time()
     statuses = on_ranks(fail_beside_readers, error, failing_rank)
-    assert time.time() - started < 10
+    assert time.time() - started < 30
     assert statuses[failing_rank] == status
     assert statuses[1 - failing_rank] == 2
     printed = capfd.readouterr().err
@@ -223,7 +223,7 @@ def test_an_error_on_one_rank_ends_all(error, status, message, failing_rank, cap
 def test_an_error_beside_readers_ends_one_process(error, status, message, capfd):
     started = time.time()
     assert on_ranks(fail_beside_readers, error, 0, world=1) == [status]
-    assert time.time() - started < 10
+    assert time.time() - started < 30
     assert message in capfd.readouterr().err
 
 
@@ -232,7 +232,7 @@ def test_a_stop_that_all_ranks_agree_on_ends_the_readers(world):
     """A run that a signal stops ends in this way."""
     started = time.time()
     assert on_ranks(stop_beside_readers, world=world) == [143] * world
-    assert time.time() - started < 10
+    assert time.time() - started < 30
 
 
 def stop_beside_readers():

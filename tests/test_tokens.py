@@ -207,7 +207,7 @@ def test_encoding_is_stopped_by_a_signal(size, tmp_path, capfd):
     process = start(main)
     assert encoding.wait(10)
     os.kill(process.pid, signal.SIGINT)
-    assert_ends(process, 2, code=130)
+    assert_ends(process, 10, code=130)
     assert "stopped while encoding images" in capfd.readouterr().err
 
 
