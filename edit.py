@@ -260,7 +260,7 @@ def reconstruct(args: argparse.Namespace, machine: runtime.Machine) -> None:
 def edit(args: argparse.Namespace, machine: runtime.Machine) -> None:
     """Paints --num variants. Every rank paints the same, and the first one writes them."""
     folder, tokenizer, transformer, checkpoint = load_run(
-        args.run, machine, args.vqgan, args.decoder)
+        args.run, machine, args.vqgan, args.decoder or "parallel")
     if isinstance(transformer, CausalTransformer):
         raise UserError(f"{folder} holds an autoregressive transformer, which can only continue in "
                         f"raster order: use a run trained with --decoder parallel")
@@ -318,7 +318,7 @@ def main() -> None:
     flags.add_flags(tasks.add_mutually_exclusive_group(required=True), TASKS)
     flags.add_flags(parser, FLAGS)
     add_run_flags(parser)
-    add_sampler_flags(parser.add_argument_group("the sampler"))
+    add_sampler_flags(parser)
     flags.add_machine_flags(parser, compiles=False)
     args = parser.parse_args()
     runtime.launch(reconstruct if args.reconstruct else edit, args)

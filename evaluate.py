@@ -109,7 +109,10 @@ def print_table1(run: Evaluation, rows: dict, stages: dict) -> None:
 
 def print_tokenizer(title: str, stages: dict) -> None:
     """Prints those of the figures of both stages that are the tokenizer's."""
-    figures = {name: value for name, value in stages.items() if isinstance(value, float)}
+    figures = {}
+    for name, value in stages.items():
+        if isinstance(value, (int, float)):
+            figures[name] = value
     print_table(title, {"": figures})
 
 
@@ -213,7 +216,7 @@ def mean_over_seeds(run: Evaluation, **changes: Any) -> dict:
 def figures_of_stages(run: Evaluation) -> dict:
     """Returns the figures of measure_both_stages(), of which "reconstructions" is a row."""
     title = "both stages" if run.lpips is None else "both stages, with LPIPS"
-    condition = describe(title, {}, run.args.seed)
+    condition = describe(title, {"schedules": ",".join(SCHEDULES)}, run.args.seed)
     if condition in run.results.known:
         return run.results.known[condition]
     return run.results.keep(condition, measure_both_stages(run))

@@ -11,6 +11,7 @@ code rows are also the output layer. This file needs nothing but torch: it can b
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +33,9 @@ class MaskGITConfig:
 
     @property
     def default_steps(self) -> int:
-        """Returns the paper's T: 8 steps, or 12 for 32 x 32 tokens (§4.2)."""
-        return 12 if self.num_tokens > 256 else 8
+        """Returns the paper's T: 8 steps, or 12 for 32 x 32 tokens (§4.2); but at most N."""
+        steps = 12 if self.num_tokens > 256 else 8
+        return min(steps, self.num_tokens)
 
 
 # ---------------------------------------------------------------------------------- the transformer
@@ -54,8 +56,14 @@ class Attention(nn.Module):
         query = self.split_heads(self.query(x))                                 # (B, H, L, dim / H)
         key = self.split_heads(self.key(x))
         value = self.split_heads(self.value(x))
+        return self.attend(query, key, value)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **restriction: Any) -> Tensor:
+        """Returns the attention of all heads, joined and through the last layer: (B, L, dim).
+
+        restriction: says which positions each one sees (sequential.py); all, without it."""
         dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, **restriction)
         return self.out(x.transpose(1, 2).flatten(2))
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -99,7 +107,7 @@ class MaskGIT(nn.Module):
         num_rows = self.mask_id + 1                                         # codes, classes, [MASK]
         self.null_label = None
         if config.null_class:                       # its row comes last: released weights have none
-            self.null_label = num_rows - config.codebook_size           # after that of [MASK]
+            self.null_label = config.num_classes + 1        # label num_classes would be [MASK]'s
             num_rows += 1
         self.token_embedding = nn.Embedding(num_rows, config.dim)
         self.position_embedding = nn.Embedding(config.num_tokens + 1, config.dim)
@@ -127,7 +135,10 @@ class MaskGIT(nn.Module):
     def embed(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Embeds the class, then the tokens: (B, n), (B,) -> (B, n + 1, dim)."""
         rows = torch.cat([labels[:, None] + self.config.codebook_size, tokens], dim=1)
-        positions = self.position_embedding.weight[:rows.shape[1]]
+        return self.embed_rows(rows, self.position_embedding.weight[:rows.shape[1]])
+
+    def embed_rows(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Embeds rows of the table, (B, L), at positions of these embeddings, (L, dim)."""
         return self.dropout(self.norm(self.token_embedding(rows) + positions))
 
     def logits(self, x: Tensor) -> Tensor:
@@ -174,23 +185,28 @@ def gamma(r: float | Tensor, schedule: str, total: int | Tensor) -> Tensor:
     return GAMMAS[schedule](r, total.clamp(min=1)).clamp(1e-6, 1)
 
 
-def masked_after(t: int, steps: int, schedule: str, total: Tensor, masked: Tensor) -> Tensor:
-    """Returns how many tokens stay masked after step t of T = `steps`, int64 as `total`.
+def masked_after(
+    t: int, steps: int, schedule: str, unknown: Tensor, still_masked: Tensor,
+) -> Tensor:
+    """Returns how many tokens of each image stay masked after step t of T = `steps`: (B,) int64.
 
-    It is ⌊γ(t / T) · total⌋, but fewer than now and at least 1 (released code; the paper rounds
-    up). total: how many were masked at the start. masked: how many are masked now."""
+    unknown: M, how many were masked at the start, (B,). still_masked: how many are now, (B,).
+    It is ⌊γ(t / T)·M⌋, but fewer than now and at least 1 (released code; the paper rounds up)."""
     if t == steps:
-        return torch.zeros_like(masked)
-    scheduled = (gamma(t / steps, schedule, total) * total).floor().long()
-    return torch.minimum(scheduled, masked - 1).clamp(min=1).minimum(total)      # if total is 0: 0
+        return torch.zeros_like(still_masked)
+    scheduled = (gamma(t / steps, schedule, unknown) * unknown).floor().long()
+    at_least_1 = torch.minimum(scheduled, still_masked - 1).clamp(min=1)
+    return at_least_1.minimum(unknown)                                  # none if M is 0
 
 
-def mask_counts(schedule: str, steps: int, total: int, start_step: int = 0) -> list[int]:
-    """Returns how many of `total` tokens stay masked after each of steps start_step + 1 .. T."""
-    total = torch.tensor(total)
-    counts = [total]
+def mask_counts(schedule: str, steps: int, unknown: int, start_step: int = 0) -> list[int]:
+    """Returns how many of M = `unknown` tokens decode() leaves masked after each of its steps.
+
+    Decoding itself does not need it: it explains the schedule (demo.py)."""
+    unknown = torch.tensor(unknown)
+    counts = [unknown]
     for t in range(start_step + 1, steps + 1):
-        counts.append(masked_after(t, steps, schedule, total, counts[-1]))
+        counts.append(masked_after(t, steps, schedule, unknown, counts[-1]))
     return [count.item() for count in counts[1:]]
 
 
@@ -202,8 +218,8 @@ def mask_tokens(
     """Replaces ⌈γ(r)·N⌉ random tokens of each row by [MASK], r uniform in [0, 1) for each row.
 
     tokens: (B, N) int64. generator: a CPU generator. Returns (masked tokens, mask), both (B, N);
-    the mask is true where a token was replaced. Their shapes do not depend on r, so one compiled
-    graph serves every step."""
+    the mask is true where a token was replaced. Whatever r is, a masked token keeps its place in
+    the row, so the model sees the same shapes at every step and is compiled only once."""
     B, N = tokens.shape
     r = uniform(B, 1, generator=generator, device=tokens.device)
     noise = uniform(B, N, generator=generator, device=tokens.device)
@@ -238,7 +254,9 @@ def mvtm_loss(
 
 
 def masked_accuracy(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """Returns the fraction of masked tokens whose likeliest code is right; see mvtm_loss."""
+    """Returns the fraction of all masked tokens of the batch whose likeliest code is right.
+
+    The arguments are those of mvtm_loss()."""
     right = (logits.detach().argmax(-1) == targets) & mask
     return right.sum() / mask.sum()
 
@@ -375,6 +393,5 @@ def gumbel_noise(like: Tensor, rand: Rand = torch.rand) -> Tensor:
 
 
 def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Returns log p of each token: (B, N, K), (B, N) -> (B, N); arbitrary if it is not a code."""
-    codes = tokens.clamp(max=logits.shape[-1] - 1)
-    return logits.log_softmax(-1).gather(-1, codes[..., None]).squeeze(-1)
+    """Returns log p of each token: (B, N, K), (B, N) -> (B, N)."""
+    return logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)

@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import platform
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,7 @@ def open_evaluation(args: argparse.Namespace, machine: runtime.Machine) -> Evalu
         "features": networks.name,
         "generated images": args.num,
         "real images": len(real),
+        "their signatures": zlib.crc32(real.signatures().tobytes()),
         "batch": args.batch,
         "classifier steps": args.classifier_steps,
         "device": machine.device.type,
@@ -165,7 +167,8 @@ def check_flags(args: argparse.Namespace, transformer: MaskGIT | None) -> None:
         raise UserError("--accept needs the run's classifier: leave out --classifier-steps 0")
     sampler_options(args, transformer)
     if args.sweep:
-        sampler_options(changed(args, **{args.sweep: SWEEPS[args.sweep][-1]}), transformer)
+        for value in SWEEPS[args.sweep]:
+            sampler_options(changed(args, **{args.sweep: value}), transformer)
 
 
 def changed(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:

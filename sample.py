@@ -10,6 +10,7 @@ Image k of a class depends on the seed, the class and k alone, not on what is dr
 edit.py repaints a part of a photo; demo.py shows the decoding in a browser.
 """
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def draw_film(sampler: Sampler, labels: Tensor) -> tuple[list[Tensor], list[str]
     A step is a tensor (n, 3, H, W) on the CPU, with grey over what is masked again."""
     if isinstance(sampler.transformer, CausalTransformer):
         num_tokens = sampler.transformer.config.num_tokens
-        moments = [round(i / 8 * num_tokens) for i in range(1, 9)]
+        moments = sorted({math.ceil(i / 8 * num_tokens) for i in range(1, 9)})
         titles = [f"{t} tokens" for t in moments]
         opacity = 1.0                   # hides what is not decoded yet: it is arbitrary
     else:
@@ -186,6 +187,7 @@ def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
         folders = draw_files(args, sampler, names, labels, numbers)
         if with_grid:
             rows = [read_row(folders[label], args.num, size) for label in classes]
+    seconds = time.time() - started
     if args.film:
         frames, titles = draw_film(sampler, torch.tensor(classes))
     machine.sync()
@@ -193,7 +195,9 @@ def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
         return
     if with_grid:
         pictures.save_image(out, pictures.grid(rows, captions))
-        print(f"wrote {out}: {len(labels)} images in {time.time() - started:.1f} s")
+        print(f"wrote {out}: {len(labels)} images in {seconds:.1f} s")
+    elif args.out:
+        print(f"{out}: left out, since a grid of so many images would fill the memory")
     if args.film:
         pictures.save_film(out, frames, titles)
 
@@ -204,7 +208,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser)
     flags.add_flags(parser, FLAGS)
-    add_sampler_flags(parser.add_argument_group("the sampler"))
+    add_sampler_flags(parser)
     flags.add_machine_flags(parser, compiles=False)
     runtime.launch(sample, parser.parse_args())
 

@@ -5,7 +5,6 @@ it. It is trained to predict the next token, and decodes N tokens in N passes.""
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from maskgit import Attention, Block, MaskGIT, MaskGITConfig, Rand, sample_tokens
@@ -47,12 +46,9 @@ class CausalAttention(Attention):
         key = self.split_heads(self.key(x))
         value = self.split_heads(self.value(x))
         if cache is None:
-            dropout = self.dropout if self.training else 0.0
-            x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
-        else:
-            keys, values, visible = cache.update(layer, key, value)
-            x = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible)
-        return self.out(x.transpose(1, 2).flatten(2))
+            return self.attend(query, key, value, is_causal=True)
+        keys, values, visible = cache.update(layer, key, value)
+        return self.attend(query, keys, values, attn_mask=visible)
 
 
 class CausalBlock(Block):
@@ -86,8 +82,7 @@ class CausalTransformer(MaskGIT):
         """Returns the next token's logits, (B, codebook_size), and caches this position.
 
         rows: (B, 1) int64, a row of the embedding: of the class, or of the token decoded last."""
-        x = self.token_embedding(rows) + self.position_embedding(cache.position)
-        x = self.dropout(self.norm(x))
+        x = self.embed_rows(rows, self.position_embedding(cache.position))
         for layer, block in enumerate(self.blocks):
             x = block(x, layer, cache)
         return self.logits(x)[:, -1]

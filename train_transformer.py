@@ -125,10 +125,12 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     if args.vqgan and machine.leads:
         tokenizer.copy_to(own_tokenizer, args.overwrite)
 
-    # Images become tokens: all of them now, or each batch as it comes.
+    # The judge looks at images.
     judge = None
     if args.evaluate_every:
         judge = Judge(args, machine, data, val, run.folder)
+
+    # Images become tokens: all of them now, or each batch as it comes.
     if args.cache_tokens:
         folder = run.folder / "tokens" / tokenizer.fingerprint
         data = CachedTokens(folder, data, args.cache_tokens, config.num_tokens)
@@ -294,13 +296,13 @@ def masked_loss(
         targets = machine.put(targets)
         visible = targets
         mask = torch.ones_like(targets, dtype=torch.bool)
-        if args.decoder == "parallel":
+        if not isinstance(model, CausalTransformer):
             visible, mask = mask_tokens(targets, schedule, model.mask_id, generator)
         with machine.autocast():
             logits = model(visible, machine.put(classes))
             loss = mvtm_loss(logits, targets, mask, label_smoothing)
-        losses.append(loss.cpu())
-    return torch.stack(losses).mean().item()
+        losses.append(loss.cpu() * len(targets))
+    return torch.stack(losses).sum().item() / len(tokens)
 
 
 @torch.no_grad()
@@ -316,7 +318,7 @@ def draw(
         if isinstance(model, CausalTransformer):
             tokens = decode_sequential(model, labels, rand=rand)
         else:
-            steps = min(model.config.default_steps, model.config.num_tokens)
+            steps = model.config.default_steps
             tokens = decode(model, labels, steps, cfg=default_guidance(model), rand=rand)
         images = [to_uint8(tokenizer.model.decode(part)) for part in as_grid(tokens).split(8)]
     return torch.cat(images)
@@ -332,7 +334,7 @@ def save_preview(
     images = draw(model, tokenizer, labels, numbers, machine)
     machine.sync()
     if machine.leads:
-        save_image(run.picture, grid((images.cpu() / 255).split(8), classes))
+        save_image(run.picture, grid((images.cpu() / 255).split(8), classes[:len(shown)]))
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ from maskgit import SCHEDULES, MaskGIT, Rand, check_decoding, decode
 from sequential import CausalTransformer, decode_sequential
 from vqgan import VQGAN, as_grid
 
-# A decoder's stage of training, which names its files in a run's folder; and the stage's model.
+# A decoder's stage of training: the parallel one is kept as transformer.pt, the other one as
+# autoregressive.pt. Then the stage's model.
 STAGES = {"parallel": "transformer", "autoregressive": "autoregressive"}
 MODELS = {"transformer": MaskGIT, "autoregressive": CausalTransformer}
 
@@ -38,6 +39,24 @@ ACCEPT_FLAG = {
 }
 
 
+# The arguments of both decoding functions as flags; those of decode() alone; --seed.
+SHARED_FLAGS = {
+    "temperature": (non_negative, 1.0,
+                    "temperature of the token samples; 0 takes the likeliest"),
+    "top_k": (count, None, "sample among the K likeliest tokens (default: all)"),
+}
+PARALLEL_FLAGS = {
+    "steps": (count, None, "T, decoding steps (default: 8; 12 for 32 x 32 tokens)"),
+    "schedule": (SCHEDULES, "cosine", "mask schedule"),
+    "choice_temperature": (non_negative, 4.5, "noise in the choice of which tokens to keep"),
+    "cfg": (non_negative, None,
+            "weight of classifier-free guidance (default: 1 if the run was trained with "
+            "--class-dropout, else 0)"),
+    "order": (ORDERS, "confidence", "which tokens are revealed first"),
+}
+SEED_FLAG = {"seed": (whole, 0, "seed of every random draw")}
+
+
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say which run to draw with."""
     add_flags(parser, {
@@ -48,26 +67,16 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of decode() as flags; sampler_options() reads them."""
-    add_flags(parser, {
-        "steps": (count, None, "T, decoding steps (default: 8; 12 for 32 x 32 tokens)"),
-        "schedule": (SCHEDULES, "cosine", "mask schedule"),
-        "choice_temperature": (non_negative, 4.5, "noise in the choice of which tokens to keep"),
-        "temperature": (non_negative, 1.0,
-                        "temperature of the token samples; 0 takes the likeliest"),
-        "top_k": (count, None, "sample among the K likeliest tokens (default: all)"),
-        "cfg": (non_negative, None,
-                "weight of classifier-free guidance (default: 1 if the run was trained with "
-                "--class-dropout, else 0)"),
-        "order": (ORDERS, "confidence", "which tokens are revealed first"),
-        "seed": (whole, 0, "seed of every random draw"),
-    })
+    """Adds the flags of the sampler; sampler_options() reads them."""
+    group = parser.add_argument_group(
+        "the sampler", "An autoregressive decoder takes only --temperature, --top-k and --seed.")
+    add_flags(group, PARALLEL_FLAGS | SHARED_FLAGS | SEED_FLAG)
 
 
 def sampler_options(args: argparse.Namespace, model: MaskGIT) -> dict:
     """Returns the keyword arguments for the model's decoding function that the flags ask for.
 
-    Raises UserError for a flag that does not suit the model."""
+    Raises UserError for a value that does not suit the model."""
     config = model.config
     if args.top_k and args.top_k > config.codebook_size:
         raise UserError(f"--top-k {args.top_k} is more than the codebook's {config.codebook_size} "
@@ -75,7 +84,7 @@ def sampler_options(args: argparse.Namespace, model: MaskGIT) -> dict:
     options = {"temperature": args.temperature, "top_k": args.top_k}
     if isinstance(model, CausalTransformer):
         return options
-    options["steps"] = args.steps or min(config.default_steps, config.num_tokens)
+    options["steps"] = args.steps or config.default_steps
     options["schedule"] = args.schedule
     options["cfg"] = default_guidance(model) if args.cfg is None else args.cfg
     try:
@@ -89,15 +98,14 @@ def sampler_options(args: argparse.Namespace, model: MaskGIT) -> dict:
 
 def sampler_settings(args: argparse.Namespace, model: MaskGIT) -> dict:
     """Returns the settings of the model's sampler as plain values, defaults filled in."""
-    settings = {"temperature": args.temperature, "top_k": args.top_k, "accept": args.accept}
-    if isinstance(model, CausalTransformer):
-        return settings
+    names = list(SHARED_FLAGS)
+    if not isinstance(model, CausalTransformer):
+        names += PARALLEL_FLAGS
     options = sampler_options(args, model)
-    settings["steps"] = options["steps"]
-    settings["schedule"] = args.schedule
-    settings["choice_temperature"] = args.choice_temperature
-    settings["cfg"] = options["cfg"]
-    settings["order"] = args.order
+    settings = {"accept": args.accept}
+    for name in names:
+        value = getattr(args, name)
+        settings[name] = options[name] if value is None else value
     return settings
 
 
@@ -122,6 +130,7 @@ def rand_of_images(seed: int, labels: Tensor, numbers: Tensor, machine: Machine)
     for label, k in zip(labels.tolist(), numbers.tolist(), strict=True):
         generators.append(torch.Generator(device).manual_seed(step_seed(seed, label, k)))
 
+    # It takes a device as torch.rand does, but the values always go to the machine's.
     def rand(*shape: int, device: torch.device) -> Tensor:
         values = torch.empty(shape, device=generators[0].device)
         for row, generator in zip(values, generators, strict=True):
@@ -206,11 +215,11 @@ def load_run(
 ) -> tuple[Path, VQGAN, MaskGIT, dict]:
     """Loads a run's models onto the machine.
 
-    folder: of the run; None for newest_run(). vqgan: another tokenizer file. decoder: one of
-    STAGES; None for parallel, unless the run holds only the other.
+    folder: of the run; None for the newest that has the decoder. vqgan: another tokenizer file.
+    decoder: one of STAGES; None for parallel, unless the run holds only the other.
     Returns the folder, the tokenizer, the transformer, and the transformer's checkpoint.
     Raises UserError if a file is missing or the two models do not belong together."""
-    folder = Path(folder or newest_run())
+    folder = Path(folder or newest_run([STAGES[decoder]] if decoder else MODELS))
     if decoder is None:
         decoder = "parallel"
         if not (folder / "transformer.pt").exists() and (folder / "autoregressive.pt").exists():
@@ -244,9 +253,9 @@ def load_tokenizer(
     return folder, machine.freeze(machine.place(tokenizer)), checkpoint
 
 
-def newest_run(stages: Iterable[str] = MODELS) -> Path:
-    """Returns the folder in runs/ whose model of these stages is the newest, or example/ without
-    any."""
+def newest_run(stages: Iterable[str]) -> Path:
+    """Returns the folder in runs/ with the newest model of one of these stages, or example/ if
+    there is none."""
     models = [path for stage in stages for path in Path("runs").glob(f"*/{stage}.pt")]
     if not models:
         return Path(__file__).parent.parent / "example"

@@ -34,6 +34,10 @@ class Subset:
         """Returns images uint8 (n, 3, S, S) and labels (n,)."""
         return self.data.batch(self.indices[indices])
 
+    def signatures(self) -> np.ndarray:
+        """Returns a number (uint64) for each image, as DataSet.signatures()."""
+        return self.data.signatures()[self.indices]
+
 
 def random_subset(data: DataSet, count: int) -> Subset:
     """Returns the first `count` images of a data set in a fixed random order, since it may be
