@@ -418,6 +418,12 @@ class Constant(torch.nn.Module):
         return self.logits.expand(*tokens.shape, len(self.logits))
 
 
+def test_a_subset_has_the_signatures_of_its_images():
+    """eval.json holds them: results of other images are not reused."""
+    data = SimpleNamespace(classes=[], workers=0, signatures=lambda: np.arange(5) + 10)
+    assert sets.Subset(data, np.array([3, 0])).signatures().tolist() == [13, 10]
+
+
 def test_likelihood_and_accuracy_of_predictions():
     logits = torch.randn(8, generator=torch.Generator().manual_seed(0))
     tokens = torch.randint(0, 3, (400, 16), generator=torch.Generator().manual_seed(1))

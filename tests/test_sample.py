@@ -21,7 +21,7 @@ from lib.runtime import Machine
 from lib.sample_files import class_folders
 from lib.sampling import ACCEPT_FLAG, Sampler, add_sampler_flags
 from maskgit import MaskGIT, MaskGITConfig, decode
-from sequential import CausalTransformer
+from sequential import CausalTransformer, decode_sequential
 from vqgan import as_grid, to_pixels
 
 
@@ -74,6 +74,28 @@ def test_newest_run_grid_and_film(untrained, call, tmp_path):
         assert grid.height > 10 * 64 and grid.width > 3 * 64
         assert gif.n_frames >= 4
     assert (newer / "samples.film.png").exists()
+
+
+def test_the_newest_run_that_has_the_decoder(untrained, call, tmp_path):
+    for name, other in (("older", "autoregressive"), ("newer", "transformer")):
+        shutil.copytree(untrained, tmp_path / "runs" / name)
+        (tmp_path / "runs" / name / f"{other}.pt").unlink()
+        if name == "older":
+            os.utime(tmp_path / "runs" / name / "transformer.pt", (1, 1))
+    assert "runs/older: samples" in call("--decoder", "parallel", "--num", 1)
+    assert "runs/newer: samples" in call("--num", 1)
+
+
+def test_a_film_of_few_tokens():
+    """Of four tokens there are four pictures."""
+    transformer = CausalTransformer(MaskGITConfig(8, 2, num_tokens=4, dim=8, depth=1, heads=1, mlp_dim=8)).eval()
+
+    def decode(labels, numbers, on_step):
+        return decode_sequential(transformer, labels, on_step=on_step)
+    tokenizer = SimpleNamespace(decode=lambda codes: torch.zeros(len(codes), 3, 8, 8))
+    sampler = SimpleNamespace(transformer=transformer, decode=decode, tokenizer=tokenizer, machine=Machine("cpu"))
+    frames, titles = sample.draw_film(sampler, torch.tensor([0, 1]))
+    assert titles == ["1 tokens", "2 tokens", "3 tokens", "4 tokens"] and {len(frame) for frame in frames} == {2}
 
 
 def test_classes_and_seeds(untrained, call, tmp_path):

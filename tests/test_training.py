@@ -55,6 +55,35 @@ def at_step(number, action, monkeypatch):
     monkeypatch.setattr(Machine, "seed_step", seed_step)
 
 
+def test_validation_weighs_images_alike():
+    """Also those of the last batch, of which there are few."""
+    class Knows(torch.nn.Module):
+        """Predicts the right token, 0, for class 0 alone."""
+        mask_id = 2
+
+        def forward(self, tokens, labels):
+            return torch.stack([100 * (labels[:, None] == 0).expand(tokens.shape), torch.zeros(tokens.shape)], -1)
+    labels = torch.zeros(65, dtype=torch.long)
+    labels[64] = 1
+    args = Namespace(schedule="cosine", label_smoothing=0.0)
+    tokens = torch.zeros(65, 4, dtype=torch.long)
+    losses = train_transformer.validation(args, Knows(), tokens, labels, Machine("cpu", bf16=False))
+    assert losses == pytest.approx(dict.fromkeys(("val_loss", "val_nll"), math.log(2) / 65))
+
+
+def test_a_preview_has_the_captions_of_its_rows(monkeypatch, tmp_path):
+    captions = []
+
+    def grid(rows, names):
+        captions.extend(names)
+        return Image.new("RGB", (8, 8))
+    monkeypatch.setattr(train_transformer, "grid", grid)
+    monkeypatch.setattr(train_transformer, "draw", lambda *arguments: torch.zeros(80, 3, 8, 8))
+    run = Namespace(picture=tmp_path / "a.png")
+    train_transformer.save_preview(run, None, None, [str(i) for i in range(1000)], Machine("cpu"))
+    assert captions == [str(i) for i in range(10)]
+
+
 def load_state(folder, stage):
     return load_checkpoint(folder / f"{stage}.resume.pt", f"{stage} training state")
 
