@@ -109,7 +109,10 @@ def transformer_optimizers(
 ) -> dict[str, torch.optim.Optimizer]:
     """Returns the optimizers of a transformer by name: AdamW, and Muon for the blocks' matrices.
 
-    kind: muon, or adamw for everything. Weight decay spares biases and LayerNorms."""
+    kind: muon, or adamw for everything. Weight decay spares biases and LayerNorms. Parameters
+    whose learning rate is not --lr have it as "base" of their group (set_learning_rate())."""
+    if kind not in ("muon", "adamw"):
+        raise ValueError(f"unknown optimizer {kind}")
     muon_matrices = []
     adamw_matrices = []
     vectors = []
