@@ -62,7 +62,7 @@ def evaluate(args: argparse.Namespace, machine: runtime.Machine) -> None:
     if args.tokenizer:
         tables["tokenizer"] = tokenizer_alone(run)
     if not tables:
-        tables = table1(run)
+        tables = table1(run)                                    # "rows" and "stages"
     settings = {} if args.tokenizer else sampler_settings(args, run.transformer)
     run.results.write({"run": str(run.folder), "data": run.data, "seed": args.seed,
                        "sampler": settings, **tables})

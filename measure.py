@@ -318,6 +318,7 @@ def measure_predictions(run: Evaluation, tokens: Tensor, labels: Tensor,
     each of likelihood_names(), and how many tokens of each image were predicted right and how many
     were masked, both (n, schedules)."""
     generator = torch.Generator().manual_seed(seed)
+    # Each begins with an empty tensor, so that cat() works for a run that lacks one of the models.
     losses = [torch.zeros(0, device=tokens.device)]
     right = [torch.zeros(len(tokens), 0, dtype=torch.long, device=tokens.device)]
     masked = [torch.zeros(len(tokens), 0, dtype=torch.long, device=tokens.device)]

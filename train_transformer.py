@@ -175,11 +175,11 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
             log.add(loss=loss, accuracy=masked_accuracy(logits, tokens[part], mask[part]))
 
         # The update of the weights and of their average.
-        gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers.values():
             optimizer.step()
         optim.update_average(ema, model, args.ema, step)
-        log.add(gradient=gradient)
+        log.add(gradient=gradient_norm)
         machine.sync()
 
         # Now and then: log, validate, draw, measure, save; stop if a signal asked for it.
@@ -320,6 +320,7 @@ def draw(
         else:
             steps = model.config.default_steps
             tokens = decode(model, labels, steps, cfg=default_guidance(model), rand=rand)
+        # Eight at a time: at full resolution the decoder needs more memory than the transformer.
         images = [to_uint8(tokenizer.model.decode(part)) for part in as_grid(tokens).split(8)]
     return torch.cat(images)
 

@@ -70,7 +70,7 @@ ORDERS = list(MAKERS)
 def make_order(
     name: str, num_tokens: int, choice_temperature: float, device: torch.device | str,
 ) -> Order:
-    """Returns the order of this name, to be made once for all steps of a decoding.
+    """Returns the order of this name. It is made once for many decodings, so it keeps no state.
 
     Raises ValueError if it does not suit the number of tokens."""
     return MAKERS[name](num_tokens, choice_temperature, device)
