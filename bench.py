@@ -133,7 +133,7 @@ def time_train_transformer(machine: Machine, sizes: Sizes, batch: int, repeats: 
     ema = optim.averaged(model)
     optimizers = optim.transformer_optimizers(
         model, args.optimizer, args.lr, args.muon_lr, args.weight_decay, machine).values()
-    ddp_model = machine.wrap(model)
+    ddp_model = machine.wrap(model, model.blocks)
     shape = batch, sizes.maskgit.num_tokens
     tokens = machine.put(torch.randint(sizes.maskgit.codebook_size, shape))
     classes = machine.put(torch.randint(sizes.maskgit.num_classes, (batch,)))
@@ -145,7 +145,7 @@ def time_train_transformer(machine: Machine, sizes: Sizes, batch: int, repeats: 
             labels = drop_labels(labels, args.class_dropout, model.null_label, generator)
         visible, mask = mask_tokens(tokens, args.schedule, model.mask_id, generator)
         ddp_model.zero_grad(set_to_none=True)
-        with machine.exchange_gradients(ddp_model, last=True):
+        with machine.micro_batch(ddp_model, last=True):
             with machine.autocast():
                 logits = ddp_model(visible, labels)
                 loss = mvtm_loss(logits, tokens, mask, args.label_smoothing)
@@ -192,7 +192,7 @@ class TokenizerTraining:
         machine = self.machine
         self.disc.requires_grad_(False)
         self.ddp_model.zero_grad(set_to_none=True)
-        with machine.exchange_gradients(self.ddp_model, last=True):
+        with machine.micro_batch(self.ddp_model, last=True):
             with machine.autocast():
                 loss, _, restored = train_vq.tokenizer_loss(
                     args, self.ddp_model, self.frozen_disc, self.lpips, args.adversarial,
@@ -204,7 +204,7 @@ class TokenizerTraining:
 
         self.disc.requires_grad_(True)
         self.ddp_disc.zero_grad(set_to_none=True)
-        with machine.exchange_gradients(self.ddp_disc, last=True):
+        with machine.micro_batch(self.ddp_disc, last=True):
             with machine.autocast():
                 both = torch.cat([self.images, restored])
                 real_logits, fake_logits = self.ddp_disc(both).float().chunk(2)

@@ -104,7 +104,11 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         "image_size": tokenizer.image_size,
         "tokenizer": tokenizer.fingerprint,
     }
-    run.check_settings(about | {"null_class": config.null_class}, FLAGS, FIXED)
+    run.note_settings(about | {"null_class": config.null_class}, FLAGS)
+    run.compare_with_saved(FIXED)
+    if run.step >= args.steps:
+        run.say(f"{run.folder} is already at step {run.step}: raise --steps to train on")
+        return
 
     # The model, its average, its optimizers.
     torch.manual_seed(args.seed)
@@ -118,7 +122,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         model, args.optimizer, args.lr, args.muon_lr, args.weight_decay, machine)
     saved = {"model": model, "ema": ema, **optimizers}
     run.restore(saved)
-    ddp_model = machine.wrap(model)
+    ddp_model = machine.wrap(model, model.blocks)
     run.say(f"{run.folder}: {optim.count_parameters(model) / 1e6:.2f} M parameters, "
             f"{config.num_tokens} tokens of {config.codebook_size}, {len(classes)} classes, "
             f"on {machine.device} x {machine.devices}")
@@ -133,8 +137,9 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     # Images become tokens: all of them now, or each batch as it comes.
     if args.cache_tokens:
         folder = run.folder / "tokens" / tokenizer.fingerprint
-        data = CachedTokens(folder, data, args.cache_tokens, config.num_tokens)
-        data.encode(tokenizer.encode, machine)
+        data = CachedTokens(
+            folder, data, args.cache_tokens, config.num_tokens, config.codebook_size)
+        data.encode(tokenizer.encode, machine, args.workers)
         machine.wait()
     val_images, val_labels = spread(val, 512)
     val_tokens = tokenizer.encode(val_images).cpu()
@@ -167,7 +172,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         ddp_model.zero_grad(set_to_none=True)
         parts = optim.micro_batches(len(tokens), num_parts)
         for part in parts:
-            with machine.exchange_gradients(ddp_model, last=part is parts[-1]):
+            with machine.micro_batch(ddp_model, last=part is parts[-1]):
                 with machine.autocast():
                     logits = ddp_model(visible[part], labels[part])                 # (b, N, K)
                     loss = mvtm_loss(logits, tokens[part], mask[part], args.label_smoothing)
@@ -206,7 +211,10 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
             draw_log(run.curve, run.log_file)
         if saving:
             run.save(done, saved, about)
-    next_command = command("sample.py", "--run", run.folder)
+    words = ["--run", run.folder]
+    if sequential:
+        words += ["--decoder", args.decoder]
+    next_command = command("sample.py", *words)
     run.say(f"wrote {run.model_file}; look at {run.picture}. Next: {next_command}")
 
 

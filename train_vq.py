@@ -57,7 +57,8 @@ FLAGS = {
     "micro_batch": (count, None, None, 32, "images in memory at once on each device"),
     "lr": (non_negative, 3e-3, 1e-3, 1e-4, "learning rate of Adam, for the tokenizer"),
     "disc_lr": (non_negative, 1e-3, 5e-4, 1e-4, "learning rate of Adam, for the discriminator"),
-    "beta1": (fraction, 0.9, 0.9, 0.0, "Adam's first beta; the second is 0.99"),
+    "beta1": (flags.number(float, 0, 0.999), 0.9, 0.9, 0.0,
+              "Adam's first beta; the second is 0.99"),
     "warmup": (whole, 100, 500, 0, "steps of linear warm-up of --lr; --disc-lr has --gan-ramp"),
     "decay": (yes_or_no, True, True, False, "yes: cosine decay of --lr to 1%%; no: constant"),
     "ema": (fraction, 0.995, 0.999, 0.999, "decay of the averaged weights"),
@@ -71,8 +72,9 @@ FLAGS = {
     "gan_ramp": (count, 100, 1000, 1, "steps over which the adversarial weight then grows"),
     "gan_loss": (["non-saturating", "hinge"], "non-saturating", "non-saturating", "non-saturating",
                  "adversarial loss"),
-    "r1": (non_negative, 0.1, 0.1, 10.0, "cost of the discriminator's gradient penalty"),
-    "r1_every": (count, 16, 16, 16, "steps between penalties, which are multiplied by it"),
+    "r1": (non_negative, 0.1, 0.1, 10.0, "weight of the discriminator's gradient penalty"),
+    "r1_every": (count, 16, 16, 16,
+                 "apply the penalty at every so many steps, that many times as strong"),
     "log_every": (count, 50, 50, 50, "steps between log lines"),
     "picture_every": (count, 500, 1000, 5000, "steps between validations, with a picture"),
     "save_every": (count, 500, 1000, 5000, "steps between checkpoints"),
@@ -81,7 +83,8 @@ PRESETS = flags.presets(FLAGS, {
     "folder": ("shapes", {"codebook_size": 1024, "levels": (8, 5, 5, 5)}),
     "places2": ("imagenet", {}),
 })
-# A resumed run may change every flag but these: the shapes of its weights depend on them.
+# A resumed run may change every flag but these: its weights have their shapes, or were learned from
+# them.
 FIXED = {
     "data", "init", "image_size", "filters", "multipliers", "res_blocks", "groups", "quantizer",
     "codebook_size", "codebook_dim", "levels", "disc_width", "disc_max_width",
@@ -106,18 +109,21 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     data, val = open_data(args.data, args.image_size, args.data_dir)
     val_images, _ = spread(val, 512 if args.image_size <= 64 else 64)
     about = {"data": args.data, "image_size": args.image_size, "classes": list(data.classes)}
-    run.check_settings({"data": args.data}, FLAGS, FIXED)
+    run.note_settings({"data": args.data}, FLAGS)
+    run.compare_with_saved(FIXED)
+    if run.step >= args.steps:
+        run.say(f"{run.folder} is already at step {run.step}: raise --steps to train on")
+        return
 
     # The tokenizer, its average, the discriminator, the perceptual loss, the optimizers.
     torch.manual_seed(args.seed)
     model = VQGAN(config)
     if args.init:
-        start, _ = rebuild(Path(args.init, "vqgan.pt"), "vqgan", VQGAN)
-        model.load_state_dict(start.state_dict())
+        model.load_state_dict(open_start(args).state_dict())
     disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width, centred=True)
     lpips = load_lpips() if args.perceptual == "lpips" else None
-    counted_disc = disc if args.adversarial > 0 else None
-    flops = plans.tokenizer_flops(model, counted_disc, lpips, args.image_size)
+    flops = plans.tokenizer_flops(model, None, lpips, args.image_size)
+    adversarial_flops = plans.tokenizer_flops(model, disc, lpips, args.image_size)
     model = machine.place(model)
     disc = machine.place(disc)
     if lpips is not None:
@@ -129,6 +135,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     saved = {"model": model, "ema": ema, "disc": disc,
              "optimizer": optimizer, "disc_optimizer": disc_optimizer}
     run.restore(saved)
+    gan_start = start_of_discriminator(args, disc_optimizer, run.step)
     run.say(f"{run.folder}: {optim.count_parameters(model) / 1e6:.2f} M parameters, "
             f"{(args.image_size // config.stride) ** 2} tokens of {config.codebook_size}, "
             f"on {machine.device} x {machine.devices}")
@@ -147,11 +154,11 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         # Every random draw is a function of (seed, step, rank).
         generator = machine.seed_step(args.seed, step)
         images = machine.to_floats(images, own_share=True)                  # (B, 3, S, S) in [0, 1]
-        if step == 0 and args.codebook_lr > 1 and not args.init:
-            start_quantizer(model, images, generator)
         parts = optim.micro_batches(len(images), num_parts)
+        if step == 0 and args.codebook_lr > 1 and not args.init:
+            start_quantizer(model, images, parts, generator)
         # The adversarial loss weighs nothing before --gan-start, then more and more for --gan-ramp.
-        gan_step = step - int(args.gan_start * args.steps)
+        gan_step = step - gan_start
         adversarial = args.adversarial * min(1, max(0, gan_step + 1) / args.gan_ramp)
 
         # The tokenizer learns, with gradients summed over micro-batches.
@@ -160,7 +167,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         ddp_model.zero_grad(set_to_none=True)
         fakes = []                                          # the reconstructions, by micro-batch
         for part in parts:
-            with machine.exchange_gradients(ddp_model, last=part is parts[-1]):
+            with machine.micro_batch(ddp_model, last=part is parts[-1]):
                 with machine.autocast():
                     loss, terms, restored = tokenizer_loss(
                         args, ddp_model, frozen_disc, lpips, adversarial, images[part])
@@ -173,25 +180,29 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         log.add(gradient=gradient)
 
         # The discriminator learns to tell images from these reconstructions. Without a warm-up of
-        # its own, its first steps would overshoot.
+        # its own, its first steps would overshoot. Its gradients are not clipped, as
+        # that was not needed.
         if adversarial > 0:
+            log.flops = adversarial_flops
             optim.set_learning_rate(
                 disc_optimizer, gan_step, args.disc_lr, args.gan_ramp, total=0, decay=False)
             disc.requires_grad_(True)
             ddp_disc.zero_grad(set_to_none=True)
             for part, fake in zip(parts, fakes, strict=True):
-                with machine.exchange_gradients(ddp_disc, last=part is parts[-1]):
+                with machine.micro_batch(ddp_disc, last=part is parts[-1]):
                     with machine.autocast():
                         both = torch.cat([images[part], fake])
                         real_logits, fake_logits = ddp_disc(both).float().chunk(2)
                         disc_loss = discriminator_loss(real_logits, fake_logits, args.gan_loss)
-                    loss = disc_loss
+                    total = disc_loss
                     if args.r1 > 0 and step % args.r1_every == 0:           # StyleGAN2's lazy R1
                         penalty = args.r1 * r1_penalty(disc, images[part])
-                        loss = loss + args.r1_every * penalty
+                        total = total + args.r1_every * penalty
                         log.add(r1=penalty)
-                    (loss / num_parts).backward()
+                    (total / num_parts).backward()
                 log.add(discriminator=disc_loss)
+            disc_gradients = [parameter.grad for parameter in disc.parameters()]
+            log.add(disc_gradient=nn.utils.get_total_norm(disc_gradients))
             disc_optimizer.step()
         machine.sync()
 
@@ -205,6 +216,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         saving = run.due(done, args.save_every)
         figures = {}
         if drawing:
+            # On every rank: torch-xla needs all hosts, and elsewhere the others would only wait.
             val_restored, tokens = reconstruct(ema, val_images, args.micro_batch or 64, machine)
             figures = validation(val_images, val_restored, tokens, config.codebook_size)
             save_preview(run, val_images, val_restored)
@@ -214,17 +226,28 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
             draw_log(run.curve, run.log_file)
         if saving:
             run.save(done, saved, about)
-    next_command = command("train_transformer.py", "--data", args.data, "--run", args.run)
-    run.say(f"wrote {run.model_file}; look at {run.picture}. Next: {next_command}")
+    run.say(f"wrote {run.model_file}; look at {run.picture}. Next: {next_command(args)}")
+
+
+def next_command(args: argparse.Namespace) -> str:
+    """Returns the command that trains stage 2 on this tokenizer, and on the same data."""
+    words = ["--data", args.data, "--run", args.run]
+    if args.preset != flags.default_preset(args.data, PRESETS):
+        words += ["--preset", args.preset]
+    if args.data_dir != DATA_FLAGS["data_dir"][1]:
+        words += ["--data-dir", args.data_dir]
+    return command("train_transformer.py", *words)
 
 
 def configuration(args: argparse.Namespace) -> VQGANConfig:
     """Returns the configuration in the flags, or that of the run named by --init.
 
-    Raises UserError if it does not fit the image size."""
+    Raises UserError if sizes do not fit each other."""
+    if args.perceptual == "lpips" and args.image_size < 16:
+        raise UserError(f"--perceptual lpips needs images of at least 16 pixels, not "
+                        f"{args.image_size}: add --perceptual none, or raise --image-size")
     if args.init:
-        start, _ = rebuild(Path(args.init, "vqgan.pt"), "vqgan", VQGAN)
-        config = replace(start.config, entropy=args.entropy)
+        config = replace(open_start(args).config, entropy=args.entropy)
     else:
         config = VQGANConfig(
             codebook_size=args.codebook_size,
@@ -247,6 +270,12 @@ def configuration(args: argparse.Namespace) -> VQGANConfig:
     return config
 
 
+def open_start(args: argparse.Namespace) -> VQGAN:
+    """Returns the tokenizer of the run named by --init."""
+    start, _ = rebuild(Path(args.init, "vqgan.pt"), "vqgan", VQGAN)
+    return start
+
+
 def tokenizer_optimizer(
     args: argparse.Namespace, model: VQGAN, machine: Machine,
 ) -> torch.optim.Optimizer:
@@ -260,10 +289,26 @@ def tokenizer_optimizer(
     return torch.optim.Adam(groups, lr=args.lr, betas=(args.beta1, 0.99), fused=machine.fused)
 
 
+def start_of_discriminator(
+    args: argparse.Namespace, disc_optimizer: torch.optim.Optimizer, step: int,
+) -> int:
+    """Returns the step from which the discriminator learns, or has learned in a run that is resumed
+    at `step`: longer training does not put it off again."""
+    states = list(disc_optimizer.state.values())
+    if states:
+        return step - int(states[0]["step"])                        # less the steps it has taken
+    return max(step, int(args.gan_start * args.steps))
+
+
 @torch.no_grad()
-def start_quantizer(model: VQGAN, images: Tensor, generator: torch.Generator) -> None:
-    """Starts the quantizer from the features of these images, on all ranks as on the first."""
-    model.quantizer.start_from(model.encoder(images), generator)
+def start_quantizer(
+    model: VQGAN, images: Tensor, parts: list[slice], generator: torch.Generator,
+) -> None:
+    """Starts the quantizer from the features of these images, on all ranks as on the first.
+
+    parts: the micro-batches in which the images are encoded."""
+    features = torch.cat([model.encoder(images[part]) for part in parts])
+    model.quantizer.start_from(features, generator)
     for parameter in model.quantizer.parameters():
         from_first_rank(parameter)
 
@@ -289,8 +334,11 @@ def tokenizer_loss(
 
 
 @torch.no_grad()
-def reconstruct(model: VQGAN, images: Tensor, batch: int, machine: Machine) -> tuple[Tensor, ...]:
-    """Returns reconstructions (n, 3, S, S) of uint8 images, and their tokens, both on the CPU."""
+def reconstruct(
+    model: VQGAN, images: Tensor, batch: int, machine: Machine,
+) -> tuple[Tensor, Tensor]:
+    """Returns reconstructions (n, 3, S, S) in [0, 1] of uint8 images, and their tokens (n, h, w),
+    both on the CPU."""
     # Each part returns to the CPU at once, so that on a TPU one small program serves all parts.
     tokens = [model.encode(machine.to_floats(part)).cpu() for part in images.split(batch)]
     restored = [model.decode(machine.put(part)).cpu() for part in tokens]
@@ -300,7 +348,9 @@ def reconstruct(model: VQGAN, images: Tensor, batch: int, machine: Machine) -> t
 def validation(
     images: Tensor, restored: Tensor, tokens: Tensor, codebook_size: int,
 ) -> dict[str, float]:
-    """Returns the PSNR in dB, the fraction of codes in use, and the relative sharpness."""
+    """Returns the PSNR in dB, the fraction of codes in use, and the relative sharpness.
+
+    images: uint8 (n, 3, S, S). restored: floats in [0, 1]. tokens: (n, h, w)."""
     images = images.float() / 255
     used = torch.bincount(tokens.flatten(), minlength=codebook_size) > 0
     sharpness = metrics.sharpness(restored).mean() / metrics.sharpness(images).mean()

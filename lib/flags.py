@@ -40,11 +40,12 @@ def command_line(main: Callable[[], None], interrupted: str = "stopped by Ctrl-C
         leave(130)
     except Exception as error:
         message = " ".join(str(error).split())
-        if out_of_memory(error):
+        users = isinstance(error, UserError)
+        if not users and out_of_memory(error):
             message = OUT_OF_MEMORY
-        elif lost_another_rank(error):
+        elif not users and lost_another_rank(error):
             message = "another process of this run has ended: its own message says why"
-        elif not isinstance(error, UserError) or os.environ.get("TRACEBACK"):
+        elif not users or os.environ.get("TRACEBACK"):
             end_readers()
             if not dist.is_initialized():
                 raise
@@ -85,8 +86,10 @@ def lost_another_rank(error: Exception) -> bool:
 # ---- memory
 
 def out_of_memory(error: Exception) -> bool:
-    """Returns True for an error of torch that says that memory ran out, of a GPU or of the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    """Returns True for an error that says that memory ran out, of a GPU or of the CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):         # Python's, NumPy's; torch's
+        return True
+    return "allocate memory" in str(error)
 
 
 def memory() -> float:
@@ -109,7 +112,8 @@ def check_image_size(size: int, stride: int):
     smallest = math.ceil(8 / stride) * stride
     if size < smallest:
         raise UserError(f"--image-size {size} is too small: with the tokenizer's stride {stride}, "
-                        f"the smallest is {smallest}")
+                        f"the smallest is {smallest} (the tokenizer's discriminator needs 8 "
+                        f"pixels)")
     if size % stride:
         below = size - size % stride
         raise UserError(f"--image-size {size} is not divisible by the tokenizer's stride {stride}: "
@@ -208,6 +212,7 @@ def parse_training_flags(
     the one that --preset names."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    resume_or_overwrite = parser.add_mutually_exclusive_group()
     add_flags(parser, {
         "data": (str, "shapes",
                  "shapes, cifar10, imagenet, places2, or a folder with a subfolder for each class"),
@@ -215,11 +220,16 @@ def parse_training_flags(
                    "the data set whose settings to take (default: the data's own, or folder)"),
         "run": (str, None, "the run's folder (default: runs/NAME, after the data)"),
         "init": (str, None,
-                 "a run whose model to start from, sizes included, such as runs/imagenet256"),
+                 "a run whose model to start from, such as runs/imagenet256; its sizes replace the "
+                 "flags'"),
+    })
+    add_flags(resume_or_overwrite, {
         "resume": ({"action": "store_true"}, None,
                    "go on where the run stopped; start it if there is nothing to go on from"),
         "overwrite": ({"action": "store_true"}, None,
                       "start again, and replace what the run's folder holds"),
+    })
+    add_flags(parser, {
         "dry_run": ({"type": number(float, 0.001), "metavar": "TFLOPS"}, None,
                     "print what the run would take at this many TFLOP/s, and exit"),
     })
@@ -234,12 +244,17 @@ def parse_training_flags(
     add_machine_flags(parser)
     args = parser.parse_args()
     if args.preset is None:
-        args.preset = args.data if args.data in presets else "folder"
+        args.preset = default_preset(args.data, presets)
     args.run = Path(args.run or Path("runs", Path(args.data).name))
     for flag, value in presets[args.preset].items():
         if getattr(args, flag) is None:
             setattr(args, flag, list(value) if isinstance(value, tuple) else value)
     return args
+
+
+def default_preset(data: str, presets: dict) -> str:
+    """Returns the preset of a data set: its own, or `folder`."""
+    return data if data in presets else "folder"
 
 
 def shown_default(flag: str, presets: dict) -> str:

@@ -54,6 +54,11 @@ def augmentation_draws(seed: int, places: np.ndarray) -> np.ndarray:
     return places + (seed % (1 << 22) << 40)
 
 
+# Draws of the views that are encoded in advance, above the bits of
+# augmentation_draws(). They do not depend on --seed, so that runs can share a cache.
+VIEW_DRAWS = 1 << 62
+
+
 class Steps:
     """Batch number `step` of an endless stream of shuffled epochs: a pure function of (seed, step).
 
@@ -119,13 +124,13 @@ def loader(dataset: object, keys: Iterable, workers: int, pin_memory: bool = Fal
 
 
 def context_of_readers() -> multiprocessing.context.BaseContext:
-    """Returns this system's way to start processes, with a Flag where it makes an Event."""
+    """Returns this system's way to start processes, with LocklessEvent in place of Event."""
     context = copy.copy(multiprocessing.get_context())
-    context.Event = Flag
+    context.Event = LocklessEvent
     return context
 
 
-class Flag:
+class LocklessEvent:
     """An event for several processes, without a lock.
 
     A process that is killed while it looks at a multiprocessing.Event keeps its lock: torch would

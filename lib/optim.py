@@ -15,6 +15,9 @@ def count_micro_batches(batch: int, micro_batch: int | None, devices: int) -> in
     Raises UserError if the batch does not divide evenly."""
     per_device = max(1, batch // devices)
     size = min(micro_batch or per_device, per_device)
+    if batch % devices:
+        raise UserError(f"--batch {batch} does not split evenly over {devices} devices: choose a "
+                        f"--batch that is a multiple of {devices}")
     if batch % (devices * size):
         raise UserError(f"--batch {batch} on {devices} devices does not split into micro-batches "
                         f"of {size}: choose --micro-batch so that it does")
@@ -157,10 +160,19 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     optimizer.load_state_dict(state)
     for group, kept in zip(optimizer.param_groups, hyperparameters, strict=True):
         group.update(kept)
-    for parameter, moments in optimizer.state.items():
-        for name, value in moments.items():
-            if torch.is_tensor(value) and value.shape == parameter.shape:
-                moments[name] = torch.empty_like(parameter).copy_(value)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            adapt_moments(optimizer.state.get(parameter, {}), parameter, group.get("fused", False))
+
+
+def adapt_moments(moments: dict, parameter: nn.Parameter, fused: bool) -> None:
+    """Gives moments the memory layout of their parameter, and a fused optimizer's step count its
+    device, where torch leaves it if the optimizer that saved it was not fused."""
+    for name, value in moments.items():
+        if name == "step" and fused:
+            moments[name] = value.to(parameter.device, torch.float32)
+        elif torch.is_tensor(value) and value.shape == parameter.shape:
+            moments[name] = torch.empty_like(parameter).copy_(value)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -10,6 +10,7 @@ import argparse
 import atexit
 import contextlib
 import csv
+import io
 import math
 import os
 import shlex
@@ -19,12 +20,12 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import torch
 from torch import Tensor, nn
 
-from lib.files import load_checkpoint, on_cpu, save_checkpoint
+from lib.files import load_checkpoint, on_cpu, save_checkpoint, write_atomically
 from lib.flags import UserError, value_as_typed
 from lib.optim import load_optimizer
 from lib.runtime import Machine, mean_over_ranks
@@ -72,19 +73,30 @@ class Run:
         except ImportError:                                                 # Windows has none
             return
         path = self.folder / f".{self.stage}.lock"
+        locked = False
+        while not locked:
+            self.lock = self._open_lock(path)
+            try:
+                # Not flock(), whose lock the reader processes of a killed run would still hold.
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):              # which of them, systems differ
+                raise UserError(
+                    f"another process is training the {self.stage} in {self.folder}: wait for it, "
+                    f"stop it, or choose another folder with --run") from None
+            except OSError as error:
+                print(f"{path} cannot be locked ({error.strerror}): do not train the {self.stage} "
+                      f"twice in this folder at once", file=sys.stderr)
+            # A process that has just ended may have removed the file that was opened here.
+            locked = path.exists() and os.path.samestat(path.stat(), os.fstat(self.lock.fileno()))
+        atexit.register(self._unlock, path)
+
+    def _open_lock(self, path: Path) -> TextIO:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = path.open("w")
+            return path.open("w")
         except OSError as error:
             raise UserError(f"cannot write to {self.folder} ({error.strerror}): "
                             f"choose another folder with --run") from error
-        try:
-            # Not flock(), whose lock the reader processes of a killed run would still hold.
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is training the {self.stage} in {self.folder}: "
-                            f"wait for it, stop it, or choose another folder with --run") from None
-        atexit.register(self._unlock, path)
 
     def _unlock(self, path: Path) -> None:
         """Removes the lock, and the folder if nothing was written to it."""
@@ -115,19 +127,24 @@ class Run:
         self.best = state["best"]
         self.state = state
 
-    def check_settings(self, settings: dict, flags: Iterable[str], fixed: set[str]) -> None:
-        """Notes the settings of this run, and prints what has changed if it is resumed.
+    def note_settings(self, settings: dict, flags: Iterable[str]) -> None:
+        """Notes the settings of this run, for its checkpoints.
 
-        flags: the names of flags to note. settings: other plain values by name. fixed: the names
-        that weights or tokens depend on; UserError is raised if one of these has changed."""
+        flags: the names of flags to note. settings: other plain values by name."""
         self.settings = {name: getattr(self.args, name) for name in flags} | settings
         self.settings |= {"seed": self.args.seed, "bf16": self.machine.bf16}
         self.settings["init"] = self.args.init or "none"
+
+    def compare_with_saved(self, fixed: set[str]) -> None:
+        """Prints which settings have changed, if the run is resumed.
+
+        fixed: the names that weights or tokens depend on; UserError is raised if one of these has
+        changed. A setting that an older checkpoint does not record is passed over."""
         if self.state is None:
             return
         changes = []
         for name, value in self.settings.items():
-            before = self.state["settings"].get(name)
+            before = self.state["settings"].get(name, value)
             if before == value:
                 continue
             typed = value_as_typed(value)
@@ -141,7 +158,13 @@ class Run:
             self.say("resuming with " + ", ".join(changes))
 
     def restore(self, saved: dict[str, nn.Module | torch.optim.Optimizer]) -> None:
-        """Loads models and optimizers, by name, from where the run stopped, if it is resumed."""
+        """Loads models and optimizers, by name, from where the run stopped, if it is resumed.
+
+        If it replaces another run (--overwrite), that one can no longer be resumed: otherwise
+        --resume would go on with it, if this one ended before it is first saved."""
+        if self.args.overwrite and self.machine.leads:
+            self.resume_file.unlink(missing_ok=True)
+            self.best_file.unlink(missing_ok=True)
         if self.state is None:
             return
         for name, target in saved.items():
@@ -258,7 +281,8 @@ class Log:
             return
         row |= figures
         shown = [f"{name} {value:.4g}" for name, value in row.items()]
-        speed = self.images_per_second(step)
+        self.times = [*self.times[-10:], (step, time.time())]
+        speed = self.images_per_second()
         row |= {"step": step, "images/s": speed, "TFLOP/s": speed * self.flops / 1e12}
         self._write_row(row)
         args = self.run.args
@@ -266,12 +290,11 @@ class Log:
         rate = f"{speed:.0f} images/s ({row['TFLOP/s']:.3g} TFLOP/s)"
         show_line("  ".join([f"step {step}/{args.steps}", *shown, rate, left]), step == args.steps)
 
-    def images_per_second(self, step: int) -> float:
+    def images_per_second(self) -> float:
         """Returns the speed since ten lines ago; 0 if it is not known yet."""
         first_step, first_time = self.times[0]
-        now = time.time()
-        self.times = [*self.times[-10:], (step, now)]
-        return (step - first_step) * self.run.args.batch / max(now - first_time, 1e-9)
+        last_step, last_time = self.times[-1]
+        return (last_step - first_step) * self.run.args.batch / max(last_time - first_time, 1e-9)
 
     def _write_row(self, row: dict) -> None:
         """Writes a row, below a header with all names so far."""
@@ -285,7 +308,7 @@ class Log:
 
     def _open(self, new_names: list[str]) -> None:
         """Opens the file with new columns, and keeps its rows; of a resumed run, those up to its
-        step."""
+        step. It is replaced as a whole, so that no row is lost if this process is killed."""
         path = self.run.log_file
         rows = []
         if path.exists() and (self.file is not None or self.run.step):
@@ -297,11 +320,14 @@ class Log:
         for name in new_names:
             if name not in self.columns:
                 self.columns.append(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("w", newline="", buffering=1)         # a row is in the file at once
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, self.columns)
+        table.writeheader()
+        table.writerows(rows)
+        content = text.getvalue().encode()
+        write_atomically(path, lambda file: file.write(content))
+        self.file = path.open("a", newline="", buffering=1)         # a row is in the file at once
         self.table = csv.DictWriter(self.file, self.columns)
-        self.table.writeheader()
-        self.table.writerows(rows)
 
 
 def command(script: str, *words: str | Path) -> str:

@@ -36,8 +36,8 @@ MOST_CORES = 16         # for each rank: more processes that read images would o
 
 
 def cores() -> int:
-    """Returns how many CPU cores this process may use, when the ranks of a computer share them: at
-    most MOST_CORES."""
+    """Returns this process's share of the CPU cores: those allowed, divided by the ranks on this
+    computer, at most MOST_CORES."""
     allowed = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         allowed = len(os.sched_getaffinity(0))
@@ -126,8 +126,8 @@ class Machine:
         if bf16 is None:
             self.bf16 = on_cuda or on_xla or computes_bfloat16()
         self.compiled = on_cuda if compiled is None else compiled
-        self.compiles_blocks = self.compiled
-        if compiled is None and steps >= LONG_TRAINING:
+        self.compiles_blocks = self.device.type == "cpu" and self.compiled
+        if self.device.type == "cpu" and compiled is None and steps >= LONG_TRAINING:
             self.compiles_blocks = sys.platform == "linux" and shutil.which("g++") is not None
         if on_xla:                                          # torch-xla compiles everything anyway
             self.compiled = False
@@ -140,7 +140,8 @@ class Machine:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True       # try all algorithms, as shapes never change
         else:
-            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)      # and on a CPU
+            # Despite its name this also governs the CPU: sum bfloat16 attention in bfloat16.
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
         if "RANK" in os.environ and not dist.is_initialized():                # torchrun sets RANK
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
@@ -223,11 +224,12 @@ class Machine:
         could not choose the layout of its convolutions."""
         return torch.compile(function, dynamic=False) if self.compiled else function
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module, blocks: nn.ModuleList | None = None) -> nn.Module:
         """Returns what to call in place of `model` in training: compiled, and its backward pass
-        averages the gradients over the ranks."""
-        blocks = getattr(model, "blocks", None)
-        if self.device.type == "cpu" and isinstance(blocks, nn.ModuleList):
+        averages the gradients over the ranks.
+
+        blocks: those of a transformer, which a CPU compiles one by one."""
+        if self.device.type == "cpu" and blocks is not None:
             prepare_blocks(blocks, self.bf16, self.compiles_blocks)
             return self._distribute(model)
         return self.compile(self._distribute(model))
@@ -241,9 +243,11 @@ class Machine:
     # ---- the steps of a loop
 
     @contextlib.contextmanager
-    def exchange_gradients(self, wrapped: nn.Module, last: bool) -> Iterator[None]:
-        """Surrounds the forward and backward pass of a micro-batch; ranks exchange gradients in the
-        last one of a step only. wrapped: from wrap()."""
+    def micro_batch(self, wrapped: nn.Module, last: bool) -> Iterator[None]:
+        """Surrounds the forward and backward pass of a micro-batch.
+
+        Ranks exchange gradients only in the last one of a step; a CPU takes attention as two
+        products; torch-xla runs what it has recorded. wrapped: from wrap()."""
         with contextlib.ExitStack() as contexts:
             if not last and hasattr(wrapped, "no_sync"):
                 contexts.enter_context(wrapped.no_sync())

@@ -11,7 +11,7 @@ import torch
 
 from lib.files import fingerprint, rebuild, write_atomically
 from lib.flags import UserError, check_image_size
-from lib.loader import DataSet, interruptible, loader
+from lib.loader import VIEW_DRAWS, DataSet, ImagesAndLabels, interruptible, loader
 from lib.runtime import Machine, hashed_uniform
 from lib.terminal import Progress
 
@@ -31,6 +31,10 @@ class FrozenTokenizer:
         self.image_size = image_size or checkpoint["image_size"]
         check_image_size(self.image_size, stride)
         self.num_tokens = (self.image_size // stride) ** 2
+        steps = checkpoint["settings"].get("steps", 0)
+        if checkpoint["step"] < steps and machine.leads:
+            print(f"{path} is unfinished: it was trained for {checkpoint['step']} of {steps} steps",
+                  file=sys.stderr)
         self.codebook_size = model.config.codebook_size
         self.fingerprint = fingerprint(model)
         self.at_once = at_once
@@ -66,15 +70,26 @@ class FrozenTokenizer:
         return torch.cat(tokens)
 
 
+class Views:
+    """The images and labels of rows of CachedTokens: [rows], for its encode()."""
+
+    def __init__(self, data: DataSet):
+        self.data = data
+
+    def __getitem__(self, rows: range) -> ImagesAndLabels:
+        numbers = np.array(rows)
+        return self.data.batch(numbers % len(self.data), numbers + VIEW_DRAWS)
+
+
 class CachedTokens:
     """All training images as tokens, encoded once in several augmented views: a data set of tokens.
 
     A row is the N tokens and the label of one view of one image; the first views of all images come
     first. The rows are stored in chunks, files NNNNN-HASH.npy of uint16 in `folder`. The hash is of
     DataSet.signatures(), so chunks of images that have changed are encoded anew.
-    data: the images. num_tokens: N."""
+    data: the images. num_tokens: N. Raises UserError if tokens or labels do not fit."""
 
-    FILES = 256              # at most, as each stays open
+    FILES = 256              # most chunks; each stays open (file descriptors)
     ROWS = 4096              # of a chunk; more if there would be too many files
     # Rows that a reader process reads at once. With 8 ranks of 16 readers, and two batches of each
     # waiting, this takes 3 GB of shared memory at 256 pixels.
@@ -82,7 +97,11 @@ class CachedTokens:
 
     workers = 0
 
-    def __init__(self, folder: str | Path, data: DataSet, views: int, num_tokens: int):
+    def __init__(self, folder: str | Path, data: DataSet, views: int, num_tokens: int,
+                 codebook_size: int):
+        if max(codebook_size, len(data.classes)) > 1 << 16:
+            raise UserError("the cache has 16 bits for each token and label, too few for this "
+                            "codebook or these classes: add --cache-tokens 0")
         self.folder = Path(folder)
         self.data = data
         self.views = views
@@ -99,26 +118,24 @@ class CachedTokens:
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the images and labels of some rows, for encode()."""
-        numbers = np.array(rows)
-        return self.data.batch(numbers % len(self.data), numbers + (1 << 50))
-
-    def encode(self, tokenize: Callable[[torch.Tensor], torch.Tensor], machine: Machine) -> None:
+    def encode(self, tokenize: Callable[[torch.Tensor], torch.Tensor], machine: Machine,
+               workers: int | None = None) -> None:
         """Writes the chunks that are missing, and removes those of other images.
 
-        tokenize: images (n, 3, S, S) uint8 -> tokens (n, N). Each rank writes its share of the
-        chunks, each of them whole or not at all, so an interrupted encoding can go on. Raises
-        UserError as data.batch() does, KeyboardInterrupt on Ctrl-C."""
+        tokenize: images (n, 3, S, S) uint8 -> tokens (n, N). workers: processes that read ahead;
+        None: data.workers. Each rank writes its share of the chunks, each of them whole or not at
+        all, so an interrupted encoding can go on. Raises UserError as data.batch() does,
+        KeyboardInterrupt on Ctrl-C."""
         if machine.leads:
             self.remove_others()
-        missing = [number for number in range(machine.rank, len(self.paths), machine.world)
-                   if not self.paths[number].exists()]
+        missing = self.missing_chunks(machine)
         batches = []
         for number in missing:
             batches += split(self.chunks[number], self.BATCH)
+        if workers is None:
+            workers = self.data.workers
         on_cuda = machine.device.type == "cuda"
-        stream = loader(self, batches, self.data.workers, pin_memory=on_cuda)
+        stream = loader(Views(self.data), batches, workers, pin_memory=on_cuda)
         total = sum(map(len, batches))
         progress = Progress(f"encoding views into {self.folder}", total, stream=sys.stderr)
         done = 0
@@ -137,14 +154,26 @@ class CachedTokens:
                     if machine.leads:
                         progress.show(done)
                 rows = torch.cat([torch.cat(tokens).cpu(), torch.cat(labels)[:, None]], 1)
-                if rows.max() > np.iinfo(np.uint16).max:
-                    raise UserError("the cache has 16 bits for each token and label, too few for "
-                                    "this codebook or these classes: add --cache-tokens 0")
                 rows = rows.numpy().astype(np.uint16)
-                write_atomically(self.paths[number], functools.partial(np.save, arr=rows))
+                if machine.mesh is None or machine.leads:
+                    write_atomically(self.paths[number], functools.partial(np.save, arr=rows))
+
+    def missing_chunks(self, machine: Machine) -> list[int]:
+        """Returns the numbers of the missing chunks that this rank encodes.
+
+        With torch-xla that is all of them: the chips of all hosts work on every batch together."""
+        numbers = range(machine.rank, len(self.paths), machine.world)
+        if machine.mesh is not None:
+            numbers = range(len(self.paths))
+        missing = [number for number in numbers if not self.paths[number].exists()]
+        machine.wait()                      # nothing is written before all hosts have looked
+        return missing
 
     def remove_others(self) -> None:
-        """Deletes the chunks of other images, or of these before they changed, and says so."""
+        """Deletes what killed encodings left, and the chunks of other images, or of these before
+        they changed; of the chunks it says so."""
+        for leftover in self.folder.glob(".*.npy.*.tmp"):
+            leftover.unlink()
         others = set(self.folder.glob("*.npy")) - set(self.paths)
         if others:
             print(f"{len(others)} files in {self.folder} hold tokens of images that have changed "

@@ -32,7 +32,7 @@ BAD_NUMBERS = {
         "--steps 0", "--steps -3", "--steps 1.5", "--steps many", "--batch 0", "--batch -1", "--filters 0",
         "--groups 0", "--res-blocks 0", "--codebook-size 0", "--codebook-dim 0", "--disc-width 0",
         "--disc-max-width 0", "--micro-batch 0", "--image-size 0", "--lr -1", "--lr nan", "--lr inf",
-        "--disc-lr -0.1", "--beta1 2", "--warmup -1", "--ema 1.5", "--ema -0.1", "--gan-start 2", "--gan-ramp 0",
+        "--disc-lr -0.1", "--beta1 1", "--warmup -1", "--ema 1.5", "--ema -0.1", "--gan-start 2", "--gan-ramp 0",
         "--r1 -1", "--r1-every 0", "--entropy -1", "--adversarial -1", "--reconstruction nan",
         "--perceptual-weight -1", "--codebook-lr -1", "--save-every 0", "--picture-every 0", "--log-every 0",
         "--workers -1", "--seed -1", "--seed x", "--max-pixels 0", "--dry-run 0", "--multipliers 0", "--levels 2",
@@ -71,6 +71,8 @@ OTHERS = [
     (train_vq, "--run NEW --filters 8 --groups 3", "groups"),
     (train_vq, "--run NEW --batch 8 --micro-batch 3", "--batch 8"),
     (train_vq, "--run NEW --init NEW", "does not exist"),
+    (train_vq, "--run NEW --perceptual lpips --image-size 12", "at least 16 pixels"),
+    (train_vq, "--run RUN --resume --overwrite", "not allowed with"),
     (train_vq, "--run NEW --preset huge", "shapes"),
     (train_vq, "--run RUN", "--overwrite"),
     (train_vq, "--run TEXT", "cannot write"),
@@ -163,13 +165,19 @@ def test_an_error_of_ours_keeps_its_traceback():
         flags.command_line(main)
 
 
-def test_a_lack_of_memory_ends_in_one_line(capsys):
+@pytest.mark.parametrize("error, remedy", [
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), "--micro-batch"),
+    (MemoryError("Unable to allocate 7.00 GiB for an array"), "--micro-batch"),
+    (flags.UserError("a process that reads images died (OSError Cannot allocate memory): lower --workers"), "--workers"),
+])
+def test_a_lack_of_memory_ends_in_one_line(error, remedy, capsys):
     def main():
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        raise error
     with pytest.raises(SystemExit) as end:
         flags.command_line(main)
     assert end.value.code == 2
-    assert "--micro-batch" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert remedy in printed and len(printed.splitlines()) == 1
 
 
 @pytest.mark.parametrize("sentence", ["stopped by Ctrl-C", "stopped: what is measured is kept"])

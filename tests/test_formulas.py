@@ -45,12 +45,12 @@ def tokenizer():
 def exchanges(monkeypatch):
     """A list to which every micro-batch of a training adds whether ranks would exchange gradients in it."""
     told = []
-    original = Machine.exchange_gradients
+    original = Machine.micro_batch
 
     def recording(machine, wrapped, last):
         told.append(last)
         return original(machine, wrapped, last)
-    monkeypatch.setattr(Machine, "exchange_gradients", recording)
+    monkeypatch.setattr(Machine, "micro_batch", recording)
     return told
 
 
@@ -221,9 +221,11 @@ def test_micro_batches_are_equal_parts_of_the_batch():
     assert optim.count_micro_batches(16, 2, 2) == 4
     assert optim.count_micro_batches(16, 100, 2) == 1
     assert optim.micro_batches(8, 4) == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
-    for batch, micro_batch, devices in ((16, 3, 1), (5, None, 2), (1, None, 2)):
-        with pytest.raises(ValueError, match="--micro-batch"):
-            optim.count_micro_batches(batch, micro_batch, devices)
+    with pytest.raises(ValueError, match="--micro-batch"):
+        optim.count_micro_batches(16, 3, 1)
+    for batch, devices in ((5, 2), (1, 2), (128, 2 * 3)):
+        with pytest.raises(ValueError, match=f"--batch that is a multiple of {devices}"):
+            optim.count_micro_batches(batch, None, devices)
 
 
 def test_muon_is_the_formula_in_float64():

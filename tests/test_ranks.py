@@ -50,10 +50,10 @@ def gradients_by_micro_batch(machine):
     wrapped = machine.wrap(model)
     images = torch.arange(24.0).view(8, 3).chunk(machine.world)[machine.rank]
     first, last = images.chunk(2)
-    with machine.exchange_gradients(wrapped, last=False):
+    with machine.micro_batch(wrapped, last=False):
         (wrapped(first).square().mean() / 2).backward()
     before = model.weight.grad.clone()
-    with machine.exchange_gradients(wrapped, last=True):
+    with machine.micro_batch(wrapped, last=True):
         (wrapped(last).square().mean() / 2).backward()
     return before, model.weight.grad
 
@@ -254,7 +254,7 @@ def test_a_killed_run_goes_on_while_its_readers_still_live(tmp_path):
     wait_for_step(process, 3)
     process.kill()
     process.wait()
-    assert "wrote" in run(*command, 6, "--resume")
+    assert "wrote" in run(*command, 200, "--resume")
 
 
 @pytest.mark.parametrize("ending", [SystemExit(143), None])
@@ -349,7 +349,7 @@ def test_blocks_prepared_for_a_cpu_compute_the_same():
     seen = []
     for block in model.blocks:
         block.attention.query.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
-    runtime.Machine("cpu", bf16=True).wrap(model)
+    runtime.Machine("cpu", bf16=True).wrap(model, model.blocks)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(model(tokens, labels).float(), expected, atol=0.05)
     assert seen == [torch.bfloat16] * 2
@@ -364,7 +364,7 @@ def test_blocks_are_compiled_in_long_trainings(compiled, steps, expected, monkey
     machine = runtime.Machine("cpu", bf16=False, compiled=compiled, steps=steps)
     assert machine.compiles_blocks == expected
     model = MaskGIT(MaskGITConfig(codebook_size=16, num_classes=2, num_tokens=9, dim=16, depth=2, heads=2, mlp_dim=32))
-    machine.wrap(model)
+    machine.wrap(model, model.blocks)
     assert all((block._compiled_call_impl is not None) == expected for block in model.blocks)
     monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
     assert runtime.Machine("cpu", compiled=compiled, steps=steps).compiles_blocks == (compiled is True)

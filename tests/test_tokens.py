@@ -12,12 +12,14 @@ from conftest import TINY_TRANSFORMER, run
 from PIL import Image
 from test_data import assert_ends, make_folder, start
 
+from lib import tokens
 from lib.data import open_data
 from lib.files import load_checkpoint, save_checkpoint
 from lib.flags import UserError
+from lib.loader import VIEW_DRAWS, loader
 from lib.runtime import Machine, hashed_uniform
 from lib.shapes import Shapes
-from lib.tokens import CachedTokens, FrozenTokenizer
+from lib.tokens import CachedTokens, FrozenTokenizer, Views
 from vqgan import VQGAN
 
 
@@ -70,7 +72,7 @@ def encode(cached, rank=0, world=1):
 def test_cached_tokens_hold_each_view_of_each_image_once(tmp_path, monkeypatch):
     monkeypatch.setattr(CachedTokens, "ROWS", 40)
     monkeypatch.setattr(CachedTokens, "BATCH", 16)
-    cached, encoded = CachedTokens(tmp_path, Images(), 4, 2), []
+    cached, encoded = CachedTokens(tmp_path, Images(), 4, 2, 1000), []
     for rank, rows in ((0, 120), (1, 80)):                  # three of the five chunks, then the other two
         cached.encode(lambda images: encoded.append(images) or images, one_of(2, rank))
         assert sum(map(len, encoded)) == rows and max(map(len, encoded)) == 16
@@ -87,16 +89,47 @@ def test_cached_tokens_are_those_encoded_on_the_fly(tmp_path, monkeypatch):
     make_folder(tmp_path / "images", {"a": 12, "b": 9})
     train, _ = open_data(str(tmp_path / "images"), 32)
     monkeypatch.setattr(CachedTokens, "ROWS", 16)
-    cached = CachedTokens(tmp_path / "tokens", train, 3, 12)
+    cached = CachedTokens(tmp_path / "tokens", train, 3, 12, 256)
     assert encode(cached, 0, 2) + encode(cached, 1, 2) == 3 * len(train)     # ranks share the chunks
     indices = [0, len(train) - 1, 5]
     tokens, labels = cached.batch(indices, [3, 4, 5])
     assert torch.equal(labels, train.batch(indices)[1]) and tokens.shape == (3, 12)
     view = int(hashed_uniform(5, [3], 1)[0, 0] * 3)
-    again = train.batch([0], [view * len(train) + (1 << 50)])[0]
+    again = train.batch([0], [view * len(train) + VIEW_DRAWS])[0]
     assert torch.equal(tokens[0].long(), Tokenize()(again)[0])
     os.remove(cached.paths[1])                              # a half-written cache goes on: what is there stays
-    assert encode(CachedTokens(tmp_path / "tokens", train, 3, 12)) == 16
+    assert encode(CachedTokens(tmp_path / "tokens", train, 3, 12, 256)) == 16
+
+
+def test_all_tpu_hosts_encode_all_chunks_and_the_first_writes_them(tmp_path, monkeypatch):
+    """Their chips work on every batch together, so all hosts must have the same batch."""
+    monkeypatch.setattr(CachedTokens, "ROWS", 40)
+    encoded = []
+    for rank, files in ((1, 0), (0, 5)):
+        machine = one_of(2, rank)
+        machine.mesh = "the chips of both hosts"
+        machine.sync = machine.wait = lambda: None
+        CachedTokens(tmp_path, Images(), 4, 2, 1000).encode(lambda images: encoded.append(images) or images, machine)
+        assert sum(map(len, encoded)) == 200 and len(list(tmp_path.glob("*.npy"))) == files
+        encoded.clear()
+
+
+@pytest.mark.parametrize("given, used", [(None, 0), (3, 3)])
+def test_as_many_readers_encode_as_are_asked_for(given, used, tmp_path, monkeypatch):
+    told = []
+
+    def loader_here(dataset, keys, workers, pin_memory):
+        told.append(workers)
+        return loader(dataset, keys, 0)
+    monkeypatch.setattr(tokens, "loader", loader_here)
+    CachedTokens(tmp_path, Images(), 1, 2, 1000).encode(lambda images: images, Machine("cpu"), given)
+    assert told == [used]
+
+
+def test_a_codebook_that_the_cache_cannot_hold_is_refused_at_once(tmp_path):
+    CachedTokens(tmp_path, Images(), 1, 2, 2 ** 16)
+    with pytest.raises(UserError, match="16 bits.*--cache-tokens 0"):
+        CachedTokens(tmp_path, Images(), 1, 2, 2 ** 16 + 1)
 
 
 def change_colour(path):
@@ -114,12 +147,12 @@ def test_images_that_change_are_encoded_anew(tmp_path, monkeypatch, capsys):
 
     def encoded(views=2, num_tokens=12):
         train, _ = open_data(str(root), 32)
-        cached = CachedTokens(tmp_path / "tokens", train, views, num_tokens)
+        cached = CachedTokens(tmp_path / "tokens", train, views, num_tokens, 256)
         count = encode(cached)
         everything = np.concatenate(cached.arrays)
         assert len(everything) == views * len(train)
         for row in (0, 7, len(train) - 1, len(everything) - 1):
-            image, label = cached[range(row, row + 1)]
+            image, label = Views(train)[range(row, row + 1)]
             assert np.array_equal(everything[row], [*Tokenize()(image)[0], label[0]])
         said = capsys.readouterr().err
         assert ("encoded anew" in said) == (len(list((tmp_path / "tokens").iterdir())) > 0 and count > 0 and told)
@@ -161,10 +194,11 @@ def test_a_tail_is_encoded_without_the_compiler(untrained, monkeypatch):
 
 def test_a_cache_of_an_older_version_is_removed(tmp_path, capsys):
     np.save(tmp_path / "00000.npy", np.zeros((50, 3), np.uint16))
-    encode_all = CachedTokens(tmp_path, Images(), 1, 2)
+    (tmp_path / ".00000-0123.npy.host.1.tmp").write_text("half")        # of an encoding that was killed
+    encode_all = CachedTokens(tmp_path, Images(), 1, 2, 1000)
     encode_all.encode(lambda images: images, Machine("cpu"))
     assert "1 files" in capsys.readouterr().err
-    assert list(tmp_path.glob("*.npy")) == encode_all.paths
+    assert list(tmp_path.iterdir()) == encode_all.paths
 
 
 def test_files_that_never_change_are_known_by_path_and_class(tmp_path):
@@ -180,7 +214,7 @@ def test_files_that_never_change_are_known_by_path_and_class(tmp_path):
 
 
 def test_the_token_cache_holds_few_files_open(tmp_path):
-    cached = CachedTokens(tmp_path, Images(1_281_167), 10, 256)
+    cached = CachedTokens(tmp_path, Images(1_281_167), 10, 256, 1024)
     assert len(cached.paths) <= 256 and cached.chunk_rows * len(cached.paths) >= 12_811_670
 
 
@@ -203,7 +237,7 @@ def test_encoding_is_stopped_by_a_signal(size, tmp_path, capfd):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: None)
         train, _ = open_data(str(tmp_path / "images"), size)
-        CachedTokens(tmp_path / "tokens", train, 1000, 2).encode(tokenize, Machine("cpu"))
+        CachedTokens(tmp_path / "tokens", train, 1000, 2, 256).encode(tokenize, Machine("cpu"))
     process = start(main)
     assert encoding.wait(10)
     os.kill(process.pid, signal.SIGINT)
@@ -222,6 +256,15 @@ def test_training_from_cached_tokens(trained, tmp_path):
     output = run("train_transformer.py", "--run", tmp_path / "other", *flags, "--cache-tokens", 3)
     assert "encoded anew" in output
     assert len(list((tmp_path / "other" / "tokens").glob("*/00000-*.npy"))) == 1
+
+
+def test_a_tokenizer_that_is_not_trained_to_its_end_is_named(untrained, tmp_path, capsys):
+    checkpoint = load_checkpoint(untrained / "vqgan.pt", "vqgan")
+    for step, words in ((5, "trained for 5 of 6 steps"), (6, "")):
+        save_checkpoint(tmp_path / "vqgan.pt", checkpoint | {"step": step, "settings": {"steps": 6}})
+        FrozenTokenizer(tmp_path / "vqgan.pt", VQGAN, None, 8, Machine("cpu"))
+        printed = capsys.readouterr().err
+        assert words in printed and bool(printed) == bool(words)
 
 
 def test_a_run_keeps_the_tokenizer_it_has(untrained, tmp_path):

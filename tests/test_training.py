@@ -1,6 +1,8 @@
 """Training as a user runs it: resuming, also with other settings, after kills and signals; locks, refusals, logs."""
 import contextlib
 import copy
+import errno
+import fcntl
 import math
 import os
 import re
@@ -23,7 +25,7 @@ from lib import optim, pictures
 from lib import run as run_module
 from lib.files import fingerprint, load_checkpoint, rebuild
 from lib.flags import UserError
-from lib.run import Run
+from lib.run import Log, Run
 from lib.runtime import Machine, step_seed
 from vqgan import VQGAN
 
@@ -179,6 +181,18 @@ def test_moments_take_the_layout_of_their_weights():
     assert torch.equal(train(torch.channels_last), train(torch.contiguous_format))
 
 
+def test_step_counts_move_to_the_device_of_a_fused_optimizer():
+    """torch leaves them where they are if the optimizer that saved them, such as torch-xla's, was not fused."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    adam = torch.optim.Adam([weight])
+    weight.sum().backward()
+    adam.step()
+    elsewhere = torch.optim.Adam([torch.nn.Parameter(torch.ones(2, device="meta"))])
+    elsewhere.param_groups[0]["fused"] = True
+    optim.load_optimizer(elsewhere, adam.state_dict())
+    assert {value.device.type for moments in elsewhere.state.values() for value in moments.values()} == {"meta"}
+
+
 # ---- a run that goes on with other settings
 
 @pytest.mark.slow
@@ -201,6 +215,22 @@ def test_stage_1_resumes_with_another_length_batch_and_rates(copied, call_main, 
     assert not torch.equal(after["disc_optimizer"]["state"][0]["exp_avg"], moments_before)        # it did take steps
     # The new settings are the run's: another resumption with them has nothing to say.
     assert "resuming with" not in call_main(train_vq, tmp_path, *command)
+
+
+def test_longer_training_does_not_stop_the_discriminator(copied, call_main, tmp_path):
+    """It started at half of 6 steps. Half of 20 steps are step 10."""
+    call_main(train_vq, tmp_path, "--run", copied, *TINY_VQ, "--resume", "--steps", 20, "--gan-ramp", 1)
+    rows = read_log(copied / "vqgan.log.csv")
+    assert [row["step"] for row in rows if row["generator"]] == [str(step) for step in range(4, 21)]
+
+
+@pytest.mark.parametrize("script, flags", STAGES.values())
+@pytest.mark.parametrize("steps", [3, 6])
+def test_a_run_that_has_its_steps_says_so(steps, script, flags, copied, call_main, tmp_path):
+    before = contents(copied)
+    output = call_main(script, tmp_path, "--run", copied, *flags, "--resume", "--steps", steps)
+    assert "already at step 6: raise --steps" in output and "wrote" not in output
+    assert contents(copied) == before
 
 
 @pytest.mark.parametrize("flag", ["--lr", "--muon-lr"])
@@ -284,6 +314,17 @@ def test_a_finished_run_is_overwritten_only_if_asked(copied, call_main, tmp_path
     assert after["vqgan.pt"] != before["vqgan.pt"] and after["transformer.pt"] == before["transformer.pt"]
 
 
+def test_an_overwritten_run_is_not_resumed(copied):
+    """As if the new one had been killed before its first checkpoint."""
+    (copied / "vqgan.best.pt").write_text("an old one")
+    new = Run("vqgan", Namespace(run=copied, overwrite=True, resume=False), Machine("cpu"))
+    assert (copied / "vqgan.resume.pt").exists()            # until the new one is about to start
+    new.restore({})
+    assert {path.name for path in copied.glob("vqgan*.pt")} == {"vqgan.pt"}
+    with pytest.raises(UserError, match="no vqgan.resume.pt to resume from"):
+        Run("vqgan", Namespace(run=copied, overwrite=False, resume=True), Machine("cpu"))
+
+
 def lock(folder, stage="vqgan"):
     return Run(stage, Namespace(run=folder, overwrite=False, resume=False), Machine("cpu"))
 
@@ -323,6 +364,29 @@ def test_the_lock_of_a_killed_training_does_not_matter_even_if_its_readers_live(
         lock(tmp_path)
     finally:
         os.kill(reader, signal.SIGKILL)
+
+
+def test_a_lock_that_was_removed_meanwhile_does_not_count(tmp_path, monkeypatch):
+    """The process that held it has ended after this one opened it, and before this one locked it."""
+    path = tmp_path / ".vqgan.lock"
+    original = fcntl.lockf
+
+    def remove_first(file, operation):
+        monkeypatch.undo()
+        path.unlink()
+        original(file, operation)
+    monkeypatch.setattr(fcntl, "lockf", remove_first)
+    held = lock(tmp_path)
+    assert path.exists() and not held.lock.closed
+    assert on_ranks(exit_as_the_lock_says, tmp_path, "vqgan", world=1) == [2]
+
+
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch, capsys):
+    def no_locks(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    lock(tmp_path)
+    assert "cannot be locked (No locks available): do not train" in capsys.readouterr().err
 
 
 def test_a_run_inside_its_data_is_refused(call_main, tmp_path):
@@ -414,6 +478,30 @@ def test_a_run_holds_its_files_and_is_validated_now_and_then(trained):
             assert picture.width > 8 * 64
         # Curves are drawn of the whole log (in the tests it is only copied: see conftest.py).
         assert (trained / f"{stage}.curve.png").read_text() == (trained / f"{stage}.log.csv").read_text()
+
+
+def test_the_log_is_never_cut_short(tmp_path):
+    """A new column and a resumption replace the file: what another process reads is whole."""
+    log = Log(Run("vqgan", Namespace(run=tmp_path, overwrite=False, resume=False), Machine("cpu")), 0)
+    log._write_row({"step": 1, "loss": 3.0})
+    with open(log.run.log_file) as old:
+        log._write_row({"step": 2, "loss": 2.0, "psnr": 9.0})
+        assert old.read().splitlines()[-1] == "1,,,3"
+    assert log.run.log_file.read_text().splitlines() == ["step,images/s,TFLOP/s,loss,psnr", "1,,,3,", "2,,,2,9"]
+
+
+def test_the_discriminators_steps_and_gradients_are_logged(trained):
+    rows = read_log(trained / "vqgan.log.csv")
+    assert [row["step"] for row in rows if row["disc_gradient"] and float(row["disc_gradient"]) > 0] == list("456")
+    flops = [float(row["TFLOP/s"]) / float(row["images/s"]) for row in rows[1:]]
+    assert flops[0] == pytest.approx(flops[1], rel=1e-4) and 1.05 * flops[1] < flops[2] == pytest.approx(flops[4], rel=1e-4)
+
+
+def test_the_command_of_stage_2_names_the_same_data_and_preset():
+    args = Namespace(data="cifar10", preset="cifar10", data_dir="data", run="runs/a")
+    assert train_vq.next_command(args) == "python train_transformer.py --data cifar10 --run runs/a"
+    args = Namespace(data="/photos", preset="imagenet", data_dir="/disk", run="runs/a")
+    assert train_vq.next_command(args).endswith("--run runs/a --preset imagenet --data-dir /disk")
 
 
 def test_curves_are_of_the_columns_that_hold_numbers(tmp_path, monkeypatch):
