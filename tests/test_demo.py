@@ -28,6 +28,7 @@ import lib.sampling
 import maskgit
 from images import make
 from lib.editing import composite, likeliest_class
+from lib.files import load_checkpoint
 from lib.orders import by_chance, by_confidence
 from lib.runtime import Machine
 from lib.sampling import rand_of_images
@@ -36,8 +37,11 @@ from maskgit import decode, gamma, guided_logits, mask_counts
 from sequential import decode_sequential
 from vqgan import as_grid
 
-CENTRE = [2 <= i % 8 < 6 and 2 <= i // 8 < 6 for i in range(64)]
-CORNER = [i % 8 < 2 and i // 8 < 2 for i in range(64)]
+SIZE = load_checkpoint(ROOT / "example" / "vqgan.pt", "vqgan")["image_size"]
+SIDE = SIZE // 4                                # tokens along each side, of 4 x 4 pixels each
+N = SIDE * SIDE
+CENTRE = [6 <= i % SIDE < 10 and 6 <= i // SIDE < 10 for i in range(N)]
+CORNER = [i % SIDE < 2 and i // SIDE < 2 for i in range(N)]
 
 
 def load(folder):
@@ -110,8 +114,8 @@ def as_bytes(images):
 
 
 def in_pixels(region):
-    """64 booleans -> (32, 32)."""
-    return np.kron(np.reshape(region, (8, 8)), np.ones((4, 4))) > 0
+    """N booleans -> (SIZE, SIZE)."""
+    return np.kron(np.reshape(region, (SIDE, SIDE)), np.ones((4, 4))) > 0
 
 
 # ------------------------------------------------------------------------------------------------ what is answered
@@ -131,9 +135,9 @@ def test_the_steps_are_those_of_decode(models, draw):
         known = confidence.isinf()
         assert np.allclose(steps["confidence"][t - 1], confidence.masked_fill(known, 0), atol=6e-4)
         assert (images[t] == as_bytes(models.tokenizer.decode(as_grid(sampled)))).all()
-    assert steps["counts"] == [64, *mask_counts("square", 6, 64)] == [64, *(sum(masks[0]) for masks in steps["masked"])]
-    assert np.allclose(steps["gammas"], [gamma(t / 6, "square", 64) for t in range(7)])
-    assert np.allclose(steps["curve"][::20], [gamma(r / 5, "square", 64) for r in range(6)]) and all(steps["unknown"])
+    assert steps["counts"] == [N, *mask_counts("square", 6, N)] == [N, *(sum(masks[0]) for masks in steps["masked"])]
+    assert np.allclose(steps["gammas"], [gamma(t / 6, "square", N) for t in range(7)])
+    assert np.allclose(steps["curve"][::20], [gamma(r / 5, "square", N) for r in range(6)]) and all(steps["unknown"])
     assert steps["settings"]["choice_temperature"] == 3 and steps["settings"]["order"] == "confidence"
     assert draw(settings)[1]["sampled"] == steps["sampled"]                                            # the same again
 
@@ -144,7 +148,7 @@ def test_a_class_and_the_sequential_decoder(models, draw):
     labels = torch.full((3,), 3)
     rand = rand_of_images(0, labels, torch.arange(3), Machine("cpu"))
     tokens = decode_sequential(model, labels, rand=rand)
-    assert passes == 64 and steps["sampled"] == [tokens.tolist()] and not np.any(steps["masked"])
+    assert passes == N and steps["sampled"] == [tokens.tolist()] and not np.any(steps["masked"])
     assert steps["labels"] == [3, 3, 3] and (images[1] == as_bytes(models.tokenizer.decode(as_grid(tokens)))).all()
 
 
@@ -170,7 +174,7 @@ def test_look_shows_what_was_sampled_from(models, ask, draw):
     given = torch.tensor([[model.mask_id if code is None else code for code in visible]])
     p = guided_logits(model, given, torch.tensor([2]), 1 * 4 / 5)[0].softmax(-1)
     # A place where an unlikely token was sampled: it is shown besides the eight likeliest.
-    place = next(place for place in range(64) if masked[place] and sampled[place] not in p[place].topk(8).indices)
+    place = next(place for place in range(N) if masked[place] and sampled[place] not in p[place].topk(8).indices)
     request = {"settings": settings, "label": 2, "step": 4, "visible": visible, "sampled": sampled, "place": place}
     answer, = ask("/look", request)
     best = p[place].topk(8)
@@ -179,7 +183,7 @@ def test_look_shows_what_was_sampled_from(models, ask, draw):
     index = answer["codes"].index(sampled[place])
     assert np.log(answer["probabilities"][index]) == pytest.approx(steps["confidence"][3][2][place], abs=2e-3)
     # The patch of the code that was sampled is cut out of the image as it is: 3 x 3 tokens, inside of its borders.
-    row, column = (min(max(place - 1, 0), 5) * 4 for place in divmod(place, 8))
+    row, column = (min(max(place - 1, 0), SIDE - 3) * 4 for place in divmod(place, SIDE))
     patch = pixels(answer["patches"][index])
     assert np.abs(patch.astype(int) - images[4][2][row:row + 12, column:column + 12]).max() <= 1
     changed = torch.tensor([sampled]).repeat(2, 1)
@@ -190,7 +194,7 @@ def test_look_shows_what_was_sampled_from(models, ask, draw):
 
 def test_an_edit_changes_the_region_alone(models, ask, draw):
     photo, = ask("/validation", {"number": 7})
-    images, _ = Shapes("val").batch(np.array([7]))
+    images, _ = Shapes("val", SIZE).batch(np.array([7]))
     assert (pixels(photo["picture"]) == images[0].movedim(0, -1).numpy()).all()
     edit = {"picture": photo["picture"], "region": CENTRE}
     _, steps, frames = draw({"num": "3", "feather": "0"}, label=6, **edit)
@@ -220,7 +224,7 @@ def test_the_default_border_fades_as_in_edit_py(models, ask, draw):
     assert steps["settings"]["feather"] == 3 and (frames[8] == as_bytes(expected)).all()
     far = ~np.pad(inside, 10, mode="edge")[10:-10, 10:-10]
     far[:18] = far[:, :18] = False                          # the corner is 8 pixels wide: 10 more pixels may be blended
-    assert far.sum() == 14 * 14 and (frames[8][:, far] == before[far]).all()
+    assert far.sum() == (SIZE - 18) ** 2 and (frames[8][:, far] == before[far]).all()
     border = inside != np.roll(inside, 1, axis=1)
     border[:, 0] = False
     assert (frames[8][:, border] != before[border]).any()
@@ -232,7 +236,7 @@ def test_photos(ask):
     wide[:, 20:80] = 200
     for kind in ("png", "jpeg", "gif"):
         answer, = ask("/photo", as_file(wide, kind))
-        assert pixels(answer["picture"]).shape == (32, 32, 3) and pixels(answer["picture"]).min() > 150
+        assert pixels(answer["picture"]).shape == (SIZE, SIZE, 3) and pixels(answer["picture"]).min() > 150
     assert "not a readable image" in ask("/photo", b"hello")[0]["error"]
     assert "not a readable image" in ask("/photo", as_file(wide)[:100])[0]["error"]
     header = b"IHDR" + (30_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
@@ -242,7 +246,7 @@ def test_photos(ask):
 
 
 @pytest.mark.parametrize("settings, says", [
-    ({"steps": "0"}, "at least 1"), ({"steps": "65"}, "the number of tokens, 64"),
+    ({"steps": "0"}, "at least 1"), ({"steps": str(N + 1)}, f"the number of tokens, {N}"),
     ({"num": "65"}, "from 1 to 64"), ({"schedule": "x"}, "--schedule"), ({"cfg": "-1"}, "--cfg"),
     ({"top-k": "300"}, "256"), ({"temperature": "nan"}, "--temperature"), ({"run": "/etc"}, "unrecognized"),
     ({"decoder": "x"}, "--decoder"), ({"seed": "-1"}, "--seed"), ({"feather": "-1"}, "--feather")])
@@ -252,20 +256,20 @@ def test_bad_settings(ask, settings, says):
 
 
 def test_nothing_is_painted_over(ask):
-    request = {"settings": {}, "label": None, "picture": demo.data_url(torch.zeros(3, 32, 32)), "region": [False] * 64}
+    request = {"settings": {}, "label": None, "picture": demo.data_url(torch.zeros(3, SIZE, SIZE)), "region": [False] * N}
     assert "nothing is painted over" in ask("/draw", request)[-1]["error"]
-    request["region"] = [True] * 64
+    request["region"] = [True] * N
     assert "nothing tells its class" in ask("/draw", request)[-1]["error"]
 
 
 @pytest.mark.parametrize("body", [
     b"", b"[]", b"{}", b'{"settings": {}, "label": 1000}', {"settings": {}, "label": "1"},
-    {"settings": {}, "label": 1, "picture": demo.data_url(torch.zeros(3, 32, 32)), "region": [True]}])
+    {"settings": {}, "label": 1, "picture": demo.data_url(torch.zeros(3, SIZE, SIZE)), "region": [True]}])
 def test_our_errors_stay_on_the_terminal(ask, capsys, body):
     """What only a bug of the page could send: a traceback for us, and no text of it for the reader."""
     assert ask("/draw", body)[-1] == {"error": "internal error: see the terminal in which demo.py runs"}
     assert "Traceback" in capsys.readouterr().err
-    assert ask("/about")[0]["tokens"] == 64                                                   # it answers all the same
+    assert ask("/about")[0]["tokens"] == N                                                   # it answers all the same
 
 
 def test_a_lack_of_memory_is_no_bug(ask, models, monkeypatch, capsys):
@@ -302,7 +306,7 @@ def test_only_its_own_page_is_answered(server, ask):
                     {"Origin": f"https://127.0.0.1:{port}"}):
         assert "only the page" in ask("/about", {}, status=403, **headers)[0]["error"]
         assert "only the page" in ask("/", method="GET", status=403, **headers)
-    assert ask("/about", {}, Host=f"localhost:{port}", Origin=f"http://localhost:{port}")[0]["size"] == 32
+    assert ask("/about", {}, Host=f"localhost:{port}", Origin=f"http://localhost:{port}")[0]["size"] == SIZE
 
 
 def test_the_page_may_load_its_own_files_alone(server):
@@ -323,7 +327,7 @@ def test_pages_wait_for_each_other_and_a_closed_one_stops(server, models, ask):
         while b'"done": 2' not in answer.readline():
             pass
     page.close()
-    assert ask("/about")[-1]["tokens"] == 64                                  # its turn comes when the other has ended
+    assert ask("/about")[-1]["tokens"] == N                                  # its turn comes when the other has ended
     assert 2 <= len(passes) < 32
     watch.remove()
     with server.lock:
@@ -374,7 +378,7 @@ def test_a_relative_data_path(other, tmp_path, monkeypatch):
         models.validation(b'{"number": 0}', told.append)
     monkeypatch.chdir(tmp_path)
     models.validation(b'{"number": 0}', told.append)
-    assert pixels(told[0]["picture"]).shape == (32, 32, 3)
+    assert pixels(told[0]["picture"]).shape == (SIZE, SIZE, 3)
 
 
 def test_a_sequential_decoder_of_other_tokens(other, tmp_path, capsys):
@@ -420,8 +424,8 @@ def test_pictures_of_a_run(call_main, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data-flow.png", "limit-boundary.png"]
     with Image.open(tmp_path / "limit-boundary.png") as rows:
         assert rows.size == (530, 258)                                              # three grids, each with its titles
-        photo, _ = Shapes("val").batch(np.array([7]))                               # the first moon, which is its input
-        shown = np.asarray(rows)[20:84:2, 2:66:2]
+        photo, _ = Shapes("val", SIZE).batch(np.array([7]))                               # the first moon, which is its input
+        shown = np.asarray(rows)[20:84:64 // SIZE, 2:66:64 // SIZE]
     assert (shown == photo[0].movedim(0, -1).numpy()).all()
 
 
@@ -480,7 +484,7 @@ def finished(page, says="in 8 passes: "):
 def canvas(page, selector):
     """The pixels of a canvas of the page, at the model's size."""
     image = Image.fromarray(pixels(page.eval_on_selector(selector, "canvas => canvas.toDataURL()"))).convert("RGB")
-    return np.asarray(image.resize((32, 32), Image.Resampling.NEAREST))
+    return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.NEAREST))
 
 
 def go_to(page, t):
@@ -510,14 +514,15 @@ def test_page_draws_and_shows_the_steps(page):
     page.click("#go")
     finished(page, "3 images (fish) in 8 passes: ")
     assert page.locator("#images button").count() == 3 and (canvas(page, "#images canvas") != before).any()
-    counts = mask_counts("cosine", 8, 64)
+    counts = mask_counts("cosine", 8, N)
     go_to(page, 3)
     assert page.text_content("#time-text") == "t = 3 of 8"
-    assert page.text_content("#masked-text") == f"still masked: {counts[2]} of 64 tokens"
+    assert page.text_content("#masked-text") == f"still masked: {counts[2]} of {N} tokens"
     assert f"= {counts[2]}." in page.text_content("#sentences")
     assert "log p plus 4.5 · (1 − 3/8) = 2.81 times Gumbel noise" in page.text_content("#sentences")
-    assert f"masked: {counts[2]} of 64" in page.text_content("#schedule")
-    hidden = (canvas(page, "#predicted") != canvas(page, "#masked")).any(2).reshape(8, 4, 8, 4).any((1, 3))
+    assert f"masked: {counts[2]} of {N}" in page.text_content("#schedule")
+    predicted = canvas(page, "#predicted")
+    hidden = (predicted != canvas(page, "#masked")).any(2).reshape(SIDE, 4, SIDE, 4).any((1, 3))
     assert hidden.sum() == counts[2]
     page.locator("#confidence").focus()
     page.keyboard.press("ArrowDown")
@@ -528,7 +533,7 @@ def test_page_draws_and_shows_the_steps(page):
     again.goto(page.url)
     finished(again, "3 images (fish) in 8 passes: ")
     go_to(again, 3)
-    assert (canvas(again, "#predicted") == canvas(page, "#predicted")).all()
+    assert (canvas(again, "#predicted") == predicted).all()
     again.close()
 
 
@@ -552,16 +557,17 @@ def test_page_edits_with_a_brush(page):
     page.fill("#feather", "0")
     box = page.locator("#photo").bounding_box()
     page.select_option("#brush", "1")
-    page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.3)    # the third token of the third row
+    token = box["width"] / SIDE
+    page.mouse.move(box["x"] + 2.5 * token, box["y"] + 2.5 * token)                   # the third token of the third row
     page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] * 0.44, box["y"] + box["height"] * 0.3)   # and the fourth
+    page.mouse.move(box["x"] + 3.5 * token, box["y"] + 2.5 * token)                   # and the fourth
     page.mouse.up()
     finished(page, "10 images (")
-    inside = np.zeros((32, 32), bool)
+    inside = np.zeros((SIZE, SIZE), bool)
     inside[8:12, 8:16] = True
     after = canvas(page, "#predicted")
     assert (after[~inside] == before[~inside]).all() and (after[inside] != before[inside]).any()
-    assert page.text_content("#masked-text") == "still masked: 0 of 64 tokens"
+    assert page.text_content("#masked-text") == f"still masked: 0 of {N} tokens"
     page.locator("#photo").focus()                                                            # and by the keyboard alone
     page.keyboard.press("ArrowDown")
     page.keyboard.press(" ")
@@ -574,7 +580,7 @@ def test_page_edits_with_a_brush(page):
     finished(page, "10 images (")
     with page.expect_download() as download:
         page.click("#save")
-    assert np.asarray(Image.open(download.value.path())).shape == (32, 32, 3)
+    assert np.asarray(Image.open(download.value.path())).shape == (SIZE, SIZE, 3)
     page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": b"no image"})
     page.wait_for_selector("#problem:has-text('not a readable image')")
 
@@ -600,7 +606,7 @@ def test_page_compares_on_a_phone(page):
     finished(page, "1 image (ball) by both decoders")
     assert page.text_content("#play") == "❚❚ Pause"                                           # the race starts by itself
     assert page.locator("#times tr").count() == 3 and "…" not in page.text_content("#times")
-    # With these times, after a quarter of the race parallel decoding is done, and the other one in its 17th pass.
+    # With these times, after a quarter of the race parallel decoding is done, and the other one has done a quarter of its passes.
     page.evaluate("""() => {
         pause();
         const slow = {parallel: 1.6, autoregressive: 0.8};
@@ -610,21 +616,21 @@ def test_page_compares_on_a_phone(page):
     }""")
     assert page.text_content("#parallel-clock") == page.text_content("#autoregressive-clock") == "0.100 s"
     assert page.text_content("#parallel-passes") == "pass 8 of 8"
-    assert page.text_content("#autoregressive-passes") == "pass 16 of 64"
+    assert page.text_content("#autoregressive-passes") == f"pass {N // 4} of {N}"
     assert page.locator("#parallel-track i.done").count() == 8
-    assert page.locator("#autoregressive-track i.done").count() == 16
+    assert page.locator("#autoregressive-track i.done").count() == N // 4
     widths = [page.locator(f"#{name}-track").bounding_box()["width"] for name in ("parallel", "autoregressive")]
     assert widths[0] == pytest.approx(widths[1] / 4, abs=1)
     assert page.locator("#axis span").all_text_contents() == ["0 s", "0.1 s", "0.2 s", "0.3 s"]
     assert "guidance 1" in page.text_content("#parallel-text")
-    later = canvas(page, "#sequential-images canvas").reshape(8, 4, 8, 4, 3).transpose(0, 2, 1, 3, 4).reshape(64, -1)
-    assert (later[16:] == 128).all() and not (later[:16] == 128).all(1).any()
+    later = canvas(page, "#sequential-images canvas").reshape(SIDE, 4, SIDE, 4, 3).transpose(0, 2, 1, 3, 4).reshape(N, -1)
+    assert (later[N // 4:] == 128).all() and not (later[:N // 4] == 128).all(1).any()
     rows = [row.split() for row in page.locator("#times tr").all_inner_texts()]
     assert [row[-3:] for row in rows] == [["4.0", "×", "faster"], ["1.0", "×", "faster"], ["2.0", "×", "slower"]]
     reasons = page.locator("#reasons p").all_text_contents()
     assert "16.0 times as long" in reasons[0] and "arithmetic" in reasons[0]
     assert "2.0 times as long" in reasons[1] and "operations to start" in reasons[1]
-    assert "8 passes against 64, 1024 tokens computed for an image against 64" in reasons[2]
+    assert f"8 passes against {N}, {16 * N} tokens computed for an image against {N}" in reasons[2]
     page.evaluate("() => { about.device = 'cuda:0'; showTable(); }")
     reasons = page.locator("#reasons p").all_text_contents()
     assert "for the CPU to start the operations" in reasons[1] and "the passes decide" in reasons[2]
@@ -708,7 +714,7 @@ def test_page_takes_a_new_order_and_a_new_schedule(server, open_page, monkeypatc
         page.keyboard.press("ArrowDown")
         page.wait_for_selector("#token:has-text('row 2, column 1, step 4')")
         text = page.text_content("body")
-        assert "the order “strange” gives its confidence" in text and "= 8." in text           # ⌊(1 − 4/8)³ · 64⌋
+        assert "the order “strange” gives its confidence" in text and f"= {N // 8}." in text         # ⌊(1 − 4/8)³ · N⌋
         assert "undefined" not in text and "NaN" not in text
     finally:
         lib.orders.ORDERS.remove("strange")

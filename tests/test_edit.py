@@ -386,17 +386,19 @@ def test_what_is_repainted_shows_its_class():
     painted anew, and another class after the object, to the borders of its box, was edited into it; both in at least
     80%."""
     n = 200
-    _, tokenizer, transformer, _ = load_run(ROOT / "example", Machine("cpu"))
+    _, tokenizer, transformer, checkpoint = load_run(ROOT / "example", Machine("cpu"))
+    half = checkpoint["image_size"] // 2
+    side = 2 * half // tokenizer.config.stride
     weights = load_checkpoint(ROOT / "example" / "classifier.pt", "classifier")["model"]
     classifier = load_weights(Classifier(10), weights, "classifier.pt").eval()
-    images, labels = Shapes("val").batch(np.arange(n))
+    images, labels = Shapes("val", 2 * half).batch(np.arange(n))
     images = images.float() / 255
     u = hashed_uniform(1, np.arange(n), 13)                       # as Shapes draws: size and centre of each object
     size = 0.7 + 0.2 * u[:, 0]
-    top, left = (1 - (2 * u[:, 4] - 1) * (1 - size) - size) * 16, (1 + (2 * u[:, 3] - 1) * (1 - size) - size) * 16
-    boxes = [box_region((int(y), int(x), int(32 * s), int(32 * s)), (0, 0, 32), 8)
+    top, left = (1 - (2 * u[:, 4] - 1) * (1 - size) - size) * half, (1 + (2 * u[:, 3] - 1) * (1 - size) - size) * half
+    boxes = [box_region((int(y), int(x), int(2 * half * s), int(2 * half * s)), (0, 0, 2 * half), side)
              for y, x, s in zip(top, left, size, strict=True)]
-    cases = {"inpainting": (centre_region(8).expand(n, 8, 8), labels),
+    cases = {"inpainting": (centre_region(side).expand(n, side, side), labels),
              "editing": (torch.stack(boxes), (labels + 1) % 10)}
     right = {}
     with torch.no_grad():
