@@ -60,12 +60,16 @@ class Discriminator(nn.Module):
         if image_size < 8:
             raise ValueError(f"the discriminator needs images of at least 8 pixels, not "
                              f"{image_size}")
+
+        def channels(size: int) -> int:
+            return max(1, min(max_width, width * 256 // size))
+
         self.centred = centred
         size = image_size
-        widths = [max(1, min(max_width, width * 256 // size))]
+        widths = [channels(size)]
         while size > 4:
             size = math.ceil(size / 2)
-            widths.append(max(1, min(max_width, width * 256 // size)))
+            widths.append(channels(size))
         self.conv_in = conv3x3(3, widths[0])
         self.blocks = nn.Sequential(*[DiscriminatorBlock(a, b) for a, b in pairwise(widths)])
         self.conv_out = conv3x3(widths[-1], widths[-1])
@@ -83,10 +87,17 @@ class Discriminator(nn.Module):
         return self.dense2(F.leaky_relu(self.dense1(x), 0.2)).squeeze(-1)
 
 
+def check_loss(kind: str) -> None:
+    """Raises ValueError if there is no adversarial loss of this name."""
+    if kind not in ("non-saturating", "hinge"):
+        raise ValueError(f"{kind} is no adversarial loss: it must be non-saturating or hinge")
+
+
 def generator_loss(fake_logits: Tensor, kind: str = "non-saturating") -> Tensor:
     """Returns what the tokenizer minimises so that its reconstructions pass for real.
 
     kind: see discriminator_loss()."""
+    check_loss(kind)
     if kind == "hinge":
         return -fake_logits.mean()
     return F.softplus(-fake_logits).mean()
@@ -97,7 +108,8 @@ def discriminator_loss(
 ) -> Tensor:
     """Returns what the discriminator minimises.
 
-    kind: non-saturating (Goodfellow et al. 2014) or hinge."""
+    kind: non-saturating (Goodfellow et al. 2014) or hinge; ValueError otherwise."""
+    check_loss(kind)
     if kind == "hinge":
         return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()

@@ -83,8 +83,7 @@ PRESETS = flags.presets(FLAGS, {
     "folder": ("shapes", {"codebook_size": 1024, "levels": (8, 5, 5, 5)}),
     "places2": ("imagenet", {}),
 })
-# A resumed run may change every flag but these: its weights have their shapes, or were learned from
-# them.
+# A resumed run may change every flag but these: its weights have their shapes or come from them.
 FIXED = {
     "data", "init", "image_size", "filters", "multipliers", "res_blocks", "groups", "quantizer",
     "codebook_size", "codebook_dim", "levels", "disc_width", "disc_max_width",
@@ -180,8 +179,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         log.add(gradient=gradient)
 
         # The discriminator learns to tell images from these reconstructions. Without a warm-up of
-        # its own, its first steps would overshoot. Its gradients are not clipped, as
-        # that was not needed.
+        # its own, its first steps would overshoot. It has not needed clipping.
         if adversarial > 0:
             log.flops = adversarial_flops
             optim.set_learning_rate(

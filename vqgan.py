@@ -27,7 +27,7 @@ class VQGANConfig:
     filters: int = 128                          # width at full resolution, a multiple of `groups`
     multipliers: tuple = (1, 1, 2, 2, 4)        # of `filters`: the widths, finest resolution first
     res_blocks: int = 2                         # at each resolution
-    groups: int = 32                            # of GroupNorm; below 4 channels each, colours fade
+    groups: int = 32                            # of GroupNorm; under 4 channels, colours wash out
     commitment: float = 0.25                    # beta of VQ-VAE (van den Oord et al. 2017, Eq. 3)
     entropy: float = 0.1                        # weight of the codebook entropy loss
     entropy_temperature: float = 0.01
@@ -93,7 +93,7 @@ class Encoder(nn.Module):
         for width, next_width in pairwise(widths):
             layers += [nn.AvgPool2d(2)]
             layers += res_blocks(config, width, next_width)
-        layers += res_blocks(config, widths[-1], widths[-1])
+        layers += res_blocks(config, widths[-1], widths[-1])        # the middle of the model
         layers += output_layers(config, widths[-1], nn.Conv2d(widths[-1], config.codebook_dim, 1))
         self.layers = nn.Sequential(*layers)
 
@@ -102,12 +102,13 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, codebook_dim, h, w) -> (B, 3, h * stride, w * stride)."""
+    """(B, codebook_dim, h, w) -> (B, 3, h * stride, w * stride), about [0, 1] but not clamped."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
         widths = [config.filters * multiplier for multiplier in reversed(config.multipliers)]
         layers = [conv3x3(config.codebook_dim, widths[0])]
+        # At the coarsest resolution two groups, as in the released model: the middle, then its own.
         layers += res_blocks(config, widths[0], widths[0])
         layers += res_blocks(config, widths[0], widths[0])
         for width, next_width in pairwise(widths):
@@ -189,7 +190,8 @@ class VectorQuantizer(Quantizer):
         """Copies random features into the codebook, so that every entry starts near a feature."""
         features = features.permute(0, 2, 3, 1).flatten(0, 2)                       # (n, D)
         size = self.config.codebook_size
-        # If there are fewer features than entries, some are taken twice; noise sets them apart.
+        # If there are fewer features than entries, some are taken twice. Noise of 5% of the spread
+        # is enough to part them, and too little to leave the features.
         shuffled = torch.randperm(len(features), generator=generator)
         chosen = shuffled[torch.arange(size) % len(features)].to(features.device)
         noise = torch.randn(size, features.shape[1], generator=generator).to(features.device)
@@ -203,7 +205,7 @@ def entropy_loss(affinity: Tensor, temperature: float) -> Tensor:
     (`entropy_loss`, type softmax), including the 1e-5 inside the logarithm."""
     scaled = affinity.flatten(0, -2) / temperature
     log_probs = scaled.log_softmax(-1)
-    probs = scaled.softmax(-1)          # faster than log_probs.exp(), whose tiny results are slow
+    probs = scaled.softmax(-1)  # not log_probs.exp(): its subnormal results are slow on a CPU
     usage = joint_usage(probs.mean(0))
     usage_entropy = -(usage * (usage + 1e-5).log()).sum()
     sample_entropy = -(probs * log_probs).sum(-1).mean()
@@ -226,7 +228,8 @@ class FiniteScalarQuantizer(Quantizer):
     """Rounds each of a few numbers to one of its levels: no codebook and no extra losses.
 
     FSQ; Mentzer et al. 2023. config.levels: how many values each of the codebook_dim numbers can
-    take; their product must be codebook_size, or ValueError is raised."""
+    take, at least 3 (bound() has no inverse for 2); their product must be codebook_size. Raises
+    ValueError otherwise."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -234,6 +237,8 @@ class FiniteScalarQuantizer(Quantizer):
         if len(levels) != config.codebook_dim or math.prod(levels) != config.codebook_size:
             raise ValueError(f"levels {levels} do not give {config.codebook_size} codes "
                              f"of {config.codebook_dim} numbers")
+        if min(levels) < 3:
+            raise ValueError(f"levels {levels} must be at least 3 each")
         levels = torch.tensor(levels).view(-1, 1, 1)                                # (D, 1, 1)
         # An index is a number whose digits are the levels: their place values are 1, L1, L1 L2, ...
         place_values = levels.flatten().cumprod(0).view(-1, 1, 1) // levels
@@ -282,7 +287,8 @@ class VQGAN(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Reconstructs images (B, 3, H, W) in [0, 1].
 
-        Returns reconstructions (B, 3, H, W), indices (B, h, w), the quantizer's losses by name."""
+        Returns reconstructions (B, 3, H, W), about [0, 1] but not clamped; indices (B, h, w); and
+        the quantizer's losses by name."""
         quantized, indices, losses = self.quantizer(self.encoder(images))
         return self.decoder(quantized), indices, losses
 
@@ -304,7 +310,7 @@ class VQGAN(nn.Module):
 def as_grid(tokens: Tensor) -> Tensor:
     """Returns the tokens (B, N) of square images as (B, h, w), which VQGAN.decode() takes."""
     side = math.isqrt(tokens.shape[1])
-    return tokens.view(-1, side, side)
+    return tokens.view(len(tokens), side, side)
 
 
 def to_pixels(mask: Tensor, stride: int) -> Tensor:

@@ -25,7 +25,7 @@ from vqgan import VQGAN, VQGANConfig
 PEAK = 989e12
 STAGE_1 = 0.23 * PEAK
 STAGE_2 = 0.33 * PEAK
-JPEGS = 175                             # of ImageNet, that a CPU core decodes and crops in a second
+JPEGS_PER_SECOND = 175                  # that one core decodes and crops, at ImageNet's sizes
 
 
 class Planned(NamedTuple):
@@ -301,6 +301,6 @@ def print_reading(
         return
     readers = MOST_CORES if args.workers is None else args.workers
     waiting = readers * 2 * batch * 3 * image_size ** 2                 # two batches of each
-    print_row("readers", f"{images_per_second / JPEGS:.1f} CPU cores to feed an H100, at {JPEGS} "
-                         f"JPEG files a second and core")
+    print_row("readers", f"{images_per_second / JPEGS_PER_SECOND:.1f} CPU cores to feed an H100, "
+                         f"at {JPEGS_PER_SECOND} JPEG files a second and core")
     print_row("/dev/shm", f"{waiting / 1e9:.2g} GB for the {readers} readers of each GPU")

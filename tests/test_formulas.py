@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_transformer
 import train_vq
-from discriminator import Discriminator, r1_penalty
+from discriminator import Discriminator, discriminator_loss, generator_loss, r1_penalty
 from lib import optim
 from lib.data import open_data
 from lib.files import rebuild
@@ -21,7 +21,7 @@ from lib.loader import batches
 from lib.orders import halton_order
 from lib.runtime import Machine, step_seed
 from maskgit import MaskGIT, MaskGITConfig, drop_labels, mask_tokens, mvtm_loss
-from vqgan import VQGAN, FiniteScalarQuantizer, VectorQuantizer, VQGANConfig
+from vqgan import VQGAN, FiniteScalarQuantizer, VectorQuantizer, VQGANConfig, as_grid
 
 ARGS = SimpleNamespace(**train_vq.PRESETS["shapes"])
 SMALL = VQGANConfig(32, 4, 8, (1, 1, 1), 1, 1)
@@ -141,6 +141,18 @@ LEVELS = [(8, 5, 5), (3, 4, 7)]
 
 def make_fsq(levels):
     return FiniteScalarQuantizer(VQGANConfig(math.prod(levels), len(levels), quantizer="fsq", levels=levels))
+
+
+def test_what_would_go_wrong_silently_is_refused():
+    """NaN from two levels; another loss than the one that is named; images made of the tokens of others."""
+    with pytest.raises(ValueError, match="at least 3"):
+        make_fsq((8, 2))
+    logits = torch.zeros(2)
+    for loss in (lambda: generator_loss(logits, "wasserstein"), lambda: discriminator_loss(logits, logits, "wasserstein")):
+        with pytest.raises(ValueError, match="wasserstein is no adversarial loss"):
+            loss()
+    with pytest.raises(RuntimeError, match="shape"):
+        as_grid(torch.zeros(2, 8))
 
 
 @pytest.mark.parametrize("levels", LEVELS)
