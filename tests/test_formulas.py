@@ -134,6 +134,21 @@ def test_the_codebook_starts_near_features(images):
     assert len(torch.unique(codebook, dim=0)) == 32
 
 
+def test_the_codebook_starts_by_micro_batches(images):
+    """A whole batch in float32 may be more than a GPU holds."""
+    torch.manual_seed(0)
+    model = VQGAN(SMALL)
+    sizes = []
+    codebooks = []
+    model.encoder.register_forward_hook(lambda encoder, inputs, features: sizes.append(len(features)))
+    for count in (1, 2):
+        parts = optim.micro_batches(len(images), count)
+        train_vq.start_quantizer(model, images, parts, torch.Generator().manual_seed(0))
+        codebooks.append(model.quantizer.codebook.detach().clone())
+    assert sizes == [4, 2, 2]
+    torch.testing.assert_close(*codebooks)
+
+
 # ---- finite scalar quantization
 
 LEVELS = [(8, 5, 5), (3, 4, 7)]
