@@ -40,7 +40,7 @@ from vqgan import as_grid
 SIZE = load_checkpoint(ROOT / "example" / "vqgan.pt", "vqgan")["image_size"]
 SIDE = SIZE // 4                                # tokens along each side, of 4 x 4 pixels each
 N = SIDE * SIDE
-CENTRE = [6 <= i % SIDE < 10 and 6 <= i // SIDE < 10 for i in range(N)]
+CENTRE = [abs(i % SIDE + 0.5 - SIDE / 2) < 2 and abs(i // SIDE + 0.5 - SIDE / 2) < 2 for i in range(N)]
 CORNER = [i % SIDE < 2 and i // SIDE < 2 for i in range(N)]
 
 
