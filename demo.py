@@ -16,6 +16,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,7 @@ from vqgan import as_grid, to_pixels
 
 PAGE = Path(__file__).parent / "lib" / "demo"
 MAX_IMAGES = 64
+MAX_NUMBERS = 1 << 20       # images x steps x tokens: of each the page is told several
 SHOWN_CODES = 8             # the likeliest codes of a token
 TIMED_RUNS = 5              # of which the fastest counts
 TIMED_SECONDS = 1           # for all of these, unless two take longer
@@ -56,7 +58,7 @@ class SettingsParser(argparse.ArgumentParser):
     """Parses the page's settings as flags; a bad one is a UserError."""
 
     def error(self, message: str) -> None:
-        raise UserError(message)
+        raise UserError(message.removeprefix("argument --"))      # the page knows no flags
 
 
 class Upload(io.BytesIO):
@@ -80,6 +82,7 @@ class Demo:
     the answer. It raises UserError for what the user can mend."""
 
     def __init__(self, args: argparse.Namespace, machine: Machine):
+        admit_pixels(args.max_pixels)
         self.args = args
         self.machine = machine
         self.folder, self.tokenizer, parallel, self.checkpoint = load_run(
@@ -104,13 +107,14 @@ class Demo:
     @functools.cached_property
     def validation_images(self) -> DataSet:
         """The run's validation data set. Raises UserError if it cannot be opened."""
-        admit_pixels(self.args.max_pixels)
         name = self.checkpoint["data"]
         try:
             _, validation = open_data(name, self.checkpoint["image_size"], self.args.data_dir)
         except UserError as error:
-            raise UserError(f"the data of this run cannot be opened ({error}): start demo.py in "
-                            f"the folder where it was trained, or give --data-dir") from error
+            remedy = "start demo.py in the folder where it was trained, or give --data-dir"
+            if os.path.isabs(name):
+                remedy = f"put the folder back at {name}"
+            raise UserError(f"the data of this run cannot be opened ({error}): {remedy}") from error
         return validation
 
     def read_settings(self, texts: dict[str, str]) -> argparse.Namespace:
@@ -128,7 +132,7 @@ class Demo:
         """Tells what the page must know before it asks anything else."""
         model = self.models["parallel"]
         settings = self.read_settings({})
-        options = sampler_options(settings, model)
+        options = sampler_options(settings, model)          # defaults that depend on the model
         settings.steps = options["steps"]
         settings.cfg = options["cfg"]
         defaults = {name.replace("_", "-"): value for name, value in vars(settings).items()}
@@ -174,16 +178,17 @@ class Demo:
         settings = self.read_settings(request["settings"])
         model = self.models[settings.decoder]
         options = sampler_options(settings, model)
+        check_amount(settings.num, options.get("steps", 1), model.config.num_tokens)
         passes = options.get("steps", model.config.num_tokens)
         steps = []
 
         def on_step(t: int, sampled: Tensor, masked: Tensor, confidence: Tensor) -> None:
             tell({"done": t, "of": passes})
-            if settings.decoder == "parallel" or t == passes:       # the last is enough of the N
+            if settings.decoder == "parallel" or t == passes:       # of the other only the last
                 steps.append((sampled, masked, confidence))
 
         with self.machine.autocast():
-            started = time.time()
+            started = time.perf_counter()
             label = request["label"]
             picture = None
             unknown = torch.ones(model.config.num_tokens, dtype=torch.bool)
@@ -198,19 +203,18 @@ class Demo:
                 numbers = torch.arange(settings.num)
                 labels = torch.full_like(numbers, label)
             options["rand"] = rand_of_images(settings.seed, labels, numbers, self.machine)
-            sampler_of(model)(model, self.machine.put(labels), on_step=on_step, **options)
+            sampler_of(model)(model, self.machine.put(labels), on_step=on_step, **options).cpu()
             tell({
+                "seconds": time.perf_counter() - started,       # .cpu() has waited for a GPU
                 **steps_in_numbers(steps, settings.schedule, int(unknown.sum())),
                 "unknown": unknown.tolist(),
                 "settings": vars(settings),
                 "labels": labels.tolist(),
-                "seconds": time.time() - started,
             })
+            mask = to_pixels(as_grid(unknown[None]), self.stride)[0]
             for t in range(len(steps), 0, -1):
-                sampled, _, _ = steps[t - 1]
-                images = self.tokenizer.decode(as_grid(sampled)).float().cpu()
+                images = self.tokenizer.decode(as_grid(steps[t - 1][0])).float().cpu()
                 if picture is not None:
-                    mask = to_pixels(as_grid(unknown[None]), self.stride)[0]
                     images = composite(picture, images, mask, settings.feather)
                 tell({"step": t, "images": [data_url(image) for image in images]})
 
@@ -269,7 +273,7 @@ class Demo:
         """Tells how long each decoder takes to draw several numbers of images.
 
         The request: "settings", as for read_settings(), and "numbers", of images. The answer, for
-        each of these and each decoder: {"num", "decoder"} at the start, then {"num", "decoder",
+        each of these and each decoder: {"num", "decoder"} before every run, then {"num", "decoder",
         "seconds"}: the transformer's time, without turning tokens into pixels, and with torch.rand
         for all images, since a generator for each would be timed as well."""
         request = json.loads(body)
@@ -279,19 +283,32 @@ class Demo:
             for decoder, model in self.models.items():
                 options = sampler_options(settings, model)
                 measured = {"num": num, "decoder": decoder}
-                tell(measured)
-                tell(measured | {"seconds": self.shortest_time(model, labels, options)})
+                on_run = functools.partial(tell, measured)
+                seconds = self.shortest_time(model, labels, options, on_run)
+                tell(measured | {"seconds": seconds})
 
-    def shortest_time(self, model: MaskGIT, labels: Tensor, options: dict) -> float:
-        """Returns the seconds of the fastest of several runs of a decoder."""
+    def shortest_time(
+        self, model: MaskGIT, labels: Tensor, options: dict, on_run: Callable[[], None],
+    ) -> float:
+        """Returns the seconds of the fastest of several runs of a decoder.
+
+        on_run: is called before each; it raises ConnectionError if the page has gone."""
         times = []
         while len(times) < 2 or (len(times) < TIMED_RUNS and sum(times) < TIMED_SECONDS):
+            on_run()
             started = time.perf_counter()
             with self.machine.autocast():
                 tokens = sampler_of(model)(model, labels, **options)
             tokens.cpu()                                # waits for a GPU
             times.append(time.perf_counter() - started)
         return min(times)
+
+
+def check_amount(num: int, steps: int, tokens: int) -> None:
+    """Raises UserError if the numbers of so many steps are too many for a page."""
+    if num * steps * tokens > MAX_NUMBERS:
+        raise UserError(f"{steps} steps of {num} images with {tokens} tokens each are too many to "
+                        f"show: ask for fewer images or steps")
 
 
 def steps_in_numbers(
@@ -340,8 +357,7 @@ def serve(args: argparse.Namespace, machine: Machine) -> None:
 
 
 def stop(number: int, frame: object) -> None:
-    """Ends the process at once: an exception in the midst of torch would abort it. Nothing is lost.
-    """
+    """Ends the process at once: an exception in the midst of torch would abort it."""
     os._exit(0)
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from maskgit import MaskGIT, mask_tokens
@@ -49,7 +50,7 @@ def draw(
     figure.subplots_adjust(left=0.005, right=0.995, bottom=0.02, top=0.89, wspace=0.52)
     axes = figure.subplots(1, 5)
     none = torch.zeros_like(mask)
-    predicted_title = "predicted (bold)" if is_numbered(mask) else "predicted"
+    predicted_title = "predicted (bold)" if is_numbered(mask) else "predicted (framed)"
     draw_image(axes[0], image, f"image, {image.shape[1]} × {image.shape[2]} pixels")
     draw_tokens(axes[1], tokens, colours, none, none, f"tokens, {mask.shape[0]} × {mask.shape[1]}")
     draw_tokens(axes[2], tokens, colours, none, mask, "masked")
@@ -76,7 +77,8 @@ def draw_tokens(
     """Draws a grid of tokens (h, w), as numbers if it is small, on the colours (codebook_size, 3)
     of their codes.
 
-    bold, hidden: (h, w) booleans. A hidden token is grey and shows no number."""
+    bold, hidden: (h, w) booleans. A hidden token is grey and shows no number; a bold one has a
+    frame in a grid without numbers."""
     cells = colours[tokens]                                                     # (h, w, 3)
     cells[hidden] = GREY
     axis.imshow(cells)
@@ -86,6 +88,9 @@ def draw_tokens(
     axis.set_yticks(np.arange(0.5, tokens.shape[0] - 1))
     axis.grid(color="white", lw=0.8)
     if not is_numbered(tokens):
+        for row, column in bold.nonzero().tolist():
+            corner = column - 0.5, row - 0.5
+            axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", lw=0.8))
         return
     for row, column in (~hidden).nonzero().tolist():
         ink = "black" if cells[row, column].mean() > 0.5 else "white"

@@ -69,20 +69,30 @@ def open_job(args: argparse.Namespace, scratch: str) -> Job:
 # --------------------------------------------------------------------------------------- the means
 
 def run_script(script: str, run: Path, *words: object) -> None:
-    """Starts a script of this project on a run, and prints the command."""
+    """Starts a script of this project on a run, and prints the command. Raises UserError if it
+    fails."""
     command = [script, *map(str, words), "--run", str(run)]
     print("    python", *command, flush=True)
-    subprocess.run([sys.executable, ROOT / command[0], *command[1:]], check=True,
-                   stdout=subprocess.DEVNULL)
+    try:
+        subprocess.run([sys.executable, ROOT / command[0], *command[1:]], check=True,
+                       stdout=subprocess.DEVNULL)
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"{script} has failed: see its message above") from error
+
+
+def label_of(job: Job, name: str) -> int:
+    """Returns the label of a class. Raises UserError if the run has no such class."""
+    if name not in job.classes:
+        raise UserError(f"{job.run} has no class {name}: name a run of shapes with --run")
+    return job.classes.index(name)
 
 
 def first_image(job: Job, name: str) -> Tensor:
     """Returns the first validation image of a class, (3, S, S) in [0, 1]. Raises UserError."""
-    if name not in job.classes:
-        raise UserError(f"{job.run} has no class {name}: name a run of shapes with --run")
+    label = label_of(job, name)
     for index in range(len(job.validation)):
         images, labels = job.validation.batch(np.array([index]))
-        if job.classes[labels[0]] == name:
+        if labels[0] == label:
             return images[0] / 255
     raise UserError(f"there is no validation image of {name}")
 
@@ -166,9 +176,8 @@ def draw_flow(job: Job) -> None:
     """Draws the way of a fish through both models."""
     machine = Machine("cpu", bf16=False)
     _, tokenizer, transformer, _ = load_run(job.run, machine, decoder="parallel")
-    fish = job.classes.index("fish")
-    draw_data_flow(job.out / "data-flow.png", first_image(job, "fish"), fish, tokenizer,
-                   transformer)
+    draw_data_flow(job.out / "data-flow.png", first_image(job, "fish"), label_of(job, "fish"),
+                   tokenizer, transformer)
 
 
 def draw_edit(job: Job) -> None:
@@ -222,10 +231,11 @@ def draw_ablation(job: Job) -> None:
 
 def draw_page(job: Job) -> None:
     """Draws the page of demo.py in the middle of a decoding, with a look into one token."""
+    heart = label_of(job, "heart")
     with open_page(job) as page:
         page.wait_for_selector("#status:has-text('passes: ')")
-        heart = job.classes.index("heart")
-        page.evaluate(f"chosenImage = {heart}; goTo(5); chooseToken(side * 3 + 2)")
+        page.evaluate(f"chosenImage = {heart}; goTo(5); "
+                      "chooseToken(Math.floor(side * 3 / 8) * side + side / 4)")
         page.wait_for_selector(".code")
         page.screenshot(path=job.out / "demo.png", full_page=True)
 
@@ -234,7 +244,7 @@ def draw_compare(job: Job) -> None:
     """Draws both decoders when the parallel one is done, as the page compares them."""
     with open_page(job, "#mode=compare") as page:
         page.wait_for_selector("#status:has-text('both decoders')")
-        page.evaluate("pause(); goTo(Math.ceil(MOMENTS * seconds[1].parallel / longestTime()))")
+        page.evaluate("pause(); goTo(Math.ceil(MOMENTS * timings[1].parallel / longestTime()))")
         page.locator("section").screenshot(path=job.out / "compare.png")
 
 

@@ -1,8 +1,8 @@
 """Serves one page on this machine and answers its questions, which demo.py defines.
 
 A question is a POST. Its answer is lines of JSON: {"waits": true} while the server is busy with
-another request, then what the question tells, or {"error": ...}. A page that no longer wants an
-answer closes the connection; telling it another line then raises ConnectionError.
+another request, then what the question tells, and {"end": true} or {"error": ...}. A page that no
+longer wants an answer closes the connection; telling it another line then raises ConnectionError.
 """
 import contextlib
 import json
@@ -95,9 +95,10 @@ class Handler(BaseHTTPRequestHandler):
             self.tell({"waits": True})
         try:
             question(body, self.tell)
+            self.tell({"end": True})
         except UserError as error:
             self.tell({"error": str(error)})
-        except ConnectionError:                                         # the page has gone
+        except (ConnectionError, TimeoutError):                         # the page has gone
             raise
         except Exception as error:
             if out_of_memory(error):

@@ -81,7 +81,12 @@ def ask(server):
         answer = connection.getresponse()
         text = answer.read()
         assert answer.status == status, text
-        return [json.loads(line) for line in text.splitlines()] if method == "POST" else text.decode()
+        if method == "GET":
+            return text.decode()
+        lines = [json.loads(line) for line in text.splitlines()]
+        if "error" not in lines[-1]:
+            assert lines.pop() == {"end": True}                              # without it an answer was cut short
+        return lines
     return ask
 
 
@@ -156,12 +161,14 @@ def test_the_clock_times_what_is_asked_for(ask):
     """Both decoders, for each number of images, with the settings of the page."""
     lines = ask("/clock", {"settings": {"steps": "1", "cfg": "0"}, "numbers": [2, 1]})
     asked = [(num, decoder) for num in (2, 1) for decoder in ("parallel", "autoregressive")]
-    assert [(line["num"], line["decoder"]) for line in lines[::2]] == asked
-    assert [(line["num"], line["decoder"]) for line in lines[1::2]] == asked
-    assert not any("seconds" in line for line in lines[::2])
-    one_step = lines[5]["seconds"]
-    more_steps = ask("/clock", {"settings": {"steps": "32"}, "numbers": [1]})[1]["seconds"]
-    assert more_steps > 8 * one_step > 0
+    measured = [line for line in lines if "seconds" in line]
+    assert [(line["num"], line["decoder"]) for line in measured] == asked
+    # A line before each of at least two runs: a page that has gone is noticed between them.
+    starts = [(line["num"], line["decoder"]) for line in lines if "seconds" not in line]
+    assert sorted(starts, key=asked.index) == starts and all(2 <= starts.count(pair) <= 5 for pair in asked)
+    lines = ask("/clock", {"settings": {"steps": "32"}, "numbers": [1]})
+    more_steps = next(line["seconds"] for line in lines if "seconds" in line)
+    assert more_steps > 8 * measured[2]["seconds"] > 0
 
 
 def test_look_shows_what_was_sampled_from(models, ask, draw):
@@ -247,12 +254,20 @@ def test_photos(ask):
 
 @pytest.mark.parametrize("settings, says", [
     ({"steps": "0"}, "at least 1"), ({"steps": str(N + 1)}, f"the number of tokens, {N}"),
-    ({"num": "65"}, "from 1 to 64"), ({"schedule": "x"}, "--schedule"), ({"cfg": "-1"}, "--cfg"),
-    ({"top-k": "300"}, "256"), ({"temperature": "nan"}, "--temperature"), ({"run": "/etc"}, "unrecognized"),
-    ({"decoder": "x"}, "--decoder"), ({"seed": "-1"}, "--seed"), ({"feather": "-1"}, "--feather")])
+    ({"num": "65"}, "num: it must be a whole number from 1 to 64"), ({"schedule": "x"}, "schedule: "),
+    ({"cfg": "-1"}, "cfg: "), ({"top-k": "300"}, "256"), ({"temperature": "nan"}, "temperature: "),
+    ({"run": "/etc"}, "unrecognized"), ({"decoder": "x"}, "decoder: "), ({"seed": "-1"}, "seed: "),
+    ({"feather": "-1"}, "feather: ")])
 def test_bad_settings(ask, settings, says):
     *_, last = ask("/draw", {"settings": settings, "label": None})
-    assert says in last["error"] and len(last) == 1
+    assert says in last["error"] and len(last) == 1 and "argument --" not in last["error"]
+
+
+def test_more_numbers_than_a_page_can_take(ask, monkeypatch):
+    monkeypatch.setattr(demo, "MAX_NUMBERS", 4 * N)
+    assert ask("/draw", {"settings": {"num": "2", "steps": "2"}, "label": None})[-1]["step"] == 1
+    last = ask("/draw", {"settings": {"num": "2", "steps": "3"}, "label": None})[-1]
+    assert last["error"].startswith("3 steps of 2 images") and "ask for fewer images or steps" in last["error"]
 
 
 def test_nothing_is_painted_over(ask):
@@ -278,6 +293,24 @@ def test_a_lack_of_memory_is_no_bug(ask, models, monkeypatch, capsys):
     monkeypatch.setattr(models.tokenizer, "decode", decode)
     assert ask("/draw", {"settings": {}, "label": None})[-1] == {"error": "out of memory: ask for fewer images"}
     assert capsys.readouterr().err == ""
+
+
+def test_a_page_that_takes_no_more_has_gone(server, monkeypatch, capfd):
+    """The end of its connection, or a line that it does not read for a minute: both are no bug."""
+    def about(body, tell):
+        raise TimeoutError("timed out")
+    monkeypatch.setitem(server.questions, "/about", about)
+    with socket.create_connection(("127.0.0.1", server.server_port)) as page:
+        page.sendall(b"POST /about HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
+        with page.makefile("rb") as answer:
+            assert answer.read().endswith(b"\r\n\r\n")                                     # the head alone
+    assert capfd.readouterr().err == ""
+
+
+def test_max_pixels_holds_for_uploads_from_the_start(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    load(ROOT / "example")
+    assert Image.MAX_IMAGE_PIXELS == 178_956_970 / 2
 
 
 def test_defaults_come_from_the_flags(ask):
@@ -379,6 +412,10 @@ def test_a_relative_data_path(other, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     models.validation(b'{"number": 0}', told.append)
     assert pixels(told[0]["picture"]).shape == (SIZE, SIZE, 3)
+    del models.validation_images
+    models.checkpoint["data"] = str(tmp_path / "gone")                                # newer runs hold the whole path
+    with pytest.raises(lib.flags.UserError, match=f"put the folder back at {tmp_path}/gone$"):
+        models.validation(b'{"number": 0}', told.append)
 
 
 def test_a_sequential_decoder_of_other_tokens(other, tmp_path, capsys):
@@ -434,6 +471,14 @@ def test_an_unknown_picture(call_main, tmp_path):
     assert last.startswith("error: there is no picture flim: choose among example, film")
 
 
+def test_what_a_picture_cannot_be_made_of(tmp_path, capfd):
+    with pytest.raises(lib.flags.UserError, match="has no class fish: name a run of shapes"):
+        make.label_of(SimpleNamespace(run="run", classes=["a"]), "fish")
+    with pytest.raises(lib.flags.UserError, match="nothing.py has failed: see its message above"):
+        make.run_script("nothing.py", tmp_path)
+    assert "nothing.py" in capfd.readouterr().err
+
+
 # --------------------------------------------------------------------------------------------------- in a browser
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -457,14 +502,14 @@ def open_page(browser):
     """open_page(server, link) -> the page, loaded; whatever its console says makes the test fail."""
     said, pages = [], []
 
-    def open_page(server, link=""):
+    def open_page(server, link="", shows="#status:has-text('in 8 passes: ')"):
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         pages.append(page)
         page.set_default_timeout(60_000)
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.goto(f"http://127.0.0.1:{server.server_port}/{link}")
-        finished(page)
+        page.wait_for_selector(shows)
         return page
     yield open_page
     for page in pages:
@@ -545,6 +590,34 @@ def test_page_plays_the_steps(page):
     shown = page.text_content("#time-text")
     page.wait_for_timeout(1200)
     assert page.text_content("#time-text") == shown and page.text_content("#play") == "▶ Play"
+    assert page.is_enabled("#save") and page.is_enabled("#take")
+    go_to(page, 0)                                                                            # there is no image yet
+    assert page.is_disabled("#save") and page.is_disabled("#take")
+
+
+@pytest.mark.slow
+def test_page_takes_no_part_of_an_answer_for_the_whole(page):
+    page.route("**/draw", lambda route: route.fulfill(body='{"done": 1, "of": 8}\n'))
+    page.click("#go")
+    page.wait_for_selector("#problem:has-text('stopped in the midst of its answer')")
+    page.unroute("**/draw")
+    page.click("#go")
+    finished(page)
+    stops_drawing = "() => { run(); const {signal} = drawing; takeValidationImage(0); return signal.aborted; }"
+    assert page.evaluate(stops_drawing)
+    page.wait_for_selector("#status:has-text('Paint over')")
+
+
+@pytest.mark.slow
+def test_links_of_other_runs(other, server, open_page):
+    """Of one with guidance, and of one whose data is there."""
+    with served(load(other)) as another:
+        page = open_page(another, "#mode=edit&photo=3", "#problem:has-text('cannot be opened')")
+        assert page.is_visible("#editor") and page.text_content("#go") == "Repaint"
+    page = open_page(server)
+    page.evaluate("() => { about.guidance = false; location.hash = '#mode=draw&cfg=1&num=1'; }")
+    finished(page, "1 image (ball) in 8 passes")
+    assert page.evaluate("result.settings.cfg") == 0
 
 
 @pytest.mark.slow
@@ -578,6 +651,8 @@ def test_page_edits_with_a_brush(page):
     page.keyboard.press(" ")
     page.wait_for_function("() => result.counts[0] === 2")
     finished(page, "10 images (")
+    go_to(page, 6)
+    assert "= 0, but at least one stays masked: 1." in page.text_content("#sentences")
     with page.expect_download() as download:
         page.click("#save")
     assert np.asarray(Image.open(download.value.path())).shape == (SIZE, SIZE, 3)
@@ -593,6 +668,7 @@ def test_a_link_keeps_an_edit(server, page, open_page):
     page.click("#validation")                                                                              # the second
     page.click("#centre")
     finished(page, "the class that fits best")
+    assert "in turn" not in page.text_content("#status") and page.input_value("#brush") == str(SIDE // 4)
     assert page.input_value("#feather") == "3"
     again = open_page(server, "#" + page.url.partition("#")[2])
     assert (canvas(again, "#photo") == canvas(page, "#photo")).all()
@@ -610,7 +686,7 @@ def test_page_compares_on_a_phone(page):
     page.evaluate("""() => {
         pause();
         const slow = {parallel: 1.6, autoregressive: 0.8};
-        seconds = {1: {parallel: 0.1, autoregressive: 0.4}, 4: {parallel: 0.4, autoregressive: 0.4}, 16: slow};
+        timings = {1: {parallel: 0.1, autoregressive: 0.4}, 4: {parallel: 0.4, autoregressive: 0.4}, 16: slow};
         showTable();
         goTo(MOMENTS / 4);
     }""")

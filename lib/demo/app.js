@@ -17,7 +17,7 @@ let stride = 0;             // how many pixels are along a side of a token
 // the picture that was edited.
 let result = null;          // by the parallel decoder, with all its steps
 let sequential = null;      // in Compare: by the sequential decoder, with its last step only
-let seconds = {};           // in Compare: seconds[number of images][decoder]
+let timings = {};           // in Compare: timings[number of images][decoder], in seconds
 let chosenImage = 0;
 let chosenToken = null;     // its place in raster order
 
@@ -40,6 +40,7 @@ const shownStep = () => sequential ? passesDone('parallel') : shownTime();
 
 // Which tokens of an image are masked after a step; step 0 is the start.
 const maskedAfter = (step, image) => step ? result.masked[step - 1][image] : result.unknown;
+// The picture after a step; undefined while it is not fetched, null before anything is predicted.
 const imageAfter = (step, image) => step ? result.images[step - 1]?.[image] : result.photo;
 const count = flags => flags.filter(Boolean).length;
 
@@ -67,8 +68,10 @@ async function* ask(path, body, signal) {
       const news = JSON.parse(line);
       byId('waiting').hidden = !news.waits;
       if (news.error) throw Error(news.error);
+      if (news.end) return;
       if (!news.waits) yield news;
     }
+    throw Error('the server stopped in the midst of its answer: see the terminal of demo.py');
   } catch (error) {
     // fetch() and its stream raise a TypeError when the connection fails.
     const failed = error instanceof TypeError;
@@ -80,13 +83,16 @@ async function* ask(path, body, signal) {
 
 async function* readLines(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = '';
+  let pieces = [];          // of the line that has not ended yet
   while (true) {
     const {value, done} = await reader.read();
     if (done) return;
-    const lines = (rest + value).split('\n');
-    rest = lines.pop();
-    yield* lines;
+    const [end, ...starts] = value.split('\n');
+    pieces.push(end);
+    for (const start of starts) {
+      yield pieces.join('');
+      pieces = [start];
+    }
   }
 }
 
@@ -103,12 +109,26 @@ async function loadImage(url) {
   return image;
 }
 
-// Draws, edits or compares as the form says. A call stops the one before it.
-async function run() {
+// Stops the request for images that is under way, and returns the signal of the next one.
+function takeOver() {
   drawing?.abort();
   drawing = new AbortController();
-  const {signal} = drawing;
   clearTimeout(delay);
+  byId('bar').value = 0;
+  return drawing.signal;
+}
+
+// Shows why the request for images of this signal has failed.
+function fail(error, signal) {
+  if (signal !== drawing.signal) return;            // a later call has taken over
+  const stopped = error.name === 'AbortError';
+  say(stopped ? 'stopped' : '');
+  if (!stopped) complain(error);
+}
+
+// Draws, edits or compares as the form says. A call stops the one before it.
+async function run() {
+  const signal = takeOver();
   keepLink();
   if (isEditing() && !photo) return say('Drop a photo on the page, or use a validation image.');
   if (isEditing() && !region.includes(true)) return say('Paint over what should change.');
@@ -129,10 +149,7 @@ async function run() {
     say(summary(request.label));
     if (isComparing() && !matchMedia('(prefers-reduced-motion)').matches) play();
   } catch (error) {
-    if (signal !== drawing.signal) return;          // a later call has taken over
-    const stopped = error.name === 'AbortError';
-    say(stopped ? 'stopped' : '');
-    if (!stopped) complain(error);
+    fail(error, signal);
   }
 }
 
@@ -147,7 +164,9 @@ async function draw(request, signal) {
       drawn = {...news, images: [], photo: null, typedSettings: request.settings};
       if (request.picture) drawn.photo = photo.image;
       show(drawn);
+      say('turning tokens into pixels …', true);
     } else {
+      byId('bar').value = 1 - (news.step - 1) / drawn.masked.length;
       drawn.images[news.step - 1] = await Promise.all(news.images.map(loadImage));
       showStep();
     }
@@ -161,14 +180,13 @@ function show(drawn) {
   } else {
     result = drawn;
     sequential = null;
-    seconds = {};
+    timings = {};
     chosenImage = Math.min(chosenImage, drawn.labels.length - 1);
   }
   const last = sequential ? MOMENTS : numberOfSteps();
   byId('time').max = last;
   byId('time').value = last;
   byId('play').disabled = false;
-  byId('save').disabled = false;
   showThumbnails(byId('images'), result);
   showThumbnails(byId('sequential-images'), sequential);
   showTable();
@@ -179,7 +197,8 @@ function show(drawn) {
 function summary(askedLabel) {
   const drawn = result.labels.length;
   let classes = 'each class in turn';
-  if (askedLabel !== null || drawn === 1) classes = about.classes[result.labels[0]];
+  const isOneClass = askedLabel !== null || result.photo || drawn === 1;
+  if (isOneClass) classes = about.classes[result.labels[0]];
   if (askedLabel === null && result.photo) classes += ', the class that fits best';
   const images = numberOfImages(drawn);
   if (sequential) return `${images} (${classes}) by both decoders`;
@@ -272,6 +291,8 @@ function showStep() {
   if (!result) return;
   const step = shownStep();
   byId('time-text').textContent = `t = ${step} of ${numberOfSteps()}`;
+  byId('save').disabled = !imageAfter(step, chosenImage);
+  byId('take').disabled = !imageAfter(step, chosenImage);
   const small = scaleTo(isComparing() && result.labels.length === 1 ? 320 : 96);
   [...byId('images').children].forEach((button, index) => {
     button.ariaPressed = index === chosenImage;
@@ -370,6 +391,7 @@ function sentences(step) {
   }
   let schedule = `n = ⌊γ(${time}) · ${total}⌋ = ⌊${gamma.toFixed(3)} · ${total}⌋ = ${scheduled}`;
   if (scheduled === after) schedule += '.';
+  else if (before === after) schedule += `, but at least one stays masked: ${after}.`;
   else schedule += `, but at least one, and fewer than before: ${after}.`;
   let choice = `the ${after} least confident are masked again; ${before - after} are kept.`;
   if (after === 0) choice = `none; the last ${before} are kept.`;
@@ -382,6 +404,8 @@ function sentences(step) {
   ];
 }
 
+const MOST_DOTS = 48;                   // of steps on the curve of γ: more would cover it
+
 // Shows the curve of γ with this step on it.
 function showSchedule(step) {
   const passes = numberOfSteps();
@@ -393,7 +417,8 @@ function showSchedule(step) {
   byId('guide').setAttribute('d', `M${left(step / passes)} 170V${top(gamma)}H34`);
   byId('now').setAttribute('cx', left(step / passes));
   byId('now').setAttribute('cy', top(gamma));
-  byId('steps').replaceChildren(...result.gammas.map((value, index) => {
+  const dots = passes > MOST_DOTS ? [] : result.gammas;
+  byId('steps').replaceChildren(...dots.map((value, index) => {
     const dot = document.createElementNS('http://www.w3.org/2000/svg', 'circle');
     dot.setAttribute('cx', left(index / passes));
     dot.setAttribute('cy', top(value));
@@ -423,6 +448,7 @@ async function look() {
     return;
   }
   looking = new AbortController();
+  const {signal} = looking;
   panel.classList.add('stale');
   const drawn = result;
   const image = chosenImage;
@@ -438,7 +464,9 @@ async function look() {
     place,
   };
   try {
-    const answer = await askOnce('/look', JSON.stringify(request), looking.signal);
+    await new Promise(resolve => setTimeout(resolve, 80));      // the pointer may only pass by
+    if (signal.aborted) return;
+    const answer = await askOnce('/look', JSON.stringify(request), signal);
     panel.replaceChildren(makeElement('p', {}, tokenSentence(drawn, image, place, step, answer)));
     panel.append(...codeRows(answer, request.sampled[place]));
     panel.classList.remove('stale');
@@ -505,11 +533,16 @@ function play() {
   if (film) return pause();
   const last = Number(byId('time').max);
   if (shownTime() >= last) goTo(0);
+  const first = shownTime();
+  const started = performance.now();
+  const interval = sequential ? 1000 * playedSeconds() / MOMENTS : 500;
   byId('play').textContent = '❚❚ Pause';
   film = setInterval(() => {
+    // The clock decides: a timer may come late.
+    const time = first + Math.round((performance.now() - started) / interval);
+    if (time > shownTime()) goTo(Math.min(time, last));
     if (shownTime() >= last) pause();
-    else goTo(shownTime() + 1);
-  }, sequential ? 1000 * playedSeconds() / MOMENTS : 500);
+  }, interval);
 }
 
 function pause() {
@@ -536,11 +569,12 @@ byId('time').oninput = () => {
 
 const DECODERS = {parallel: 'in parallel', autoregressive: 'token by token'};
 const TIMED_NUMBERS = [1, 4, 16];       // of images
-const MOMENTS = 240;                    // of the race that the player shows
+const MOMENTS = 512;                    // of the race that the player shows
+const MOST_BOXES = 64;                  // of passes that are told apart in the race
 const SHORTEST_PLAY = 5;                // seconds
 
 const passesOf = decoder => decoder === 'parallel' ? numberOfSteps() : about.tokens;
-const drawnSeconds = () => seconds[result.labels.length] ?? {};
+const drawnSeconds = () => timings[result.labels.length] ?? {};
 const longestTime = () => Math.max(...Object.values(drawnSeconds()));
 const raceIsTimed = () => Object.values(drawnSeconds()).length === 2;
 const raceTime = () => shownTime() / MOMENTS * longestTime();
@@ -559,11 +593,11 @@ function passesDone(decoder) {
 async function measure(settings, signal) {
   const drawn = result.labels.length;
   const numbers = [drawn, ...TIMED_NUMBERS.filter(number => number !== drawn)];
-  for (const number of numbers) seconds[number] = {};
+  for (const number of numbers) timings[number] = {};
   let measured = 0;
   for await (const news of ask('/clock', JSON.stringify({settings, numbers}), signal)) {
     if (news.seconds) {
-      seconds[news.num][news.decoder] = news.seconds;
+      timings[news.num][news.decoder] = news.seconds;
       measured += 1;
       showTable();
       showStep();
@@ -580,7 +614,8 @@ const onClock = time => `${time.toFixed(longestTime() < 10 ? 3 : 1)} s`;
 
 // Shows the moment of the race that the player is at.
 function showRace(scale) {
-  const notDecoded = region.map((_, place) => place >= passesDone('autoregressive'));
+  const decoded = passesDone('autoregressive');
+  const notDecoded = Array.from({length: about.tokens}, (_, place) => place >= decoded);
   [...byId('sequential-images').children].forEach((button, index) => {
     button.ariaPressed = index === chosenImage;
     paint(button.firstChild, sequential.images[0]?.[index], notDecoded, scale, 1);
@@ -613,21 +648,24 @@ function showTable() {
   byId('times-text').textContent = `In parallel in ${numberOfSteps()} passes `
     + `${guidance ? `with guidance ${guidance}` : 'without guidance'}, token by token in `
     + `${about.tokens} passes; the fastest of up to five runs.`;
-  byId('times').replaceChildren(...Object.entries(seconds).map(timeRow));
+  byId('times').replaceChildren(...Object.entries(timings).map(timeRow));
   byId('reasons').replaceChildren();
-  if (seconds[16]?.autoregressive) byId('reasons').append(...reasons());
+  if (timings[16]?.autoregressive) byId('reasons').append(...reasons());
   if (!raceIsTimed()) return;
   for (const decoder of Object.keys(DECODERS)) {
     const track = byId(`${decoder}-track`);
     track.style.width = `${100 * drawnSeconds()[decoder] / longestTime()}%`;
+    track.classList.toggle('dense', passesOf(decoder) > MOST_BOXES);
     track.replaceChildren(...Array.from({length: passesOf(decoder)}, () => makeElement('i')));
   }
   byId('axis').replaceChildren(...axisTicks());
   let speed = 'at its own speed';
   const slower = playedSeconds() / longestTime();
   if (slower > 1) speed = `${slower.toPrecision(2)} times slower`;
+  let passes = 'Each box is a pass';
+  if (about.tokens > MOST_BOXES) passes = 'The bars fill pass by pass';
   byId('race-text').textContent =
-    `Each box is a pass; the times are the transformer's on ${about.device}, shown ${speed}.`;
+    `${passes}; the times are the transformer's on ${about.device}, shown ${speed}.`;
 }
 
 function timeRow([number, times]) {
@@ -665,7 +703,7 @@ function axisTicks() {
 function reasons() {
   const gpu = about.device !== 'cpu';
   const texts = Object.entries(DECODERS).map(([decoder, name]) => {
-    const growth = seconds[16][decoder] / seconds[1][decoder];
+    const growth = timings[16][decoder] / timings[1][decoder];
     const waiting = 1 - (growth - 1) / 15;              // the share that all images have in common
     const start = `${name[0].toUpperCase()}${name.slice(1)}, 16 images take `
       + `${growth.toFixed(1)} times as long as one: `;
@@ -688,14 +726,17 @@ function reasons() {
 
 // Takes the picture that the server answers with as the one to edit.
 async function takePicture(path, body, number) {
-  say('reading the picture …');
+  const signal = takeOver();
+  say('reading the picture …', true);
   try {
-    const answer = await askOnce(path, body);
-    photo = {image: await loadImage(answer.picture), number};
+    const answer = await askOnce(path, body, signal);
+    const image = await loadImage(answer.picture);
+    signal.throwIfAborted();
+    photo = {image, number};
     field('mode').value = 'edit';
   } catch (error) {
-    say('');
-    complain(error);
+    showMode();
+    fail(error, signal);
     return;
   }
   await changeMode();
@@ -822,13 +863,18 @@ document.ondrop = event => {
 const numberInMode = {compare: 1};
 
 function changeMode() {
+  showMode();
+  return run();
+}
+
+// Shows the parts of the page that belong to the mode.
+function showMode() {
   document.body.classList.toggle('comparing', isComparing());
   field('num').value = numberInMode[mode()];
   byId('editor').hidden = !isEditing();
-  byId('go').textContent = {draw: 'Draw', edit: 'Paint', compare: 'Compare'}[mode()];
+  byId('go').textContent = {draw: 'Draw', edit: 'Repaint', compare: 'Compare'}[mode()];
   field('class').options[0].text = isEditing() ? 'the likeliest' : 'each in turn';
   showEditor();
-  return run();
 }
 
 // Draws when nothing has changed for a moment.
@@ -877,6 +923,7 @@ async function readLink() {
   for (const [name, value] of link) {
     if (field(name)) setField(name, value);
   }
+  if (!about.guidance) field('cfg').value = 0;          // the link may be of another run
   if (isComparing() && byId('compare').hidden) field('mode').value = 'draw';
   if (link.has('num')) numberInMode[mode()] = field('num').value;
   const painted = link.get('region') ?? '';
@@ -901,6 +948,9 @@ function fillForm() {
   about.classes.forEach((name, index) => field('class').append(new Option(name, index)));
   for (const schedule of about.schedules) field('schedule').append(new Option(schedule));
   for (const order of about.orders) field('order').append(new Option(order));
+  for (const option of byId('brush').options) {
+    if (Number(option.value) <= side / 4) option.selected = true;       // the widest of these
+  }
   field('steps').max = about.tokens;
   field('num').max = about.max_images;
   field('top-k').max = about.codes;
