@@ -10,6 +10,7 @@ A photo of any size is first cropped or padded to the model's square; --extrapol
 """
 import argparse
 import math
+import os
 import re
 import time
 from pathlib import Path
@@ -59,9 +60,10 @@ def parse_outpaint(text: str) -> tuple[str, float]:
     return match[1], float(match[2])
 
 
-TASKS = {
+TASKS = {                       # None, not False, where a flag is not given
     "box": ({"type": parse_box, "metavar": "TOP,LEFT,HEIGHT,WIDTH"}, None,
-            "repaint this box, rounded up to whole tokens, and one more token on each side"),
+            "repaint the tokens that this box touches, and as released one more above and on the "
+            "left (below and on the right too if the box begins and ends at borders of tokens)"),
     "mask": ({"metavar": "PNG"}, None, "repaint what is white in this image of the photo's size"),
     "inpaint": (["centre"], None, "repaint the centre, half of the width and of the height"),
     "outpaint": ({"type": parse_outpaint, "metavar": "SIDE=FRACTION"}, None,
@@ -83,15 +85,16 @@ FLAGS = {
                    "decoding steps to skip, since much is known (the released demo skips 2 of 12)"),
     "film": ({"action": "store_true"}, None, "also write the decoding steps as a strip and a GIF"),
     "out": (str, None, "picture to write; each variant is written beside it, with .1, .2 ... "
-                       "before the ending (default: PHOTO.TASK.png in the run's folder)"),
+                       "before the ending (default: PHOTO.TASK.png in the run's folder; of "
+                       "example/, in the working folder)"),
 }
 
 
-def chosen_region(args: argparse.Namespace, photo: Image.Image, size: int, side: int) -> Tensor:
+def chosen_region(args: argparse.Namespace, photo: Image.Image, side: int) -> Tensor:
     """Returns the region that the flags name, (side, side) bool, true where it is repainted.
 
-    photo: as it was read. size, side: of the square, in pixels and in tokens. Raises UserError if
-    the region is not on the photo."""
+    photo: as it was read. side: of the square, in tokens. Raises UserError if the region is not on
+    the photo."""
     if args.extrapolate:
         return torch.zeros(side, side, dtype=torch.bool)
     if args.inpaint:
@@ -108,11 +111,11 @@ def chosen_region(args: argparse.Namespace, photo: Image.Image, size: int, side:
         place = editing.square_place(*photo.size, args.fit)
         region = editing.box_region(args.box, place, side)
     else:
-        mask = read_image(args.mask)
+        mask = read_image(args.mask, background="black")
         if mask.size != photo.size:
             raise UserError(f"the mask {args.mask} is {mask.width} x {mask.height} pixels, "
                             f"{args.photo} {photo.width} x {photo.height}: make it the same size")
-        region = editing.mask_region(mask, args.fit, size, side)
+        region = editing.mask_region(mask, args.fit, side)
     if not region.any():
         raise UserError(f"nothing of {args.photo} would be repainted: the mask is black, or the "
                         f"region is cut off (--fit pad keeps the whole photo)")
@@ -133,6 +136,21 @@ def check_flags(args: argparse.Namespace, out: Path, size: int, steps: int) -> N
     rows = math.ceil((args.num + 2) / columns)
     layout = pictures.GridLayout(columns, rows, (size, width), titles=TITLES[:columns])
     pictures.check_picture(out, layout.size, "a lower --num or --extrapolate")
+    check_originals(args, [out, *(variant_path(out, i) for i in range(1, args.num + 1))])
+
+
+def check_originals(args: argparse.Namespace, outputs: list[Path]) -> None:
+    """Raises UserError if a picture would be written over the photo or the mask."""
+    originals = [os.path.realpath(name) for name in (args.photo, args.mask) if name]
+    for path in outputs:
+        if os.path.realpath(path) in originals:
+            raise UserError(f"{path} is the photo or the mask, and would be overwritten: name "
+                            f"another picture with --out")
+
+
+def variant_path(out: Path, i: int) -> Path:
+    """Returns the path of variant i = 1, 2, ..."""
+    return out.with_suffix(f".{i}{out.suffix}")
 
 
 # ---------------------------------------------------------------------------------------- painting
@@ -223,7 +241,7 @@ def write_pictures(out: Path, photo: Tensor, mask: Tensor, painted: Tensor) -> N
     columns = 1 if photo.shape[2] > photo.shape[1] else COLUMNS
     pictures.save_image(out, pictures.grid(cells.split(columns), titles=TITLES[:columns]))
     for i, image in enumerate(painted, 1):
-        pictures.save_image(out.with_suffix(f".{i}{out.suffix}"), pictures.to_pil(image))
+        pictures.save_image(variant_path(out, i), pictures.to_pil(image))
 
 
 # -------------------------------------------------------------------------------------- the script
@@ -241,12 +259,17 @@ def choose_class(
 @torch.no_grad()
 def reconstruct(args: argparse.Namespace, machine: runtime.Machine) -> None:
     """Writes the photo, as the model sees it, beside what its tokens keep of it."""
+    painting = {"--class": args.class_name, "--feather": args.feather, "--film": args.film}
+    for flag, value in painting.items():
+        if value is not None:
+            raise UserError(f"{flag} has no effect with --reconstruct: leave it out")
     folder, tokenizer, checkpoint = load_tokenizer(args.run, machine, args.vqgan)
     size = checkpoint["image_size"]
     titles = ["photo", "restored"]
     out = pictures.picture_path(args.out, folder, f"{Path(args.photo).stem}.reconstruct.png")
     layout = pictures.GridLayout(2, 1, (size, size), titles=titles)
     pictures.check_picture(out, layout.size, "a smaller model")
+    check_originals(args, [out])
     photo = editing.to_square(read_image(args.photo), size, args.fit)[None]         # (1, 3, S, S)
     with machine.autocast():
         restored = tokenizer.decode(tokenizer.encode(machine.put(photo))).float().cpu()
@@ -276,7 +299,7 @@ def edit(args: argparse.Namespace, machine: runtime.Machine) -> None:
     started = time.time()
     photo = read_image(args.photo)
     square = editing.to_square(photo, size, args.fit)               # (3, S, S)
-    region = chosen_region(args, photo, size, size // stride)       # (side, side)
+    region = chosen_region(args, photo, size // stride)             # (side, side)
     margin = (args.extrapolate or size) - size
     margins = (margin // 2, margin - margin // 2)                   # pixels left and right of it
     with machine.autocast():
@@ -325,4 +348,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.command_line(main, interrupted="stopped by Ctrl-C: nothing was written")
+    flags.command_line(main, interrupted="stopped by Ctrl-C: every picture is whole or not there")

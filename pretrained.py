@@ -10,6 +10,7 @@ Fetched files are kept in the cache folder, ~/.cache/maskgit. Reading a file nev
 """
 import argparse
 import math
+import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -110,9 +111,13 @@ def maskgit_from_jax(path: Path | str, codebook_size: int = 1024) -> MaskGIT:
 # ------------------------------------------------------------------------------- our model -> file
 
 def write_released(model: VQGAN | MaskGIT, path: Path | str) -> None:
-    """Writes a model as the authors released theirs.
+    """Writes a model as the authors released theirs. For UserError see check_exportable()."""
+    check_exportable(model)
+    write_arrays(dict(released_arrays(model)), path)
 
-    Raises UserError if the format has no place for something in it."""
+
+def check_exportable(model: VQGAN | MaskGIT) -> None:
+    """Raises UserError if the released format has no place for something in a model."""
     config = model.config
     if isinstance(model, VQGAN) and config.groups != 32:
         raise UserError(f"the released format means 32 groups in each GroupNorm, but this "
@@ -123,7 +128,6 @@ def write_released(model: VQGAN | MaskGIT, path: Path | str) -> None:
     if isinstance(model, MaskGIT) and config.null_class:
         raise UserError("the released format has no null class, but this transformer was trained "
                         "with --class-dropout: it cannot be exported")
-    write_arrays(dict(released_arrays(model)), path)
 
 
 # ------------------------------------------------------------------------------------- the commands
@@ -132,8 +136,7 @@ def convert(args: argparse.Namespace, folder: Path) -> None:
     """Writes a run from the released files that the flags name, or from those of args.model.
 
     Without a transformer, the run holds the tokenizer alone, for a transformer to be trained."""
-    names = ["vqgan.pt", "vqgan.resume.pt", "transformer.pt", "transformer.resume.pt"]
-    refuse_to_replace([folder / name for name in names], args.overwrite)
+    refuse_to_replace(run_files(folder), args.overwrite)
     tokenizer_file = args.tokenizer
     transformer_file = args.transformer
     if args.model:
@@ -157,12 +160,15 @@ def convert(args: argparse.Namespace, folder: Path) -> None:
     about = {"data": "imagenet", "image_size": side * tokenizer.config.stride, "classes": classes}
     save_model(folder, "vqgan", tokenizer, tokenizer_file, about)
     quoted = shlex.quote(str(folder))
+    written = ["vqgan"]
     if transformer:
+        written.append("transformer")
         about["tokenizer"] = files.fingerprint(tokenizer)
         save_model(folder, "transformer", transformer, transformer_file, about)
         print(f"Next: python sample.py --run {quoted}")
     else:
         print(f"Next: python train_transformer.py --data imagenet --run {quoted}")
+    remove_others(folder, written)
 
 
 def fetch(kind: str, args: argparse.Namespace) -> Path:
@@ -183,7 +189,6 @@ def save_model(folder: Path, stage: str, model: nn.Module, source: Path | str, a
     }
     path = folder / f"{stage}.pt"
     files.save_checkpoint(path, checkpoint)
-    (folder / f"{stage}.resume.pt").unlink(missing_ok=True)         # of a run that is replaced
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"wrote {path}: {size:.2f} M parameters, {model.config}")
 
@@ -196,6 +201,7 @@ def export(run: Path, folder: Path, overwrite: bool) -> None:
     refuse_to_replace([tokenizer_file, transformer_file], overwrite)
     tokenizer, _ = files.rebuild(run / "vqgan.pt", "vqgan", VQGAN)
     transformer, _ = files.rebuild(run / "transformer.pt", "transformer", MaskGIT)
+    check_exportable(transformer)                       # before the tokenizer is written
     write_released(tokenizer, tokenizer_file)
     write_released(transformer, transformer_file)
     print(f"wrote {tokenizer_file} and {transformer_file}")
@@ -203,7 +209,8 @@ def export(run: Path, folder: Path, overwrite: bool) -> None:
 
 def halve(run: Path, folder: Path, overwrite: bool) -> None:
     """Writes the models of a run to a folder in float16, which every script reads as float32."""
-    refuse_to_replace([folder / f"{stage}.pt" for stage in STAGES], overwrite)
+    refuse_to_replace(run_files(folder), overwrite)
+    written = []
     for stage in STAGES:
         source = run / f"{stage}.pt"
         if stage != "vqgan" and not source.exists():
@@ -218,13 +225,30 @@ def halve(run: Path, folder: Path, overwrite: bool) -> None:
             checkpoint["tokenizer"] = files.fingerprint(tokenizer)
         target = folder / f"{stage}.pt"
         files.save_checkpoint(target, checkpoint)
+        written.append(stage)
         print(f"wrote {target}: {target.stat().st_size / 1e6:.2f} MB")
+    if not os.path.samefile(folder, run):
+        remove_others(folder, written)
+
+
+def run_files(folder: Path) -> list[Path]:
+    """Returns the paths of all models that a run may hold, and of the states of their training."""
+    models = [folder / f"{stage}.pt" for stage in STAGES]
+    return models + [folder / f"{stage}.resume.pt" for stage in STAGES]
+
+
+def remove_others(folder: Path, written: list[str]) -> None:
+    """Removes what a run held before it was replaced, except the stages that were written anew."""
+    for path in run_files(folder):
+        if path.exists() and path.stem not in written:
+            path.unlink()
+            print(f"removed {path}, of the run that was replaced")
 
 
 def refuse_to_replace(paths: list[Path], overwrite: bool) -> None:
     """Raises UserError if a file is there already and --overwrite is not given."""
     for path in paths:
-        if path.exists() and not overwrite:
+        if os.path.exists(path) and not overwrite:
             raise UserError(f"{path} is already there: use --overwrite to replace it, or name "
                             f"another folder")
 
@@ -233,7 +257,8 @@ def main() -> None:
     """Parses the flags and runs the command that they ask for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", choices=MODELS, help="a released model, to be fetched")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("model", nargs="?", choices=MODELS, help="a released model, to be fetched")
     parser.add_argument("--tokenizer", metavar="FILE",
                         help=f"a released tokenizer, or its PyTorch port ({PORT})")
     parser.add_argument("--transformer", metavar="FILE", help="a released transformer")
@@ -243,10 +268,13 @@ def main() -> None:
     parser.add_argument("--offline", action="store_true",
                         help="use only what is in the cache folder, never the network")
     pair = {"nargs": 2, "type": Path, "metavar": ("DIR", "RUN")}
-    parser.add_argument("--export", **pair, help="write RUN's models to DIR as released")
-    parser.add_argument("--half", **pair, help="write RUN's models to DIR in float16")
+    task.add_argument("--export", **pair, help="write RUN's models to DIR as released")
+    task.add_argument("--half", **pair, help="write RUN's models to DIR in float16")
     args = parser.parse_args()
 
+    if (args.half or args.export) and (args.tokenizer or args.transformer or args.run):
+        raise UserError("--half and --export read a run, RUN, and write DIR: leave --tokenizer, "
+                        "--transformer and --run out")
     if args.half:
         folder, run = args.half
         halve(run, folder, args.overwrite)

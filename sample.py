@@ -45,7 +45,8 @@ FLAGS = {
              "also write the decoding steps, of one image of each class, as a strip and a GIF"),
     "files": ({"metavar": "FOLDER"}, None,
               "also write each image as FOLDER/CLASS/00000.png; those that are there are kept"),
-    "out": (str, None, "the picture to write (default: samples.png in the run's folder)"),
+    "out": (str, None, "the picture to write (default: samples.png in the run's folder; of "
+                       "example/, in the working folder)"),
 }
 GRID_PIXELS = 16_000_000        # with --files, a larger grid is left out: it would fill the memory
 

@@ -25,7 +25,7 @@ from lib.files import rebuild
 from lib.flags import UserError, count, fraction, non_negative, whole, yes_or_no
 from lib.image_files import admit_pixels
 from lib.loader import batches
-from lib.lpips import load_lpips
+from lib.lpips import fetch_lpips
 from lib.pictures import draw_log, grid, save_image
 from lib.run import Log, Run, command
 from lib.runtime import Machine, from_first_rank, launch
@@ -120,7 +120,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     if args.init:
         model.load_state_dict(open_start(args).state_dict())
     disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width, centred=True)
-    lpips = load_lpips() if args.perceptual == "lpips" else None
+    lpips = fetch_lpips(machine) if args.perceptual == "lpips" else None
     flops = plans.tokenizer_flops(model, None, lpips, args.image_size)
     adversarial_flops = plans.tokenizer_flops(model, disc, lpips, args.image_size)
     model = machine.place(model)

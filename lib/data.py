@@ -73,7 +73,7 @@ def open_shapes(size: int | None, folder: str) -> tuple:
 
 def open_cifar10(size: int | None, folder: str) -> tuple:
     if size not in (None, 32):
-        raise UserError(f"cifar10 has images of 32 pixels, not {size}: leave --image-size out")
+        raise UserError(f"cifar10 has images of 32 pixels, not {size}: give --image-size 32")
     return Cifar10("train", folder), Cifar10("val", folder)
 
 

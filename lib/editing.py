@@ -21,23 +21,18 @@ def square_place(width: int, height: int, fit: str) -> tuple[int, int, int]:
     return (width - side) // 2, (height - side) // 2, side
 
 
-def fit_square(image: Image.Image, size: int, fit: str, padding: str = "edge") -> Image.Image:
-    """Crops or pads a PIL image to a square and scales it to size x size.
+def to_square(photo: Image.Image, size: int, fit: str) -> Tensor:
+    """Returns a PIL image as the model takes it: (3, size, size) in [0, 1].
 
-    fit: "crop" or "pad". padding: a mode of numpy.pad."""
-    left, top, side = square_place(*image.size, fit)
+    fit: "crop" the longer side, or "pad" the shorter one with the pixels of the borders."""
+    left, top, side = square_place(*photo.size, fit)
     box = (left, top, left + side, top + side)
     if fit == "pad":
-        rows = (-top, side - image.height + top)
-        columns = (-left, side - image.width + left)
-        image = Image.fromarray(np.pad(np.asarray(image), (rows, columns, (0, 0)), padding))
+        rows = (-top, side - photo.height + top)
+        columns = (-left, side - photo.width + left)
+        photo = Image.fromarray(np.pad(np.asarray(photo), (rows, columns, (0, 0)), "edge"))
         box = None                                                  # all of it
-    return image.resize((size, size), Image.Resampling.BICUBIC, box)
-
-
-def to_square(photo: Image.Image, size: int, fit: str) -> Tensor:
-    """Returns a PIL image as the model takes it: (3, size, size) in [0, 1]. fit: crop or pad."""
-    square = np.array(fit_square(photo, size, fit))
+    square = np.array(photo.resize((size, size), Image.Resampling.BICUBIC, box))
     return torch.from_numpy(square).movedim(-1, 0).float() / 255
 
 
@@ -45,9 +40,11 @@ def to_square(photo: Image.Image, size: int, fit: str) -> Tensor:
 # A region is (side, side) bool over the tokens of the square, true where they are repainted.
 
 def box_region(box: tuple[int, ...], place: tuple[int, ...], side: int) -> Tensor:
-    """Returns the tokens that a box touches, and one more on each side as in the released code.
+    """Returns the tokens that a box touches and, as in the released code, one more above and on the
+    left; below and on the right too if the box begins and ends at borders of tokens.
 
-    box: (top, left, height, width) in pixels of the photo. place: of the square_place()."""
+    box: (top, left, height, width) in pixels of the photo. place: what square_place() returned.
+    """
     top, left, height, width = box
     square_left, square_top, square_side = place
     rows = tokens_touched(top - square_top, height, square_side, side)
@@ -71,13 +68,14 @@ def tokens_touched(start: int, length: int, square_side: int, side: int) -> Tens
     return (tokens >= math.floor(first) - 1) & (tokens < end)
 
 
-def mask_region(mask: Image.Image, fit: str, size: int, side: int) -> Tensor:
-    """Returns the tokens in which a mask, as large as the photo, has a white pixel.
-
-    size: of the square, in pixels."""
-    square = fit_square(mask, size, fit, "constant")                # padding is black: kept
-    white = torch.from_numpy(np.array(square.convert("L"))) > 127
-    return F.max_pool2d(white[None].float(), size // side)[0] > 0
+def mask_region(mask: Image.Image, fit: str, side: int) -> Tensor:
+    """Returns the tokens in which a mask, as large as the photo, has a white pixel."""
+    left, top, square_side = square_place(*mask.size, fit)
+    # What lies outside the mask is black, so padding is not repainted.
+    square = mask.convert("L").crop((left, top, left + square_side, top + square_side))
+    white = torch.from_numpy(np.array(square) > 127)
+    # Not scaled first, which would lose thin strokes.
+    return F.adaptive_max_pool2d(white[None].float(), side)[0] > 0
 
 
 def centre_region(side: int) -> Tensor:
@@ -145,8 +143,8 @@ def composite(photo: Tensor, painted: Tensor, mask: Tensor, feather: float) -> T
 
     photo: (3, H, W). painted: (n, 3, H, W). mask: (H, W) bool. feather: the standard deviation, in
     pixels, of the Gaussian that blends the two outside the mask, 0 for none. Only the outside is
-    blended (released: both sides), so that nothing that was masked shines through. Pixels more than
-    3 * feather + 1 away from the mask are exactly the photo's."""
+    blended (released: both sides), so that nothing that was masked shines through. It never changes
+    pixels farther than 3 * feather + 1 from the mask."""
     blur = ImageFilter.GaussianBlur(feather)
     blurred = Image.fromarray(mask.numpy().astype(np.uint8) * 255).filter(blur)
     weight = torch.from_numpy(np.array(blurred)) / 255                      # 1/2 at the border

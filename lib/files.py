@@ -1,5 +1,6 @@
 """Safe files: a file is written whole or not at all, a file that is loaded cannot run code, and a
 file from the network is fetched once."""
+import contextlib
 import functools
 import hashlib
 import os
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lib.flags import UserError
+from lib.flags import UserError, out_of_memory
 
 
 def write_atomically(path: Path | str, write: Callable[[BinaryIO], object]):
@@ -23,8 +24,7 @@ def write_atomically(path: Path | str, write: Callable[[BinaryIO], object]):
 
     Raises UserError if the file cannot be written; `path` is then as it was."""
     path = Path(path)
-    process = f"{socket.gethostname()}.{os.getpid()}"       # computers may share a disk
-    temporary = path.with_name(f".{path.name}.{process}.tmp")
+    temporary = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -37,11 +37,17 @@ def write_atomically(path: Path | str, write: Callable[[BinaryIO], object]):
         problem = error if isinstance(error, OSError) else error.__context__
         if not isinstance(problem, OSError):
             raise
-        raise UserError(f"cannot write {path}: {problem.strerror or problem}; free some space or "
-                        f"choose another folder with --run or --out") from error
+        raise UserError(f"cannot write {path}: {problem.strerror or problem}; free some space, or "
+                        f"write to another folder") from error
     finally:
-        if temporary.exists():                              # it was not renamed
+        with contextlib.suppress(OSError):                  # it was renamed, or never made
             temporary.unlink()
+
+
+def temporary_beside(path: Path) -> Path:
+    """Returns the path of a hidden file beside `path` for this process: computers may share a disk.
+    """
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 # ---- checkpoints
@@ -77,6 +83,8 @@ def load_checkpoint(path: Path | str, kind: str) -> dict:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:              # a damaged archive can raise nearly anything
+        if out_of_memory(error):
+            raise
         raise UserError(problem) from error
     if not isinstance(checkpoint, dict) or "kind" not in checkpoint:
         raise UserError(problem)
@@ -87,15 +95,19 @@ def load_checkpoint(path: Path | str, kind: str) -> dict:
 
 
 def load_tensors(path: Path | str) -> dict[str, Tensor]:
-    """Returns the tensors of a PyTorch state dict, by name. Raises UserError if there are none."""
+    """Returns the tensors of a PyTorch state dict, by name.
+
+    Raises UserError if the file cannot be read, or is no state dict."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: value for name, value in state.items() if torch.is_tensor(value)}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:              # a damaged archive can raise nearly anything
-        raise UserError(f"{path} is not a PyTorch state dict, or it is damaged: delete it and "
-                        f"fetch it again") from error
+        if out_of_memory(error):
+            raise
+        raise UserError(f"{path} is not a PyTorch state dict, or it is damaged: name another file, "
+                        f"or fetch it again if it was fetched") from error
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path | str) -> nn.Module:
@@ -104,8 +116,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path | str)
     Raises UserError, which names the first parameter that does not fit. path: for that message."""
     expected = model.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
-        actual = describe(weights, name)
-        needed = describe(expected, name)
+        actual = shape_in_words(weights, name)
+        needed = shape_in_words(expected, name)
         if actual != needed:
             raise UserError(f"{path} does not fit its own configuration: parameter {name} is "
                             f"{actual}, but should be {needed}: train it again")
@@ -114,9 +126,9 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path | str)
     return model
 
 
-def describe(state: dict[str, Tensor], name: str) -> str:
+def shape_in_words(state: dict[str, Tensor], name: str) -> str:
     """Returns in words which shape a parameter has in a state dict."""
-    return f"of shape {tuple(state[name].shape)}" if name in state else "missing"
+    return f"of shape {tuple(state[name].shape)}" if name in state else "not there"
 
 
 class WithoutInitialization(TorchFunctionMode):
@@ -163,7 +175,7 @@ def cache_folder() -> Path:
 
     Raises UserError if there is no home folder, as for a user that the computer does not know."""
     if os.environ.get("MASKGIT_CACHE"):
-        return Path(os.environ["MASKGIT_CACHE"])
+        return Path(os.environ["MASKGIT_CACHE"]).expanduser()
     try:
         return Path.home() / ".cache" / "maskgit"
     except RuntimeError as error:
@@ -178,20 +190,19 @@ def download(url: str, name: str, sha256: str | None = None, offline: bool = Fal
     sha256: its checksum or the first digits of it. offline: never use the network. Only a whole
     file gets its final name. Raises UserError if it cannot be fetched or written, or is wrong."""
     path = (folder or cache_folder()) / name
-    if path.exists():
+    if os.path.exists(path):
         return path
     if offline:
         raise UserError(f"{path} is missing, and --offline forbids the network: fetch {url} "
                         f"elsewhere and put it there")
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    part = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(part), hash_prefix=sha256)
-        # torch.hub does not notice a connection that breaks off.
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as response:
-            expected = int(response.headers.get("Content-Length", part.stat().st_size))
+        # Without a checksum, torch.hub does not notice a connection that breaks off.
+        expected = None if sha256 else size_of(url)
         received = part.stat().st_size
-        if received != expected:
+        if expected and received != int(expected):
             raise UserError(f"{url} broke off after {received} of {expected} bytes: run this again")
         part.replace(path)
     except RuntimeError as error:           # torch.hub raises it for a wrong checksum
@@ -201,6 +212,16 @@ def download(url: str, name: str, sha256: str | None = None, offline: bool = Fal
         raise UserError(f"cannot fetch {url} to {path} ({error}): check the network and the disk, "
                         f"or put the file there yourself") from error
     finally:
-        if part.exists():                   # it was not renamed
+        with contextlib.suppress(OSError):  # it was renamed, or never made
             part.unlink()
     return path
+
+
+def size_of(url: str) -> str | None:
+    """Returns how many bytes a server says that a file has, None if it does not say."""
+    request = urllib.request.Request(url, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.headers.get("Content-Length")
+    except urllib.error.HTTPError:          # some servers answer GET alone
+        return None

@@ -30,6 +30,7 @@ def command_line(main: Callable[[], None], interrupted: str = "stopped by Ctrl-C
     status 2; with TRACEBACK=1 in the environment a UserError shows where it came from. Every other
     exception keeps its traceback. Ctrl-C prints the interrupt's own text or `interrupted`, and ends
     with status 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")       # of names that are not UTF-8
     try:
         main()
     except SystemExit:

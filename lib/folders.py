@@ -18,6 +18,8 @@ from lib.scan import (
     check_all,
     decode_all,
     hash_of,
+    holds_images,
+    is_folder,
     list_folder,
     list_images,
     size_and_time,
@@ -52,9 +54,14 @@ class Folder:
         self.image_size = size
         self.pixels = pixels
         self.fixed = fixed
+        self.most_pixels = Image.MAX_IMAGE_PIXELS           # --max-pixels; see admit_pixels()
         self.workers = 0 if pixels else cores()
         # Which files turned out to be broken, in memory that reader processes share.
         self.broken = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        Image.MAX_IMAGE_PIXELS = self.most_pixels           # in a reader process that is not forked
 
     def __len__(self) -> int:
         return len(self.files)
@@ -86,7 +93,7 @@ class Folder:
         """Returns the image at an index, or the next readable one; and the index of that."""
         if self.pixels:
             return Image.fromarray(self.pixels[self.path(index)]), index
-        while True:
+        while True:                   # note_broken() raises long before all files are broken
             if not self.broken[index]:
                 try:
                     return read_image(self.path(index), self.image_size), index
@@ -181,10 +188,12 @@ def split_folders(root: str) -> list[str]:
     """Returns the folders of training and validation images; [root] if its subfolders are classes.
 
     Raises UserError if it holds two validation folders, such as val/ and test/, but no train/."""
-    subfolders = {entry.name.lower(): entry.path for entry in list_folder(root) if entry.is_dir()}
+    subfolders = {entry.name.lower(): entry.path for entry in list_folder(root) if is_folder(entry)}
     splits = [name for name in SPLITS if name in subfolders]
-    if splits == ["train"] and len(subfolders) == 1:
-        return [subfolders["train"]]
+    if splits == ["train"]:
+        others = [path for name, path in subfolders.items() if name != "train"]
+        if not any(map(holds_images, others)):
+            return [subfolders["train"]]
     if len(splits) < 2:
         return [root]
     if splits[0] != "train":
@@ -195,7 +204,8 @@ def split_folders(root: str) -> list[str]:
 
 def is_flat(folder: str, by_class: dict[str, list[str]]) -> bool:
     """Returns whether the images of a folder, as list_images() lists them, are in no class folder.
-    """
+
+    It mixes no images in class folders with others, so the first one tells."""
     first = next(iter(by_class.values()))
     return len(by_class) == 1 and bool(first) and os.path.dirname(first[0]) == folder
 
@@ -204,8 +214,8 @@ def leave_out_broken(root: str, splits: list[dict[str, list[str]]],
                      size: int) -> tuple[list[dict[str, list[str]]], dict[str, np.ndarray]]:
     """Decodes all images -> (splits without broken files, {path: pixels}).
 
-    splits: {class: paths} of one or two folders. The pixels are {} unless the images are small and
-    fit in memory. Raises UserError if too many are broken."""
+    splits: {class: paths} of one or two folders. The pixels are {} unless the size is at most
+    SMALL and they fit in memory. Raises UserError if too many are broken."""
     files = []
     for by_class in splits:
         for paths in by_class.values():

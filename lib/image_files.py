@@ -13,26 +13,32 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".di
                  ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".tga", ".pcx")
 HUGE = 4_000_000                    # pixels; threads take turns with larger images, to save memory
 ONE_HUGE_IMAGE_AT_A_TIME = threading.Lock()
+# Pillow warns of large images, for one; only those over --max-pixels are errors.
+warnings.filterwarnings("ignore", module="PIL")
 
 
-def read_image(path: str, size: int | None = None) -> Image.Image:
+def read_image(
+    path: str, size: int | None = None, background: str = "white",
+) -> Image.Image:
     """Returns an image file as an upright RGB image.
 
-    size: the image may be reduced, but its shorter side not below this. Raises UserError, which
-    names the file, if it cannot be read as an image."""
+    size: the image may be reduced, but its shorter side not below this. background: the
+    colour behind what is transparent. Raises UserError, which names the file, if it cannot be read
+    as an image."""
     try:
-        # Pillow warns of large images; only those over --max-pixels are errors.
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        with Image.open(path) as image:
             if size:
                 image.draft("RGB", (size, size))              # a JPEG is reduced while decoding
             huge = image.width * image.height > HUGE
             with ONE_HUGE_IMAGE_AT_A_TIME if huge else contextlib.nullcontext():
-                return to_rgb(ImageOps.exif_transpose(reduced(image, size)))
+                return to_rgb(ImageOps.exif_transpose(reduced(image, size)), background)
     except Image.DecompressionBombError as error:
         raise UserError(f"{path} is too large ({error}): reduce it; if it belongs to a data set, "
                         f"--max-pixels admits it") from error
     except MemoryError:
         raise
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: check its name") from None
     except Exception as error:                   # Pillow raises nearly everything on broken files
         raise UserError(f"{path} is not a readable image ({type(error).__name__}: {error}): repair "
                         f"or remove it") from error
@@ -43,11 +49,13 @@ def reduced(image: Image.Image, size: int | None) -> Image.Image:
     factor = min(image.size) // (2 * size) if size else 1
     if factor <= 1 or image.mode not in ("L", "RGB", "RGBA"):
         return image
+    if image.mode != "RGBA" and image.has_transparency_data:    # one exact colour is transparent
+        return image
     return image.reduce(factor)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Returns an image of any mode as RGB: 16-bit greys become 8-bit, transparency white."""
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Returns an image of any mode as RGB, with 16-bit greys as 8-bit, on a background."""
     if image.mode.startswith("I") or image.mode == "F":
         image = to_8_bit(image)
     if not image.has_transparency_data:
@@ -55,13 +63,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "La":                       # Pillow converts it to nothing else
         image = image.convert("LA")
     image = image.convert("RGBA")
-    background = Image.new("RGB", image.size, "white")
-    background.paste(image, mask=image)
-    return background
+    opaque = Image.new("RGB", image.size, background)
+    opaque.paste(image, mask=image)
+    return opaque
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:
-    """Returns a grey image of integers or floats as "L", scaled by its mode or maximum."""
+    """Returns a grey image of integers or floats as "L".
+
+    White is 65535 for 16 bits or a maximum above 255, otherwise 255, or 1 for a maximum up to 1.
+    """
     pixels = np.asarray(image, np.float64)
     if image.mode.startswith("I;16") or pixels.max() > 255:
         white = 65535

@@ -53,7 +53,7 @@ def find_folders(name: str, data_dir: str) -> list[str]:
 def first_folder(root: Path, names: list[str]) -> Path | None:
     """Returns the first of these that is a folder in `root`."""
     for name in names:
-        if (root / name).is_dir():
+        if os.path.isdir(root / name):
             return root / name
     return None
 
@@ -69,7 +69,8 @@ def refuse_packed(root: Path, missing: str) -> None:
         archive = next((path for path in archives if missing in path.name), archives[0])
         target = root / UNPACKED_AS.get(archive.name, "")
         raise UserError(f"{root} holds {archive.name}, which is not unpacked yet: "
-                        f"{unpacking(archive, target)}")
+                        f"{unpacking(archive, target)}; or name the place of the images with "
+                        f"--data-dir")
 
 
 def refuse_archive(path: str, flag: str) -> None:
@@ -131,7 +132,7 @@ def label_flat(folder: str, images: list[str], classes: Iterable[str]) -> dict[s
     for file in files:
         if not file.exists():
             continue
-        labels = read_labels(file, images)
+        labels = read_labels(file, images, by_class)
         if set(labels) <= by_class.keys():
             for label, image in zip(labels, images, strict=True):
                 by_class[label].append(image)
@@ -142,23 +143,24 @@ def label_flat(folder: str, images: list[str], classes: Iterable[str]) -> dict[s
                     f"class of each image in the order of the names")
 
 
-def read_labels(file: Path, images: list[str]) -> list[str]:
+def read_labels(file: Path, images: list[str], classes: Iterable[str]) -> list[str]:
     """Returns the class of each image as a file says, "" where it does not.
 
     A line of the file is a class; or the name of an image and a class; or, if PLACES_CLASSES lies
     beside it, the name of an image and the number of a class."""
-    text = file.read_text(errors="replace").replace(",", " ")
-    rows = [line.split() for line in text.splitlines()]
-    if len(rows) == len(images) and all(len(row) == 1 for row in rows):
-        return [row[0] for row in rows]
+    lines = file.read_text(errors="replace").strip().splitlines()
+    names = [line.strip() for line in lines]
+    if len(names) == len(images) and set(names) <= set(classes):
+        return names
     numbered = {}
-    names = file.with_name(PLACES_CLASSES)
-    if names.exists():
-        for line in names.read_text().splitlines():             # /a/apartment_building/outdoor 8
-            scene, number = line.split()
+    scenes = file.with_name(PLACES_CLASSES)
+    if scenes.exists():
+        for line in scenes.read_text().splitlines():            # /a/apartment_building/outdoor 8
+            scene, _, number = line.strip().rpartition(" ")
             numbered[number] = scene[3:].replace("/", "-")
     labels = {}
-    for row in rows:
+    for line in lines:
+        row = line.replace(",", " ").split()
         if len(row) > 1:
             labels[Path(row[0]).stem] = numbered.get(row[1], row[1])
     return [labels.get(Path(image).stem, "") for image in images]

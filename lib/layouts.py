@@ -60,8 +60,9 @@ class ReleasedFile:
         """Returns how many different numbers follow `start` in the names."""
         numbers = set()
         for name in self.arrays:
-            if name.startswith(start):
-                numbers.add(re.match(r"\d*", name.removeprefix(start)).group())
+            match = re.match(re.escape(start) + r"(\d+)", name)
+            if match:
+                numbers.add(match[1])
         return len(numbers)
 
     def build(self, model_class: type, config: object, layout: Callable) -> nn.Module:

@@ -1,4 +1,6 @@
 """The perceptual loss of stage 1: LPIPS with VGG16 (Zhang et al. 2018), with the public weights."""
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,9 +69,19 @@ def unit_length(features: Tensor) -> Tensor:
 def load_lpips_at_hand(machine: Machine) -> LPIPS | None:
     """Returns LPIPS on the machine if its weights are in the cache folder, else None."""
     folder = cache_folder()
-    if (folder / VGG16_NAME).exists() and (folder / LINEAR_NAME).exists():
+    if all(os.path.exists(folder / name) for name in (VGG16_NAME, LINEAR_NAME)):
         return machine.place(load_lpips(offline=True))
     return None
+
+
+def fetch_lpips(machine: Machine) -> LPIPS:
+    """Returns LPIPS as load_lpips() does, but the first rank alone fetches what is not there."""
+    if not machine.leads:
+        machine.wait()                                  # until they are there
+    model = load_lpips()
+    if machine.leads:
+        machine.wait()
+    return model
 
 
 def load_lpips(offline: bool = False) -> LPIPS:

@@ -1,5 +1,6 @@
 """Writes samples as files, FOLDER/CLASS/00000.png: a folder that is itself a data set."""
 import json
+import os
 import re
 from pathlib import Path
 from typing import BinaryIO
@@ -15,7 +16,7 @@ from lib.image_files import read_image
 from lib.pictures import save_image, to_pil
 from lib.runtime import Machine
 from lib.sampling import Sampler
-from lib.scan import as_people_count
+from lib.scan import as_people_count, list_folder
 from lib.terminal import Progress
 
 BATCH = 64                      # images decoded at once
@@ -25,11 +26,13 @@ def class_folders(folder: Path, classes: list[str]) -> list[Path]:
     """Returns the folder of each class, by label.
 
     It has the name of the class, if --data would read all these folders back as the same classes in
-    the same order; otherwise the label stands before the name."""
+    the same order, which is as_people_count()'s; otherwise the label stands before the name."""
     names = [re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", name)[:100] for name in classes]
     hidden = any(name == "" or name.startswith(".") for name in names)
-    special = hidden or not set(SPLITS).isdisjoint(names)
-    if special or sorted(set(names), key=as_people_count) != list(classes):
+    cut = any(name.endswith((".", " ")) for name in names)                  # by Windows
+    lowered = {name.casefold() for name in names}       # Windows and macOS take Cat and cat for one
+    special = hidden or cut or len(lowered) < len(names) or not lowered.isdisjoint(SPLITS)
+    if special or sorted(names, key=as_people_count) != list(classes):
         digits = len(str(len(names) - 1))
         names = [f"{label:0{digits}} {name}".strip() for label, name in enumerate(names)]
     return [folder / name for name in names]
@@ -43,13 +46,13 @@ def image_path(folder: Path, k: int | Tensor) -> Path:
 def claim_folder(folder: Path, machine: Machine, settings: dict) -> None:
     """Notes in the folder what its images are drawn with.
 
-    Raises UserError if it holds anything that was not drawn with the same."""
+    Raises UserError if it holds files, apart from hidden ones, that were drawn with others."""
     note = folder / ".drawn-with"
     text = json.dumps(settings)
-    if note.exists():
+    if os.path.exists(note):
         usable = note.read_text() == text
     else:
-        usable = not folder.is_dir() or not any(folder.iterdir())
+        usable = not os.path.isdir(folder) or not list_folder(str(folder))
     if not usable:
         raise UserError(f"{folder} is not empty, and no {note} says that its images are of this "
                         f"model, seed and sampler: name another folder with --files")

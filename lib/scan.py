@@ -33,7 +33,7 @@ def list_images(root: str) -> dict[str, list[str]]:
     num_files = 0
     above = frozenset([os.path.realpath(root)])
     for entry in sorted(list_folder(root), key=lambda entry: entry.name):
-        if entry.is_dir():
+        if is_folder(entry):
             files = list(walk(entry.path, above))
             images = by_class.setdefault(printable(entry.name), [])
         else:
@@ -54,21 +54,41 @@ def list_images(root: str) -> dict[str, list[str]]:
     if outside:
         print(f"passed over {len(outside)} images in {root} that are in no class folder",
               file=sys.stderr)
+    note_nested(root, [images for images in by_class.values() if images])
     return by_class
+
+
+def note_nested(root: str, classes: list[list[str]]) -> None:
+    """Says so on stderr if all images are of one class whose subfolders may be the real classes.
+
+    classes: the paths of the images of each."""
+    if len(classes) > 1:
+        return
+    folders = {os.path.dirname(path) for path in classes[0]}
+    above = os.path.commonpath(folders)
+    if above not in folders:
+        print(f"note: all images in {root} are one class: if the subfolders of {above} are "
+              f"classes, name that folder", file=sys.stderr)
 
 
 def walk(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
     """Yields the paths of the files below a folder. Follows links, but not in circles.
 
-    above: the real paths of the folders that it lies in."""
+    above: the real paths of the folders on the way down, not of all visited: a folder to which two
+    links lead is listed twice."""
     real = os.path.realpath(folder)
     if real in above:
         return
     for entry in list_folder(folder):
-        if entry.is_dir():
+        if is_folder(entry):
             yield from walk(entry.path, above | {real})
         else:
             yield entry.path
+
+
+def holds_images(folder: str) -> bool:
+    """Returns whether any file below a folder is an image."""
+    return any(path.lower().endswith(IMAGE_ENDINGS) for path in walk(folder))
 
 
 def list_folder(folder: str) -> list[os.DirEntry]:
@@ -78,6 +98,14 @@ def list_folder(folder: str) -> list[os.DirEntry]:
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror}): change its permissions or "
                         f"remove it") from error
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Returns whether an entry is a folder or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:                             # a link to itself
+        return False
 
 
 def as_people_count(name: str) -> tuple:
@@ -119,7 +147,8 @@ def check_all(root: str, files: list[str], size: int) -> list[str]:
     def check(path: str) -> None:
         read_image(path, size)
 
-    kept_path = cache_folder() / f"readable-{hash_of(root):032x}.json"
+    scanned = f"{root} {Image.MAX_IMAGE_PIXELS}"              # a larger file is not readable
+    kept_path = cache_folder() / f"readable-{hash_of(scanned):032x}.json"
     try:
         kept = json.loads(kept_path.read_text())          # {path: [size, time]}
     except (OSError, ValueError):                         # not there, or damaged
@@ -165,8 +194,9 @@ def for_each_file(root: str, files: list[str],
                     problems[path] = result
                 else:
                     results[path] = result
-                if sys.stderr.isatty():
-                    progress.show(len(results) + len(problems))
+                done = len(results) + len(problems)
+                if sys.stderr.isatty() or done < len(files):    # a log shows only what takes long
+                    progress.show(done)
         finally:
             pool.shutdown(cancel_futures=True)
     return results, problems

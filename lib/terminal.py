@@ -24,7 +24,7 @@ def show_line(text: str, last: bool = False, stream: TextIO | None = None) -> No
     if not stream.isatty():
         print(text, file=stream, flush=True)
         return
-    width = os.get_terminal_size(stream.fileno()).columns - 1
+    width = (os.get_terminal_size(stream.fileno()).columns or 80) - 1   # some terminals say 0
     end = "\n" if last else ""
     print("\r" + text[:width].ljust(width), end=end, file=stream, flush=True)
 

@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -20,12 +21,12 @@ import torch
 from conftest import ROOT, TINY_VQ, run
 from PIL import Image
 
-from lib import data, folders, image_files, runtime, scan, shapes
+from lib import data, folders, image_files, runtime, scan, shapes, terminal
 from lib.data import Cifar10, check_run_outside_data, find_class, open_data, resolve_data
-from lib.files import write_atomically
+from lib.files import load_tensors, write_atomically
 from lib.flags import UserError, command_line
 from lib.image_files import random_crop, read_image, to_rgb
-from lib.imagenet import SYNSETS
+from lib.imagenet import SYNSETS, label_flat
 from lib.loader import Steps, batches
 from lib.shapes import Shapes, draw_scenes, hsv_to_rgb
 
@@ -251,6 +252,11 @@ def test_transparency_is_composited_on_white(tmp_path):
     assert abs(read_image(tmp_path / "half.png").getpixel((0, 0))[0] - 127) <= 1
     assert read_image(tmp_path / "palette.gif").getpixel((0, 0)) == (255, 255, 255)
     assert read_image(tmp_path / "key.png").getpixel((0, 0)) == (255, 255, 255)
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = RED
+    Image.fromarray(stripes).save(tmp_path / "stripes.png", transparency=(0, 0, 0))
+    reduced = read_image(tmp_path / "stripes.png", 16)              # would mix the key with its neighbours
+    assert {color for _, color in reduced.getcolors()} == {RED, (255, 255, 255)}
 
 
 def test_a_photo_is_turned_upright(tmp_path):
@@ -354,6 +360,7 @@ def test_a_huge_picture_is_reduced_before_it_is_converted(tmp_path, monkeypatch)
     assert not image_files.ONE_HUGE_IMAGE_AT_A_TIME.locked()
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_what_may_be_a_trap_is_admitted_by_its_pixels(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)        # is put back after the test
     picture(tmp_path / "a" / "0.png", (100, 100))
@@ -362,11 +369,16 @@ def test_what_may_be_a_trap_is_admitted_by_its_pixels(tmp_path, monkeypatch):
         read_image(tmp_path / "a" / "0.png")
     image_files.admit_pixels(10_000)
     assert read_image(tmp_path / "a" / "0.png").size == (100, 100)
+    train, _ = open_data(str(tmp_path), 80)
+    image_files.admit_pixels(9999)
+    with pytest.raises(UserError, match="1 of 1 images"):           # though it was readable before
+        open_data(str(tmp_path), 80)
+    pickle.loads(pickle.dumps(train)).batch([0])                    # as a reader process gets it
 
 
 def test_a_lack_of_memory_is_no_broken_file(tmp_path, monkeypatch):
     picture(tmp_path / "0.png")
-    def full(image):
+    def full(image, background):
         raise MemoryError
     monkeypatch.setattr(image_files, "to_rgb", full)
     with pytest.raises(MemoryError):
@@ -435,14 +447,14 @@ def layout(root, kind):
         photos(train, names, part)
     in_order = photos(val, names, "val", flat=kind in ("list", "kaggle", "places"))
     if kind == "list":
-        (root / "synsets.txt").write_text("\n".join(in_order) + "\n")
+        (root / "synsets.txt").write_text("\n".join(in_order) + "\n\n")
     elif kind == "kaggle":
         rows = [f"val_{i:08},{name} 1 2 3 4 {name} 5 6 7 8" for i, name in enumerate(in_order)]
         (root / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *reversed(rows)]))
     elif kind == "places":
         rows = [f"val_{i:08}.JPEG {names.index(name) + 7}" for i, name in enumerate(in_order)]
         (root / "places365_val.txt").write_text("\n".join(rows))
-        (root / "categories_places365.txt").write_text("\n".join(f"/{name} {i + 7}" for i, name in enumerate(names)))
+        (root / "categories_places365.txt").write_text("\n".join(f"/{name} {i + 7}" for i, name in enumerate(names)) + "\n\n")
 
 
 @pytest.mark.parametrize("name, kind, inside", [
@@ -478,13 +490,19 @@ def test_a_flat_val_without_its_labels_says_which_file_is_missing(labels, tmp_pa
         open_data("imagenet", 8, tmp_path)
 
 
+def test_classes_of_a_flat_folder_may_have_spaces(tmp_path):
+    (tmp_path / "labels.txt").write_text("golden retriever\ntench\ngolden retriever\n")
+    assert label_flat(str(tmp_path), ["a", "b", "c"], ["tench", "golden retriever"]) == {
+        "tench": ["b"], "golden retriever": ["a", "c"]}
+
+
 @pytest.mark.parametrize("archives, says", [
     (["imagenet/ILSVRC2012_img_val.tar", "imagenet/ILSVRC2012_img_train.tar"],
-     "mkdir -p DIR/imagenet/train && tar -xf DIR/imagenet/ILSVRC2012_img_train.tar -C DIR/imagenet/train$"),
+     "mkdir -p DIR/imagenet/train && tar -xf DIR/imagenet/ILSVRC2012_img_train.tar -C DIR/imagenet/train; or name .* --data-dir$"),
     (["imagenet/ILSVRC2012_img_train.tar", "imagenet/ILSVRC2012_img_val.tar", "imagenet/train/n01440764/0.JPEG"],
-     "tar -xf DIR/imagenet/ILSVRC2012_img_val.tar -C DIR/imagenet/val$"),
+     "tar -xf DIR/imagenet/ILSVRC2012_img_val.tar -C DIR/imagenet/val; or"),
     (["imagenet/train/n01440764.tar", "imagenet/val/n01440764/0.JPEG"], "n01440764.tar.* for f in n\\*.tar; do mkdir"),
-    (["imagenet-object-localization-challenge.zip"], "unzip -q DIR/imagenet-object-.*zip -d DIR$"),
+    (["imagenet-object-localization-challenge.zip"], "unzip -q DIR/imagenet-object-.*zip -d DIR; or"),
     (["cifar-10-binary.tar.gz"], "imagenet should hold train/CLASS")])
 def test_archives_are_told_how_to_be_unpacked(archives, says, tmp_path):
     touch(*(tmp_path / name for name in archives))
@@ -552,6 +570,8 @@ def test_linked_class_folders_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "images" / "b").symlink_to(tmp_path / "elsewhere" / "b")
     (tmp_path / "images" / "a" / "again").symlink_to(tmp_path / "images")
     (tmp_path / "images" / "a" / "self").symlink_to(tmp_path / "images" / "a")
+    for loop in (tmp_path / "images" / "loop", tmp_path / "images" / "a" / "loop"):
+        loop.symlink_to(loop)
     train, val = unchecked(tmp_path / "images")
     assert train.classes == ["a", "b"] and len(train) + len(val) == 6
 
@@ -585,11 +605,21 @@ def test_validation_folders_have_an_order_and_are_never_classes(tmp_path):
     for name in ("valid", "validation", "test"):
         assert f"/{name}/" in unchecked(tmp_path)[1].path(0)
         shutil.rmtree(tmp_path / name)
-    touch(*(tmp_path / "train" / "a" / f"{i}.png" for i in range(40)), tmp_path / ".git" / "config")
+    touch(*(tmp_path / "train" / "a" / f"{i}.png" for i in range(40)), tmp_path / ".git" / "config",
+          tmp_path / "annotations" / "a.xml")
     train, val = unchecked(tmp_path)                            # train/ alone: its folders are the classes
     assert train.classes == ["a"] and (len(train), len(val)) == (38, 2)
     touch(tmp_path / "car" / "0.png")                           # among others, `train` may well be one
     assert unchecked(tmp_path)[0].classes == ["car", "train"]
+
+
+def test_classes_one_folder_too_deep_are_noted(tmp_path, capsys):
+    make_folder(tmp_path / "flowers", {"flowers/rose": 2, "flowers/tulip": 2})
+    touch(tmp_path / "flowers" / "annotations" / "a.xml")
+    unchecked(tmp_path / "flowers")
+    assert f"if the subfolders of {tmp_path}/flowers/flowers are classes, name that" in capsys.readouterr().err
+    unchecked(tmp_path / "flowers" / "flowers")
+    assert not capsys.readouterr().err
 
 
 def test_five_percent_of_each_class_are_held_out(tmp_path):
@@ -950,7 +980,38 @@ def test_a_class_whose_name_is_a_number_is_found_by_it():
     assert find_class("Cat", ["cat", "Cat"]) == 1
 
 
+# ---- the terminal
+
+def test_names_that_are_not_utf8_are_printed(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    command_line(lambda: print("caf\udce9", flush=True))
+    assert stdout.buffer.getvalue() == b"caf\\udce9\n"
+
+
+def test_a_terminal_without_a_width(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr(stream, "fileno", lambda: 1)
+    monkeypatch.setattr(os, "get_terminal_size", lambda fileno: os.terminal_size((0, 0)))
+    terminal.show_line("half done", stream=stream)
+    assert stream.getvalue() == "\r" + "half done".ljust(79)
+
+
 # ---- files that are written
+
+def test_a_lack_of_memory_is_no_damaged_file(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(MemoryError):
+        load_tensors(tmp_path / "file")
+
+
+def test_a_name_that_is_too_long(tmp_path):
+    with pytest.raises(UserError, match="cannot write .*File name too long; free some space"):
+        write_atomically(tmp_path / ("x" * 300), lambda file: None)
+
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
     path = tmp_path / "deep" / "file"

@@ -119,14 +119,26 @@ def test_a_mask_takes_every_token_with_a_white_pixel():
     mask[31, 31] = 128
     mask[0, 20] = 127                                               # is dark
     region = grid_of("........", "........", "........", "x.......", "x.......", "........", "........", ".......x")
-    assert torch.equal(mask_region(Image.fromarray(mask).convert("RGB"), "crop", 32, 8), region)
+    assert torch.equal(mask_region(Image.fromarray(mask).convert("RGB"), "crop", 8), region)
+    large = np.zeros((1024, 1024), np.uint8)
+    large[300, 700] = 255                                           # a single pixel, of 16,384 in a token
+    assert mask_region(Image.fromarray(large), "crop", 8).nonzero().tolist() == [[2, 5]]
 
 
 def test_what_is_padded_is_not_masked():
     """A white mask repaints the whole photo, and nothing of the bars beside it."""
     region = torch.zeros(8, 8, dtype=torch.bool)
     region[2:6] = True
-    assert torch.equal(mask_region(Image.new("RGB", (96, 48), "white"), "pad", 32, 8), region)
+    assert torch.equal(mask_region(Image.new("RGB", (96, 48), "white"), "pad", 8), region)
+
+
+def test_a_transparent_mask_is_black(call, photo):
+    mask = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
+    mask.paste("white", (0, 16, 4, 20))
+    mask.save(photo.parent / "mask.png")
+    call("--mask", "mask.png", "--class", "moon")
+    changed = (pixels(photo.parent / "out.1.png") != pixels(photo)).any(-1)
+    assert changed[16:20, :4].any() and changed.sum() <= 16
 
 
 def test_the_centre():
@@ -470,6 +482,9 @@ def test_photos_of_any_size_and_mode(call, tmp_path, fit, mode, size, turned):
     (["--inpaint", "centre", "--num", 0], ["--num"]),
     (["--inpaint", "centre", "--out", "picture.xyz"], ["picture.xyz", ".png"]),
     (["--inpaint", "centre", "--decoder", "autoregressive"], ["autoregressive", "--decoder parallel"]),
+    (["--inpaint", "centre", "--out", "photo.png"], ["photo.png", "overwritten", "--out"]),
+    (["--mask", "m.1.png", "--out", "m.png"], ["m.1.png", "overwritten", "--out"]),
+    (["--reconstruct", "--class", "fish"], ["--class", "--reconstruct"]),
 ])
 def test_bad_edits(call, photo, monkeypatch, flags, says):
     """They are refused before anything is painted."""
@@ -482,11 +497,11 @@ def test_bad_edits(call, photo, monkeypatch, flags, says):
     assert sorted(photo.parent.iterdir()) == before
 
 
-@pytest.mark.parametrize("name", ["broken.png", "none.png"])
-def test_bad_photos(call, photo, name):
+@pytest.mark.parametrize("name, says", [("broken.png", "not a readable image"), ("none.png", "does not exist")])
+def test_bad_photos(call, photo, name, says):
     (photo.parent / "broken.png").write_bytes(photo.read_bytes()[:100])
     line = call("--inpaint", "centre", image=name, code=2)
-    assert name in line and "not a readable image" in line
+    assert name in line and says in line
 
 
 def test_a_photo_beside_its_reconstruction(untrained, photo, call_main):

@@ -18,8 +18,9 @@ from conftest import TINY_TRANSFORMER, TINY_VQ, refused, run
 import pretrained
 import sample
 import train_transformer
+from lib import lpips
 from lib.data import IMAGENET_CLASSES
-from lib.files import download, load_checkpoint, save_checkpoint
+from lib.files import cache_folder, download, load_checkpoint, save_checkpoint
 from lib.flags import UserError
 from lib.flax import read_arrays, write_arrays
 from lib.layouts import port_arrays
@@ -225,9 +226,10 @@ def test_conversion_makes_a_run_to_sample_from(msgpack, call, call_main, tmp_pat
     assert checkpoint["classes"] == list("0123456789")
     line = call(*command, code=2)
     assert str(Path("a run", "vqgan.pt")) in line and "--overwrite" in line
-    (folder / "vqgan.resume.pt").write_text("of a run that is replaced")
-    call(*command, "--overwrite")
-    assert not (folder / "vqgan.resume.pt").exists()
+    for name in ("vqgan.resume.pt", "autoregressive.pt"):
+        (folder / name).write_text("of a run that is replaced")
+    assert f"removed {Path('a run', 'autoregressive.pt')}" in call(*command, "--overwrite")
+    assert sorted(path.name for path in folder.glob("*.pt")) == ["transformer.pt", "vqgan.pt"]
 
     call("--export", "out", "a run")
     for name, path in (("tokenizer", TOKENIZER), ("maskgit", TRANSFORMER)):
@@ -266,6 +268,19 @@ def test_what_the_released_format_cannot_hold(msgpack, tmp_path):
             write_released(model, tmp_path / "file")
         says(error, word, "cannot be exported")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_is_whole_or_not_there(call, tmp_path):
+    pretrained.save_model(tmp_path / "run", "vqgan", VQGAN(VQGANConfig(20, 6, 32, (1,), 1)), "", {})
+    transformer = MaskGIT(MaskGITConfig(20, 5, 9, 24, 1, 2, 40, null_class=True))
+    pretrained.save_model(tmp_path / "run", "transformer", transformer, "", {})
+    assert "--class-dropout" in call("--export", "out", "run", code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_that_would_be_ignored_are_refused(call):
+    assert "not allowed" in call("--half", "a", "b", "--export", "c", "d", code=2)
+    assert "leave --tokenizer" in call("--half", "a", "b", "--run", "c", code=2)
 
 
 def test_model_names(call, tmp_path):
@@ -432,6 +447,14 @@ def test_lpips(monkeypatch, tmp_path):
     says(error, "vgg16-397923af.pth", "features.0.bias")
 
 
+@pytest.mark.parametrize("leads, events", [(True, ["load", "wait"]), (False, ["wait", "load"])])
+def test_the_first_rank_fetches_lpips(leads, events, monkeypatch):
+    happened = []
+    monkeypatch.setattr(lpips, "load_lpips", lambda: happened.append("load"))
+    lpips.fetch_lpips(Namespace(leads=leads, wait=lambda: happened.append("wait")))
+    assert happened == events
+
+
 def test_lpips_without_its_files(monkeypatch, tmp_path):
     monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path))
     with pytest.raises(UserError) as error:
@@ -489,7 +512,8 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 class Server(BaseHTTPRequestHandler):
-    """Serves BODY, or with the server's attribute `status` an error; `cut` breaks the connection off."""
+    """Serves BODY, or with the server's attribute `status` an error; `cut` breaks the connection off.
+    `head`: the status of its answers to HEAD."""
     def do_GET(self):
         if self.server.status != 200:
             return self.send_error(self.server.status)
@@ -499,7 +523,7 @@ class Server(BaseHTTPRequestHandler):
         self.wfile.write(BODY[:900_000] if self.server.cut else BODY)
 
     def do_HEAD(self):
-        self.send_response(200)
+        self.send_response(self.server.head)
         self.send_header("Content-Length", str(len(BODY)))
         self.end_headers()
 
@@ -511,7 +535,7 @@ class Server(BaseHTTPRequestHandler):
 def server(monkeypatch, tmp_path):
     monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path / "cache"))
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        server.status, server.cut = 200, False
+        server.status, server.head, server.cut = 200, 200, False
         server.url = f"http://127.0.0.1:{server.server_port}/file"
         server.cache = tmp_path / "cache"
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -526,6 +550,17 @@ def test_fetching_once(server):
     assert download(server.url, "file") == path
 
 
+def test_a_server_that_refuses_head(server):
+    server.head = 405
+    assert download(server.url, "file").read_bytes() == BODY
+
+
+def test_the_cache_folder_may_start_with_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MASKGIT_CACHE", "~/cache")
+    assert cache_folder() == tmp_path / "cache"
+
+
 def test_what_cannot_be_fetched_leaves_no_file(server, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="checksum.*run this again"):
         download(server.url, "file", "0" * 64)
@@ -535,6 +570,9 @@ def test_what_cannot_be_fetched_leaves_no_file(server, monkeypatch, tmp_path):
     server.status = 503
     with pytest.raises(UserError, match="cannot fetch http://127.*503.*network"):
         download(server.url, "file")
+    server.status = 200
+    with pytest.raises(UserError, match="cannot fetch .*File name too long"):
+        download(server.url, "x" * 300)
     with pytest.raises(UserError, match="cannot fetch http://127.0.0.1:9/file.*refused.*network"):
         download("http://127.0.0.1:9/file", "file")
     with pytest.raises(UserError, match="--offline"):

@@ -18,7 +18,7 @@ from lib import pictures, runtime
 from lib.flags import UserError, add_flags
 from lib.folders import open_folder
 from lib.runtime import Machine
-from lib.sample_files import class_folders
+from lib.sample_files import claim_folder, class_folders
 from lib.sampling import ACCEPT_FLAG, Sampler, add_sampler_flags
 from maskgit import MaskGIT, MaskGITConfig, decode
 from sequential import CausalTransformer, decode_sequential
@@ -224,6 +224,12 @@ def test_files_of_another_sampler_are_not_mixed(untrained, call, tmp_path, flags
     assert "photos is not empty" in call(*command, "--files", "photos", code=2)
 
 
+def test_a_folder_of_hidden_files_is_empty(tmp_path):
+    (tmp_path / ".DS_Store").touch()
+    claim_folder(tmp_path, Machine("cpu"), {"seed": 0})
+    assert (tmp_path / ".drawn-with").exists()
+
+
 def test_a_grid_that_is_too_large_is_left_out_beside_files(untrained, call, tmp_path, monkeypatch):
     command = ["--run", untrained, "--num", 2, "--class", "heart", "--out", "a.png"]
     monkeypatch.setattr(sample, "GRID_PIXELS", 1000)
@@ -247,6 +253,9 @@ def test_ranks_share_the_files(untrained, call, tmp_path):
     (["test", "train"], ["0 test", "1 train"]),
     ([".ant", "bee"], ["0 .ant", "1 bee"]),
     (["", "bee"], ["0", "1 bee"]),
+    (["Cat", "cat"], ["0 Cat", "1 cat"]),
+    (["Test", "bee"], ["0 Test", "1 bee"]),
+    (["bee", "x."], ["0 bee", "1 x."]),
     ([f"c{i}" for i in range(11)][::-1], [f"{i:02} c{10 - i}" for i in range(11)]),
 ])
 def test_class_folders_are_read_back_in_the_same_order(tmp_path, classes, folders):
@@ -337,7 +346,7 @@ def test_checkpoints_that_lack_something(untrained, call, tmp_path):
     del checkpoint["model"]["head_bias"]
     torch.save(checkpoint, tmp_path / "run" / "transformer.pt")
     line = call("--run", "run", code=2)
-    assert "head_bias" in line and "missing" in line
+    assert "head_bias" in line and "not there" in line
 
 
 def test_a_checkpoint_cannot_run_code(untrained, call, tmp_path):
