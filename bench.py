@@ -305,8 +305,9 @@ FEW = {"train-transformer": [4], "decode": [1, 4, 16], "sequential": [1, 4],
 def measure(machine: Machine, preset: str, row: str, batch: int, repeats: int) -> dict | None:
     """Times a row and prints it. Returns its numbers, or None if memory ran out."""
     torch.manual_seed(0)
-    start_afresh(machine)
+    gc.collect()                            # the row before may hold all memory
     peak_before = matrix_peak(machine)
+    start_afresh(machine)
     try:
         cost = ROWS[row](machine, sizes_of(preset), batch, repeats)
     except RuntimeError as error:
@@ -319,7 +320,7 @@ def measure(machine: Machine, preset: str, row: str, batch: int, repeats: int) -
     images_per_second = batch / cost.seconds
     speed = cost.flops / cost.seconds
     print(f"{preset:12} {row:18} {batch:5} {cost.seconds:9.4g} {images_per_second:9.4g} "
-          f"{speed / 1e12:8.4g} {peak / 1e12:7.4g} {speed / peak:6.1%} {memory / 2 ** 30:5.2f} GB",
+          f"{speed / 1e12:8.4g} {peak / 1e12:7.4g} {speed / peak:6.1%} {memory / 2 ** 30:5.2f} GiB",
           flush=True)
     return {
         "preset": preset,

@@ -142,7 +142,7 @@ def table2(run: Evaluation) -> dict:
     }
     rows = {name: row_of_repainted(run, name, region) for name, region in regions.items()}
     if run.machine.leads:
-        print_table(run.title, rows)
+        print_table(f"{run.title}, seed {run.args.seed}", rows)
     return rows
 
 
@@ -165,10 +165,10 @@ def table3(run: Evaluation) -> dict:
     rows.sort(key=lambda schedule_and_row: schedule_and_row[1][distance])
     rows = dict(rows)
     if run.machine.leads:
-        print_curves(f"{distance} ± deviation over {run.args.seeds} seeds, by T", curves, distance)
+        print_curves(f"{distance} ± deviation over {seeds_of(run)}, by T", curves, distance)
         pictures.draw_curves(run.folder / "eval.ablation.png", curves, "T, decoding steps",
                              distance, DEVIATION)
-        print_table(f"{run.title}; each schedule at its best T", rows)
+        print_table(f"{run.title}, {seeds_of(run)}; each schedule at its best T", rows)
     return rows
 
 
@@ -190,8 +190,16 @@ def sweep(run: Evaluation) -> dict:
     if run.machine.leads:
         path = run.folder / f"eval.{name}.png"
         pictures.draw_curves(path, {name: curve}, name, run.networks.distance, DEVIATION)
-        print_table(f"{run.title}; {name}", rows)
+        print_table(f"{run.title}, {seeds_of(run)}; {name}", rows)
     return rows
+
+
+def seeds_of(run: Evaluation) -> str:
+    """Returns the seeds that mean_over_seeds() takes, in words."""
+    first = run.args.seed
+    if run.args.seeds == 1:
+        return f"seed {first}"
+    return f"seeds {first} to {first + run.args.seeds - 1}"
 
 
 def mean_over_seeds(run: Evaluation, **changes: Any) -> dict:
@@ -217,8 +225,9 @@ def figures_of_stages(run: Evaluation) -> dict:
     """Returns the figures of measure_both_stages(), of which "reconstructions" is a row."""
     title = "both stages" if run.lpips is None else "both stages, with LPIPS"
     condition = describe(title, {"schedules": ",".join(SCHEDULES)}, run.args.seed)
-    if condition in run.results.known:
-        return run.results.known[condition]
+    known = run.results.find(condition)
+    if known is not None:
+        return known
     return run.results.keep(condition, measure_both_stages(run))
 
 
@@ -228,8 +237,9 @@ def row_of_samples(run: Evaluation, args: argparse.Namespace, complete: bool = F
     complete: with precision, recall and CAS, as in Table 1."""
     title = "samples for Table 1" if complete else "samples"
     condition = describe(title, sampler_settings(args, run.transformer), args.seed)
-    if condition in run.results.known:
-        return run.results.known[condition]
+    known = run.results.find(condition)
+    if known is not None:
+        return known
     samples = Samples(draw_tokens(run, args, condition), run)
     measured = run.networks.measure(read_own_batches(samples, args.batch, "decoding the samples"))
     row = run.reference.figures(measured)
@@ -241,8 +251,9 @@ def row_of_samples(run: Evaluation, args: argparse.Namespace, complete: bool = F
 def row_of_training_images(run: Evaluation) -> dict:
     """Returns the row of --num real training images, measured as if they were samples."""
     condition = describe("real training images", {}, run.args.seed)
-    if condition in run.results.known:
-        return run.results.known[condition]
+    known = run.results.find(condition)
+    if known is not None:
+        return known
     images = random_subset(run.train, run.args.num)
     measured = run.networks.measure(read_own_batches(images, run.args.batch, condition))
     row = run.reference.figures(measured)
@@ -270,8 +281,9 @@ def precision_recall_and_cas(run: Evaluation, measured: Measurements, images: Da
 def row_of_repainted(run: Evaluation, title: str, region: Tensor) -> dict:
     """Returns the row of validation images, of which a region (h, w) of tokens is drawn anew."""
     condition = describe(title, sampler_settings(run.args, run.transformer), run.args.seed)
-    if condition in run.results.known:
-        return run.results.known[condition]
+    known = run.results.find(condition)
+    if known is not None:
+        return known
     measured = run.networks.measure(repainted_batches(run, region, condition))
     return run.results.keep(condition, run.reference.figures(measured))
 
@@ -319,4 +331,4 @@ def main() -> None:
 if __name__ == "__main__":
     flags.command_line(main, interrupted=(
         "stopped: the results so far are kept in eval.json in the run's folder; start the same "
-        "command again for the rest"))
+        "command again, without --again, for the rest"))

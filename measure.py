@@ -40,11 +40,10 @@ from sequential import CausalTransformer
 from vqgan import VQGAN, as_grid, to_pixels
 
 NEXT_TOKEN = "next token"
-BINS = 20                       # of mask ratios
 SWEEPS = {
-    "choice_temperature": [0, 1, 2, 4.5, 8, 12],
-    "temperature": [0.6, 0.7, 0.8, 0.9, 1, 1.1],
-    "cfg": [0, 0.5, 1, 2, 4],
+    "choice_temperature": [0.0, 1.0, 2.0, 4.5, 8.0, 12.0],
+    "temperature": [0.6, 0.7, 0.8, 0.9, 1.0, 1.1],
+    "cfg": [0.0, 0.5, 1.0, 2.0, 4.0],
     "order": ORDERS,
 }
 
@@ -59,8 +58,8 @@ class Evaluation:
     folder: Path                            # the run's
     tokenizer: VQGAN
     transformer: MaskGIT | None             # the one that draws; none with --tokenizer
-    parallel: MaskGIT | None                # the same, if it is decoded in parallel
-    sequential: CausalTransformer | None    # the run's autoregressive transformer
+    parallel: MaskGIT | None                # transformer, if it is the parallel one
+    sequential: CausalTransformer | None    # transformer, or the run's second; for the likelihood
     data: str                               # the name or path of the data set
     train: DataSet
     real: DataSet                           # validation images
@@ -118,8 +117,7 @@ def open_evaluation(args: argparse.Namespace, machine: runtime.Machine) -> Evalu
     }
     results = Results(folder / "eval.json", setup, writes=machine.leads, again=args.again)
     generated = f"{args.num} generated and " if transformer else ""
-    title = (f"{folder}: {generated}{len(real)} real validation images, {args.features} features, "
-             f"seed {args.seed}")
+    title = f"{folder}: {generated}{len(real)} real validation images, {args.features} features"
     return Evaluation(args, machine, folder, tokenizer, transformer, parallel, sequential,
                       checkpoint["data"], train, real, networks, lpips, results, title)
 
@@ -131,8 +129,10 @@ def open_images(args: argparse.Namespace, folder: Path,
     Raises UserError if they are not there, or not those that the run was trained on."""
     data = checkpoint["data"]
     if data not in DATA_SETS and not os.path.isdir(data):
-        raise UserError(f"{data}, the images that {folder} was trained on, is not there: put it "
-                        f"there, or start this from the folder where the run was trained")
+        remedy = "put it there"
+        if not os.path.isabs(data):
+            remedy += ", or start this from the folder where the run was trained"
+        raise UserError(f"{data}, the images that {folder} was trained on, is not there: {remedy}")
     admit_pixels(args.max_pixels)
     train, val = open_data(data, checkpoint["image_size"], args.data_dir)
     if list(train.classes) != list(checkpoint["classes"]):
@@ -143,15 +143,19 @@ def open_images(args: argparse.Namespace, folder: Path,
     if len(real) < fewest:
         raise UserError(f"--num {args.num} takes {len(real)} of the {len(val)} validation images "
                         f"of {data}, and at least {fewest} are needed: raise --num or add images")
+    if len(train) < fewest:
+        raise UserError(f"{data} has {len(train)} training images, and at least {fewest} are "
+                        f"needed: add images")
     return train, real
 
 
 def check_flags(args: argparse.Namespace, transformer: MaskGIT | None) -> None:
     """Raises UserError, before anything takes long, for flags that do not suit the transformer."""
     if transformer is None:
-        if args.run or args.decoder or args.manipulate or args.ablate or args.sweep:
+        if (args.run or args.decoder or args.manipulate or args.ablate or args.sweep
+                or args.accept < 1):
             raise UserError("--tokenizer RUN measures the tokenizer of this run alone: leave out "
-                            "--run, --decoder, --manipulate, --ablate and --sweep")
+                            "--run, --decoder, --manipulate, --ablate, --sweep and --accept")
         return
     if isinstance(transformer, CausalTransformer):
         if args.ablate or args.sweep or args.manipulate:
@@ -166,9 +170,11 @@ def check_flags(args: argparse.Namespace, transformer: MaskGIT | None) -> None:
     if args.accept < 1 and not args.classifier_steps:
         raise UserError("--accept needs the run's classifier: leave out --classifier-steps 0")
     sampler_options(args, transformer)
-    if args.sweep:
-        for value in SWEEPS[args.sweep]:
-            sampler_options(changed(args, **{args.sweep: value}), transformer)
+    if args.sweep == "choice_temperature" and args.order != "confidence":
+        raise UserError(f"--sweep choice_temperature changes nothing with --order {args.order}: "
+                        f"leave out --order")
+    for value in SWEEPS.get(args.sweep, []):
+        sampler_options(changed(args, **{args.sweep: value}), transformer)
 
 
 def changed(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
@@ -266,7 +272,7 @@ class StageMeasurements(NamedTuple):
     tokens: Tensor      # (n, N)
     psnr: Tensor        # (n,), of the reconstruction
     lpips: Tensor       # (n,), its perceptual distance; NaN without the network's weights
-    nll: Tensor         # (n, L), one for each of likelihood_names()
+    nll: Tensor         # (n, L), the mean of the image's batch for each of likelihood_names()
     right: Tensor       # (n, schedules), how many masked tokens are predicted right
     masked: Tensor      # (n, schedules), how many tokens are masked
 
@@ -361,24 +367,7 @@ def stage_figures(run: Evaluation, measured: StageMeasurements, restored: Measur
     if run.lpips is not None:
         figures["LPIPS"] = measured.lpips.mean().item()
     if run.parallel is not None:
-        figures["accuracy by mask ratio"] = accuracy_by_mask_ratio(
+        figures["accuracy by mask ratio"] = metrics.accuracy_by_mask_ratio(
             measured.right.flatten(), measured.masked.flatten(), measured.tokens.shape[1])
     figures["reconstructions"] = run.reference.figures(restored)
     return figures
-
-
-def accuracy_by_mask_ratio(right: Tensor, masked: Tensor, num_tokens: int) -> list[list[float]]:
-    """Returns a list of [mask ratio, share of the masked tokens that are predicted right].
-
-    right, masked: how many tokens of each image, (n,). Each point is the mean of the images whose
-    mask ratios are up to 1/20, from there up to 2/20, and so on."""
-    edges = num_tokens * torch.arange(1, BINS + 1)
-    bins = torch.bucketize(masked * BINS, edges)
-    points = []
-    for number in range(BINS):
-        inside = bins == number
-        if inside.any():
-            ratio = masked[inside].double().mean() / num_tokens
-            accuracy = right[inside].sum().double() / masked[inside].sum()
-            points.append([round(ratio.item(), 4), accuracy.item()])
-    return points

@@ -77,7 +77,7 @@ def grid_fits(args: argparse.Namespace, captions: list[str], image_size: int, ou
 
 
 def open_classifier(
-    args: argparse.Namespace, folder: Path, classes: list[str], machine: runtime.Machine,
+    args: argparse.Namespace, folder: Path, checkpoint: dict, machine: runtime.Machine,
 ) -> torch.nn.Module | None:
     """Returns the run's classifier, if --accept needs it. Raises UserError if it is not there."""
     if args.accept == 1:
@@ -89,7 +89,7 @@ def open_classifier(
     if not path.exists():
         raise UserError(f"--accept needs {path}, which does not exist: "
                         f"python evaluate.py --run {folder} trains it")
-    return read_classifier(path, classes, machine)
+    return read_classifier(path, checkpoint["classes"], checkpoint["image_size"], machine)
 
 
 def draw(sampler: Sampler, labels: Tensor, numbers: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
     size = checkpoint["image_size"]
     classes = choose_classes(args, names)
     captions = [names[label] for label in classes]
-    classifier = open_classifier(args, folder, names, machine)
+    classifier = open_classifier(args, folder, checkpoint, machine)
     sampler = Sampler(args, tokenizer, transformer, machine, classifier)
     out = pictures.picture_path(args.out, folder, "samples.png")
     with_grid = grid_fits(args, captions, size, out)

@@ -6,6 +6,7 @@ say little about drawn shapes. So by default features come from a small classifi
 run's real images. It also tells whether samples show the class that was asked for. Another one,
 trained on samples alone, gives the classification accuracy score (CAS; Ravuri & Vinyals 2019)."""
 import argparse
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -45,13 +46,15 @@ SHARPNESS = "sharpness / real"
 RECOGNISED = "class recognised"
 BY_CLASS = "class recognised, by class"
 PRECISION_IMAGES = 10_000       # precision and recall are of so many: time grows with the square
+CLASSIFIER_STEPS = 600          # of the classifier that is kept as classifier.pt
 
 FEATURE_FLAGS = {
     "features": (["classifier", "inception"], "classifier", "network whose features are compared"),
     "inception": ({"metavar": "FILE"}, None,
                   "file of Inception's weights (default: torch-fidelity fetches them)"),
-    "classifier_steps": (whole, 600, "training steps of each classifier; 0, with Inception only: "
-                                     "no classifier and no CAS"),
+    "classifier_steps": (whole, CLASSIFIER_STEPS,
+                         "training steps of each classifier; 0: train none (only with --features "
+                         "inception): no CAS, no 'class recognised'"),
 }
 JUDGE_FLAGS = {
     "evaluate_every": (whole, 0, "steps between measurements of FCD or FID, after which the best "
@@ -133,22 +136,34 @@ def accuracy(model: nn.Module, data: DataSet, machine: Machine) -> tuple[float, 
 def load_classifier(path: Path, train: DataSet, steps: int, machine: Machine) -> Classifier:
     """Returns the run's own classifier, kept at `path`.
 
-    If it is not there yet, rank 0 trains it on `train`, the real images."""
-    expected = {"kind": "classifier", "classes": list(train.classes), "steps": steps}
-    kept = load_checkpoint(path, "classifier") if path.exists() else {}
-    if machine.leads and not expected.items() <= kept.items():
-        model = train_classifier(train, steps, 0, machine, "classifier of real images")
-        save_checkpoint(path, on_cpu(expected | {"model": model.state_dict()}))
+    If it is missing, or of other classes, steps or images, rank 0 trains it on `train`, the real
+    images, and replaces the file."""
+    if machine.leads:
+        kept = load_checkpoint(path, "classifier") if path.exists() else {}
+        expected = {"kind": "classifier", "classes": list(train.classes), "steps": steps}
+        images = {
+            "image_size": train.image_size,
+            "signatures": zlib.crc32(train.signatures().tobytes()),
+        }
+        # Older files do not say of which images they are.
+        if not (expected | images).items() <= (images | kept).items():
+            model = train_classifier(train, steps, 0, machine, "classifier of real images")
+            save_checkpoint(path, on_cpu(expected | images | {"model": model.state_dict()}))
     machine.wait()                              # until the file is there
-    return read_classifier(path, train.classes, machine)
+    return read_classifier(path, train.classes, train.image_size, machine)
 
 
-def read_classifier(path: Path, classes: list[str], machine: Machine) -> Classifier:
+def read_classifier(path: Path, classes: list[str], image_size: int,
+                    machine: Machine) -> Classifier:
     """Returns the classifier of these classes that is kept at `path`. Raises UserError."""
     kept = load_checkpoint(path, "classifier")
     if kept["classes"] != list(classes):
         raise UserError(f"{path} is a classifier of other classes than the run's: delete it, and "
                         f"evaluate.py will train it again")
+    kept_size = kept.get("image_size", image_size)          # older files do not say it
+    if kept_size != image_size:
+        raise UserError(f"{path} is a classifier of {kept_size}-pixel images, and the run's have "
+                        f"{image_size}: delete it, and evaluate.py will train it again")
     model = load_weights(Classifier(len(classes)), kept["model"], path)
     model.eval().requires_grad_(False)
     return model.to(machine.device, memory_format=machine.layout)
@@ -183,8 +198,6 @@ def load_inception(path: str | None, machine: Machine) -> nn.Module:
                         f"file with --inception") from error
     if machine.leads:
         machine.wait()
-    # FID takes differences of large numbers, for which TF32 on a GPU is too coarse.
-    torch.backends.cudnn.allow_tf32 = False
     return model.to(machine.device)
 
 
@@ -197,13 +210,19 @@ def open_networks(args: argparse.Namespace, machine: Machine, train: DataSet,
     if not args.classifier_steps and args.features == "classifier":
         raise UserError("--classifier-steps 0 leaves nothing to measure with: "
                         "add --features inception")
+    if args.inception and args.features != "inception":
+        raise UserError("--inception names a file of Inception's weights: add --features inception")
+    # Fréchet distances are differences of large numbers, for which TF32 on a GPU is too coarse.
+    torch.backends.cudnn.allow_tf32 = False
     inception = None
     if args.features == "inception":
         inception = load_inception(args.inception, machine)
     classifier = None
     if args.classifier_steps:
-        path = folder / "classifier.pt"
-        classifier = load_classifier(path, train, args.classifier_steps, machine)
+        name = "classifier.pt"
+        if args.classifier_steps != CLASSIFIER_STEPS:
+            name = f"classifier.{args.classifier_steps}.pt"
+        classifier = load_classifier(folder / name, train, args.classifier_steps, machine)
     return Networks(train.classes, classifier, inception, machine)
 
 
@@ -233,6 +252,8 @@ class Networks:
         self.machine = machine
         if inception:
             self.name = f"Inception's ({fingerprint(inception)})"
+            if classifier:
+                self.name += f", and the classifier's ({fingerprint(classifier)})"
             self.distance = "FID"
             self.score = "IS"
         else:
@@ -330,6 +351,9 @@ class Judge:
         self.networks = open_networks(args, machine, train, folder)
         self.name = self.networks.distance
         real = random_subset(val, args.evaluate_num)
+        if len(real) < 2:
+            raise UserError("--evaluate-every needs at least 2 validation images, and there is "
+                            f"{len(real)}: add images, or leave it out")
         measured = self.networks.measure(read_own_batches(real, self.BATCH, "real images"))
         self.reference = Reference(self.networks, measured)
 

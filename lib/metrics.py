@@ -1,10 +1,11 @@
-"""Measures of images, by their features and by their pixels. Nothing here knows where features come
+"""Measures of images, by their features, pixels and tokens. Nothing here knows where features come
 from.
 
     gaussian, frechet_distance      FID (Heusel et al. 2017)
     inception_score                 IS (Salimans et al. 2016)
     precision_recall                precision and recall (Kynkäänniemi et al. 2019)
     psnr, sharpness                 by pixels
+    accuracy_by_mask_ratio          of predicted tokens
 """
 from typing import NamedTuple
 
@@ -14,13 +15,14 @@ from torch import Tensor
 
 SPLITS = 10         # of the Inception Score
 NEIGHBOURS = 3      # of precision and recall
+BINS = 20           # of mask ratios
 
 
 class Gaussian(NamedTuple):
     """A normal distribution fitted to features."""
     mean: Tensor            # (D,)
     covariance: Tensor      # (D, D)
-    root: Tensor            # (D, r), r <= D: root @ root.T is the covariance
+    factor: Tensor          # (D, r), r <= D: factor @ factor.T is the covariance
 
 
 def gaussian(features: Tensor) -> Gaussian:
@@ -28,10 +30,10 @@ def gaussian(features: Tensor) -> Gaussian:
     """
     features = features.double()
     covariance = torch.cov(features.T)
-    return Gaussian(features.mean(0), covariance, square_root(covariance))
+    return Gaussian(features.mean(0), covariance, factor_of(covariance))
 
 
-def square_root(covariance: Tensor) -> Tensor:
+def factor_of(covariance: Tensor) -> Tensor:
     """Returns a matrix F (D, r) with F @ F.T = covariance (D, D), r being the rank of the
     covariance."""
     values, vectors = torch.linalg.eigh(covariance)
@@ -45,11 +47,12 @@ def square_root(covariance: Tensor) -> Tensor:
 def frechet_distance(ours: Gaussian, theirs: Gaussian) -> float:
     """Returns |m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½), which is at least 0.
 
-    tr (C1 C2)^½ is the sum of the singular values of root1.T @ root2. This takes no square root of
-    a product's rounding errors, so covariances may be singular, as they are with fewer images than
-    features. Source: Heusel et al. 2017, Eq. 6; Dowson and Landau 1982."""
+    tr (C1 C2)^½ is the sum of the singular values of A = F1ᵀ F2, the factors of C1 and C2: C1 C2
+    has the nonzero eigenvalues of A Aᵀ, whose roots are A's singular values. This takes no square
+    root of a product's rounding errors, so covariances may be singular, as they are with fewer
+    images than features. Source: Heusel et al. 2017, Eq. 6; Dowson and Landau 1982."""
     means = (ours.mean - theirs.mean).square().sum()
-    overlap = torch.linalg.svdvals(ours.root.T @ theirs.root).sum()
+    overlap = torch.linalg.svdvals(ours.factor.T @ theirs.factor).sum()
     distance = means + ours.covariance.trace() + theirs.covariance.trace() - 2 * overlap
     return distance.clamp(min=0).item()
 
@@ -132,3 +135,20 @@ def sharpness(images: Tensor) -> Tensor:
     differences = images.diff(dim=-1).abs().mean(1).flatten(1)                    # (n, H · (W - 1))
     tenth = differences.shape[1] // 10
     return differences.topk(tenth, dim=1).values.mean(1)
+
+
+def accuracy_by_mask_ratio(right: Tensor, masked: Tensor, num_tokens: int) -> list[list[float]]:
+    """Returns a list of [mask ratio, share of the masked tokens that are predicted right].
+
+    right, masked: how many tokens of each image, (n,). Each point is of all masked tokens of the
+    images whose mask ratios are up to 1/20, from there up to 2/20, and so on."""
+    edges = num_tokens * torch.arange(1, BINS + 1)
+    bins = torch.bucketize(masked * BINS, edges)
+    points = []
+    for number in range(BINS):
+        inside = bins == number
+        if inside.any():
+            ratio = masked[inside].double().mean() / num_tokens
+            accuracy = right[inside].sum().double() / masked[inside].sum()
+            points.append([round(ratio.item(), 4), accuracy.item()])
+    return points

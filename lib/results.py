@@ -18,31 +18,44 @@ class Results:
         self.setup = setup
         self.writes = writes
         self.known = {}
-        self.records = []                   # of all setups
-        # A file of something else is replaced.
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-            self.records = json.loads(path.read_text())["records"]
+        self.measured = {}                  # by this process: {condition: figures}
         if not again:
-            for record in self.records:
+            for record in self._read():
                 if record["setup"] == setup:
                     self.known[record["condition"]] = record["result"]
+
+    def find(self, condition: str) -> dict | None:
+        """Returns the figures of a condition, and says if they are from the file; None if it must
+        be measured."""
+        is_reused = condition in self.known and condition not in self.measured
+        if self.writes and is_reused:
+            print(f"from {self.path.name}: {condition} (--again measures it anew)", flush=True)
+        return self.known.get(condition)
 
     def keep(self, condition: str, figures: dict) -> dict:
         """Writes figures to the file and returns them."""
         self.known[condition] = figures
-        others = [record for record in self.records if not self._is_of(record, condition)]
-        record = {"setup": self.setup, "condition": condition, "result": figures}
-        self.records = [*others, record]
+        self.measured[condition] = figures
         self.write({})
         return figures
 
-    def _is_of(self, record, condition):
-        return record["setup"] == self.setup and record["condition"] == condition
+    def _read(self):
+        # A file of something else is replaced.
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            return json.loads(self.path.read_text())["records"]
+        return []
+
+    def _is_measured(self, record):
+        return record["setup"] == self.setup and record["condition"] in self.measured
 
     def write(self, latest: dict) -> None:
         """Writes the file: what was asked for last, {name: value}, then all results."""
         if not self.writes:
             return
-        content = {**latest, "setup": self.setup, "records": self.records}
+        # Another process may have written to the file since.
+        records = [record for record in self._read() if not self._is_measured(record)]
+        for condition, figures in self.measured.items():
+            records.append({"setup": self.setup, "condition": condition, "result": figures})
+        content = {**latest, "setup": self.setup, "records": records}
         text = json.dumps(content, indent=1)
         write_atomically(self.path, lambda file: file.write(text.encode()))

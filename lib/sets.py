@@ -92,8 +92,8 @@ def read_batches(data: DataSet, size: int, numbers: range) -> Iterator[Batch]:
 
 
 def samples_in_turn(number: int, size: int, count: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Returns a batch of `count` samples whose classes take turns: the labels (n,), and the number
-    of each sample within its class (n,); n <= size."""
+    """Returns batch `number` of `count` samples in all, whose classes take turns: the labels (n,),
+    and the number of each sample within its class (n,); n <= size."""
     first = number * size
     end = min(first + size, count)
     places = torch.arange(first, end)

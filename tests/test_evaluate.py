@@ -22,6 +22,7 @@ import sample
 from lib import features, metrics, pictures, runtime, sets
 from lib.features import Classifier, Judge, Measurements, Networks, Reference
 from lib.files import fingerprint, load_checkpoint, load_weights, save_checkpoint
+from lib.flags import UserError
 from lib.loader import batches
 from lib.results import Results
 from lib.sampling import rand_of_images
@@ -88,6 +89,7 @@ def classifier_file(tmp_path_factory):
 def opened(folder, classifier_file):
     """What evaluate.py opens of it: an Evaluation."""
     shutil.copy(classifier_file, folder)
+    shutil.copy(classifier_file, folder / "classifier.1.pt")
     return measure.open_evaluation(flags_of(folder), runtime.Machine("cpu"))
 
 
@@ -178,6 +180,20 @@ def test_results_are_kept_with_their_setup(tmp_path):
     assert Results(path, {"setup": 2}, writes=True).known == {"x": {"FCD": 21.0}, "y": {"FCD": 20.0}}
 
 
+def test_two_evaluations_of_a_run_keep_each_others_results(tmp_path, capsys):
+    path = tmp_path / "eval.json"
+    one = Results(path, {}, writes=True)
+    other = Results(path, {}, writes=True)
+    one.keep("x", {"FCD": 1.0})
+    other.keep("y", {"FCD": 2.0})
+    one.write({"rows": {}})
+    later = Results(path, {}, writes=True)
+    assert later.known == {"x": {"FCD": 1.0}, "y": {"FCD": 2.0}}
+    assert one.find("x") == {"FCD": 1.0} and one.find("z") is None and capsys.readouterr().out == ""
+    assert later.find("y") == {"FCD": 2.0}
+    assert capsys.readouterr().out == "from eval.json: y (--again measures it anew)\n"
+
+
 def test_only_the_first_rank_writes_results(tmp_path):
     other = Results(tmp_path / "eval.json", {}, writes=False)
     other.keep("x", {"FCD": 1.0})
@@ -234,6 +250,7 @@ def test_inception_measures_and_the_classifier_recognises():
     images, labels = Shapes("val").batch(np.arange(20))
     both = Networks(NAMES, classifier, Inception(), machine)
     assert (both.distance, both.score) == ("FID", "IS") and both.name.startswith("Inception's")
+    assert f"the classifier's ({fingerprint(classifier)})" in both.name           # another one recognises other classes
     measured = both.measure_batch(images, labels)
     assert torch.equal(measured.features, images[:, 0, :4, 0].float())
     assert torch.equal(measured.recognised, classifier(images / 255).argmax(1) == labels)
@@ -310,11 +327,31 @@ def test_the_judge_measures_drawn_images(tmp_path):
     found = judge.distance(draw)
     assert judge.name == "FCD" and labels == [i % 10 for i in range(230)]
     assert numbers == [i // 10 for i in range(230)]
-    classifier = load_weights(Classifier(10), load_checkpoint(tmp_path / "classifier.pt", "classifier")["model"], "")
+    weights = load_checkpoint(tmp_path / "classifier.2.pt", "classifier")["model"]       # classifier.pt has the default steps
+    classifier = load_weights(Classifier(10), weights, "")
     with torch.no_grad():
         x = classifier.eval().features(torch.cat(drawn) / 255).double().numpy()
         y = classifier.features(real_images(230)[0] / 255).double().numpy()
     assert found == pytest.approx(frechet_by_singular_values(x, y), rel=1e-5)
+    with pytest.raises(UserError, match="at least 2 validation images, and there is 1"):
+        Judge(args, machine, Shapes("train"), sets.random_subset(Shapes("val"), 1), tmp_path)
+
+
+def test_a_classifier_of_other_images_is_trained_again(classifier_file, tmp_path, monkeypatch):
+    """One of an older version does not say of which images it is, and is taken."""
+    monkeypatch.setattr(features, "train_classifier", lambda *_: Classifier(10))
+    machine = runtime.Machine("cpu")
+    path = tmp_path / "classifier.pt"
+    kept = load_checkpoint(classifier_file, "classifier")
+    other_images = kept | {"signatures": 0}
+    older = {name: kept[name] for name in ("kind", "classes", "steps", "model")}
+    for checkpoint, stays in ((kept, True), (older, True), (other_images, False), (kept | {"image_size": 16}, False)):
+        save_checkpoint(path, checkpoint)
+        before = path.read_bytes()
+        features.load_classifier(path, Shapes("train"), 1, machine)
+        assert (path.read_bytes() == before) == stays
+    with pytest.raises(UserError, match="of 32-pixel images, and the run's have 64: delete it"):
+        features.read_classifier(path, Shapes.classes, 64, machine)
 
 
 # ---- measure.py
@@ -451,10 +488,10 @@ def test_accuracy_by_mask_ratio():
     """Of 20 tokens: one image with 2 masked (a ratio of up to 2/20), two with 19, one with 20."""
     right = torch.tensor([1, 10, 4, 5])
     masked = torch.tensor([2, 19, 19, 20])
-    assert measure.accuracy_by_mask_ratio(right, masked, 20) == [
+    assert metrics.accuracy_by_mask_ratio(right, masked, 20) == [
         [0.1, 0.5], [0.95, pytest.approx(14 / 38)], [1.0, 0.25]]
     # Of 64 tokens 3 are within the first twentieth (3.2), 4 are beyond.
-    points = measure.accuracy_by_mask_ratio(torch.tensor([3, 0]), torch.tensor([3, 4]), 64)
+    points = metrics.accuracy_by_mask_ratio(torch.tensor([3, 0]), torch.tensor([3, 4]), 64)
     assert points == [[0.0469, 1.0], [0.0625, 0.0]]
 
 
@@ -477,10 +514,12 @@ def test_table_3_takes_each_schedule_at_its_best(opened, monkeypatch, capsys):
         assert rows[name]["NLL"] == place and rows[name]["IS(classifier)"] == place + 0.5
         assert rows[name]["FCD"] == pytest.approx(10 - place + 0.05)
         assert rows[name]["± over seeds"] == pytest.approx(0.1 / 2 ** 0.5)
-    assert "11.05 ± 0.071" in capsys.readouterr().out and (opened.folder / "eval.ablation.png").exists()
+    printed = capsys.readouterr().out
+    assert "11.05 ± 0.071" in printed and (opened.folder / "eval.ablation.png").exists()
+    assert "seeds 0 to 1; each schedule" in printed and "seed 0" not in printed
 
 
-def test_a_sweep_changes_one_setting(opened, monkeypatch):
+def test_a_sweep_changes_one_setting(opened, monkeypatch, capsys):
     def row_of_samples(run, args):
         assert args.steps == 2 and args.schedule == "linear"
         return {"FCD": args.choice_temperature + args.seed, "IS(classifier)": 1.0}
@@ -489,8 +528,9 @@ def test_a_sweep_changes_one_setting(opened, monkeypatch):
                            "--schedule", "linear", "--seed", 7)
     rows = evaluate.sweep(opened)
     assert {value: row["FCD"] for value, row in rows.items()} == {
-        "0": 7, "1": 8, "2": 9, "4.5": 11.5, "8": 15, "12": 19}
+        "0.0": 7, "1.0": 8, "2.0": 9, "4.5": 11.5, "8.0": 15, "12.0": 19}
     assert all(row["± over seeds"] == 0 for row in rows.values())
+    assert "seed 7; choice_temperature" in capsys.readouterr().out
     assert (opened.folder / "eval.choice_temperature.png").exists()
 
 
@@ -501,10 +541,10 @@ def test_table_1_is_what_a_computation_by_hand_gives(folder, capsys, monkeypatch
     monkeypatch.setattr(pictures, "draw_accuracy", DRAW_ACCURACY)
     found = evaluated(folder, "--top-k", 5)
     output = capsys.readouterr().out
-    assert "FCD" in output and "FID" not in output and "30 generated and 30 real" in output and "seed 0" in output
+    assert "FCD" in output and "FID" not in output and "30 generated and 30 real" in output and "seed=0" in output
     tokenizer, transformer = save_run(folder)                                         # the same weights again
     machine = runtime.Machine("cpu")
-    classifier = features.load_classifier(folder / "classifier.pt", Shapes("train"), 1, machine)
+    classifier = features.load_classifier(folder / "classifier.1.pt", Shapes("train"), 1, machine)
     drawn = []
     for number in range(3):
         labels = torch.arange(10)
@@ -740,13 +780,15 @@ def test_features_as_torch_fidelity_measures_them(tmp_path):
     (["--decoder", "autoregressive"], "autoregressive.pt does not exist"),
     (["--classifier-steps", 0], "--features inception"),
     (["--tokenizer", ROOT / "example"], "leave out --run"),
+    (["--sweep", "choice_temperature", "--order", "random"], "changes nothing with --order random: leave out --order"),
+    (["--inception", "file.pth"], "add --features inception"),
     (["--features", "inception", "--inception", "nowhere.pth"],
      "pip install torch-fidelity|nowhere.pth does not exist"),
 ])
 def test_bad_input(folder, flags, says):
     with pytest.raises((ValueError, OSError), match=says):
         evaluated(folder, *flags)
-    assert not (folder / "eval.json").exists() and not (folder / "classifier.pt").exists()
+    assert not (folder / "eval.json").exists() and not list(folder.glob("classifier*"))
 
 
 def test_other_classes_than_the_runs(folder):
@@ -762,6 +804,21 @@ def test_images_that_are_not_there(folder):
     save_transformer(folder, "transformer", MaskGIT, fingerprint(tokenizer), data="my/images")
     with pytest.raises(ValueError, match="my/images, the images that .* was trained on, is not there: put it there, or"):
         evaluated(folder)
+    save_transformer(folder, "transformer", MaskGIT, fingerprint(tokenizer), data="/my/images")
+    with pytest.raises(ValueError, match="is not there: put it there$"):
+        evaluated(folder)
+
+
+def test_too_few_training_images(folder, monkeypatch):
+    monkeypatch.setattr(measure, "open_data", lambda *_: (sets.random_subset(Shapes("train"), 3), Shapes("val")))
+    with pytest.raises(UserError, match="shapes has 3 training images, and at least 4"):
+        evaluated(folder)
+
+
+def test_accept_chooses_nothing_of_a_tokenizer(folder):
+    arguments = evaluate.parse_flags(["--tokenizer", str(folder), "--accept", "0.5", *QUICK])
+    with pytest.raises(UserError, match="leave out --run, .* and --accept"):
+        evaluate.evaluate(arguments, runtime.Machine("cpu"))
 
 
 @pytest.mark.parametrize("flags", [("--batch", "0"), ("--seeds", "0"), ("--ablate-steps", "0"), ("--num", "-1"),
