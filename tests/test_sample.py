@@ -178,7 +178,8 @@ def test_ctrl_c_says_what_became_of_the_work(script, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
     assert end.value.code == 130
-    expected = "files that were fetched whole are kept" if script == "pretrained" else "nothing was written"
+    expected = {"pretrained": "files that were fetched whole are kept", "edit": "every picture is whole"}
+    expected = expected.get(script, "nothing was written")
     assert expected in capsys.readouterr().err
 
 
