@@ -952,7 +952,8 @@ def test_reading_is_stopped_by_a_signal(number, tmp_path, monkeypatch, capfd):
         open_data(str(tmp_path / "images"), 32)
     monkeypatch.setattr(scan, "read_image", read_slowly)
     process = start(main)
-    assert reading.wait(10)
+    assert reading.wait(30)
+    time.sleep(0.3)                                         # until all pictures are in the queue of the threads
     os.kill(process.pid, number)
     assert_ends(process, 10, code=130)
     assert f"stopped while reading {tmp_path}/images" in capfd.readouterr().err

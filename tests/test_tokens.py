@@ -239,7 +239,7 @@ def test_encoding_is_stopped_by_a_signal(size, tmp_path, capfd):
         train, _ = open_data(str(tmp_path / "images"), size)
         CachedTokens(tmp_path / "tokens", train, 1000, 2, 256).encode(tokenize, Machine("cpu"))
     process = start(main)
-    assert encoding.wait(10)
+    assert encoding.wait(30)
     os.kill(process.pid, signal.SIGINT)
     assert_ends(process, 10, code=130)
     assert "stopped while encoding images" in capfd.readouterr().err
