@@ -87,10 +87,14 @@ class Discriminator(nn.Module):
         return self.dense2(F.leaky_relu(self.dense1(x), 0.2)).squeeze(-1)
 
 
+ADVERSARIAL_LOSSES = ["non-saturating", "hinge"]
+
+
 def check_loss(kind: str) -> None:
     """Raises ValueError if there is no adversarial loss of this name."""
-    if kind not in ("non-saturating", "hinge"):
-        raise ValueError(f"{kind} is no adversarial loss: it must be non-saturating or hinge")
+    if kind not in ADVERSARIAL_LOSSES:
+        names = " or ".join(ADVERSARIAL_LOSSES)
+        raise ValueError(f"{kind} is no adversarial loss: it must be {names}")
 
 
 def generator_loss(fake_logits: Tensor, kind: str = "non-saturating") -> Tensor:

@@ -100,20 +100,11 @@ def print_table1(run: Evaluation, rows: dict, stages: dict) -> None:
     sampler = describe("sampler", sampler_settings(run.args, run.transformer), run.args.seed)
     print_table(f"{run.title}; {sampler}", rows, columns)
     print_table("do the images look right?", rows, beside)
-    print_tokenizer("tokenizer", stages)
+    print_table("tokenizer", {"": stages})
     print_table(LIKELIHOODS, {"": stages["NLL"]})
     if BY_CLASS in samples:
         first = list(samples[BY_CLASS].items())[:20]
         print_table(f"samples: {BY_CLASS}", {"": dict(first)})
-
-
-def print_tokenizer(title: str, stages: dict) -> None:
-    """Prints those of the figures of both stages that are the tokenizer's."""
-    figures = {}
-    for name, value in stages.items():
-        if isinstance(value, (int, float)):
-            figures[name] = value
-    print_table(title, {"": figures})
 
 
 def tokenizer_alone(run: Evaluation) -> dict:
@@ -126,7 +117,7 @@ def tokenizer_alone(run: Evaluation) -> dict:
     figures = figures_of_stages(run)
     row = {name: value for name, value in figures["reconstructions"].items() if name != BY_CLASS}
     if run.machine.leads:
-        print_tokenizer(run.title, figures)
+        print_table(run.title, {"": figures})
         print_table("reconstructions", {"": row})
     return figures
 

@@ -129,7 +129,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     if args.vqgan and machine.leads:
         tokenizer.copy_to(own_tokenizer, args.overwrite)
 
-    # The judge looks at images.
+    # The judge compares images, so it is made before `data` becomes tokens.
     judge = None
     if args.evaluate_every:
         judge = Judge(args, machine, data, val, run.folder)

@@ -18,7 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from discriminator import Discriminator, discriminator_loss, generator_loss, r1_penalty
+from discriminator import (
+    ADVERSARIAL_LOSSES,
+    Discriminator,
+    discriminator_loss,
+    generator_loss,
+    r1_penalty,
+)
 from lib import flags, metrics, optim, plans
 from lib.data import DATA_FLAGS, check_run_outside_data, open_data, resolve_data, spread
 from lib.files import rebuild
@@ -70,7 +76,7 @@ FLAGS = {
     "adversarial": (non_negative, 0.4, 0.4, 0.1, "weight of the adversarial loss; 0: none"),
     "gan_start": (fraction, 0.5, 0.5, 0.0, "fraction of the steps before the discriminator"),
     "gan_ramp": (count, 100, 1000, 1, "steps over which the adversarial weight then grows"),
-    "gan_loss": (["non-saturating", "hinge"], "non-saturating", "non-saturating", "non-saturating",
+    "gan_loss": (ADVERSARIAL_LOSSES, "non-saturating", "non-saturating", "non-saturating",
                  "adversarial loss"),
     "r1": (non_negative, 0.1, 0.1, 10.0, "weight of the discriminator's gradient penalty"),
     "r1_every": (count, 16, 16, 16,

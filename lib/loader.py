@@ -54,8 +54,8 @@ def augmentation_draws(seed: int, places: np.ndarray) -> np.ndarray:
     return places + (seed % (1 << 22) << 40)
 
 
-# Draws of the views that are encoded in advance, above the bits of
-# augmentation_draws(). They do not depend on --seed, so that runs can share a cache.
+# Draws of the views that are encoded in advance, above the bits of augmentation_draws(). They do
+# not depend on --seed, so that runs can share a cache.
 VIEW_DRAWS = 1 << 62
 
 
