@@ -246,14 +246,14 @@ class Machine:
     def micro_batch(self, wrapped: nn.Module, last: bool) -> Iterator[None]:
         """Surrounds the forward and backward pass of a micro-batch.
 
-        Ranks exchange gradients only in the last one of a step; a CPU takes attention as two
+        Ranks exchange gradients only in the last one of a step; a CPU may take attention as two
         products; torch-xla runs what it has recorded. wrapped: from wrap()."""
         with contextlib.ExitStack() as contexts:
             if not last and hasattr(wrapped, "no_sync"):
                 contexts.enter_context(wrapped.no_sync())
-            if self.device.type == "cpu":
-                # Attention as two matrix products: in bfloat16 the backward pass of the CPU's fused
-                # kernel takes four times as long.
+            if self.device.type == "cpu" and not self.compiles_blocks:
+                # Attention as two matrix products: they are faster than the CPU's fused kernel in
+                # bfloat16, unless the code around it is compiled.
                 contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
         if not last:
