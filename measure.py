@@ -20,7 +20,7 @@ from torch import Tensor
 from lib import metrics, pictures, runtime, sets
 from lib.data import DATA_SETS, open_data
 from lib.features import Measurements, Networks, Reference, open_networks
-from lib.files import fingerprint, rebuild
+from lib.files import fingerprint
 from lib.flags import UserError
 from lib.image_files import admit_pixels
 from lib.loader import DataSet
@@ -30,6 +30,7 @@ from lib.results import Results
 from lib.sampling import (
     Sampler,
     load_run,
+    load_sequential,
     load_tokenizer,
     rand_of_images,
     sampler_options,
@@ -97,7 +98,11 @@ def open_evaluation(args: argparse.Namespace, machine: runtime.Machine) -> Evalu
         sequential = transformer
     elif transformer is not None:
         parallel = transformer
-        sequential = load_sequential(folder, checkpoint["tokenizer"], machine)
+        try:
+            sequential = load_sequential(folder, checkpoint, machine)
+        except UserError as error:
+            if machine.leads:
+                print(f"note: {NEXT_TOKEN} is left out: {error}")
     train, real = open_images(args, folder, checkpoint)
     networks = open_networks(args, machine, train, folder)
     setup = {
@@ -180,19 +185,6 @@ def check_flags(args: argparse.Namespace, transformer: MaskGIT | None) -> None:
 def changed(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
     """Returns the flags with some of them changed."""
     return argparse.Namespace(**{**vars(args), **changes})
-
-
-def load_sequential(folder: Path, tokenizer: str,
-                    machine: runtime.Machine) -> CausalTransformer | None:
-    """Returns the run's autoregressive transformer, if it has one of the tokenizer of this
-    fingerprint."""
-    path = folder / "autoregressive.pt"
-    if not path.exists():
-        return None
-    sequential, checkpoint = rebuild(path, "autoregressive", CausalTransformer)
-    if checkpoint["tokenizer"] != tokenizer:
-        return None
-    return machine.freeze(machine.place(sequential))
 
 
 # ---------------------------------------------------------------------------- images that are drawn

@@ -242,6 +242,23 @@ def load_run(
     return folder, tokenizer, transformer, checkpoint
 
 
+def load_sequential(folder: Path, parallel: dict, machine: Machine) -> CausalTransformer | None:
+    """Loads a run's autoregressive transformer onto the machine, to be compared with its parallel
+    one. Returns None if the run has none.
+
+    parallel: the parallel transformer's checkpoint. Raises UserError if the two do not draw the
+    same tokens for the same classes."""
+    path = folder / "autoregressive.pt"
+    if not path.exists():
+        return None
+    transformer, checkpoint = rebuild(path, "autoregressive", CausalTransformer)
+    for name in ("tokenizer", "image_size", "classes"):
+        if checkpoint[name] != parallel[name]:
+            raise UserError(f"{path} was not trained with the {name.replace('_', ' ')} of "
+                            f"transformer.pt: train it again")
+    return machine.freeze(machine.place(transformer))
+
+
 def load_tokenizer(
     folder: str | Path | None, machine: Machine, vqgan: str | None = None,
 ) -> tuple[Path, VQGAN, dict]:

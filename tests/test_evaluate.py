@@ -49,14 +49,14 @@ def save_run(folder):
     return tokenizer, transformer
 
 
-def save_transformer(folder, kind, model_class, tokenizer, data="shapes", classes=None):
-    model = model_class(MaskGITConfig(32, 10, 64, dim=16, depth=1, heads=2, mlp_dim=32)).eval()
+def save_transformer(folder, kind, model_class, tokenizer, data="shapes", classes=None, side=8):
+    model = model_class(MaskGITConfig(32, 10, side ** 2, dim=16, depth=1, heads=2, mlp_dim=32)).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.5)                   # so that predictions depend on what is seen
     save_checkpoint(folder / f"{kind}.pt", {
         "kind": kind, "config": asdict(model.config), "model": model.state_dict(), "tokenizer": tokenizer,
-        "image_size": 32, "data": data, "classes": classes or Shapes.classes})
+        "image_size": 4 * side, "data": data, "classes": classes or Shapes.classes})
     return model
 
 
@@ -658,8 +658,16 @@ def test_a_run_with_an_autoregressive_decoder(folder):
     assert list(beside) == [*SCHEDULES, "next token"] and beside["next token"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="--decoder parallel"):
         evaluated(folder, "--decoder", "autoregressive", "--ablate")
-    save_transformer(folder, "autoregressive", CausalTransformer, "another tokenizer")
-    assert list(evaluated(folder, "--num", 10)["stages"]["NLL"]) == SCHEDULES
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("tokenizer", {"tokenizer": "another"}), ("image size", {"side": 16}), ("classes", {"classes": NAMES})])
+def test_a_sequential_decoder_that_draws_other_images_is_left_out(folder, name, changes, capsys):
+    """Even one of a larger grid, which could be given the tokens of a smaller one."""
+    tokenizer, _ = save_run(folder)
+    save_transformer(folder, "autoregressive", CausalTransformer, **{"tokenizer": fingerprint(tokenizer)} | changes)
+    assert measure.open_evaluation(flags_of(folder), runtime.Machine("cpu")).sequential is None
+    assert f"was not trained with the {name} of transformer.pt" in capsys.readouterr().out
 
 
 def test_a_run_of_a_folder_is_evaluated_from_anywhere(tmp_path, monkeypatch):
