@@ -39,23 +39,24 @@ def vqgan_from_jax(path: Path | str) -> VQGAN:
     damaged, or names the parameter that is missing, misshapen or left over."""
     if is_torch_file(path):
         file = ReleasedFile(path, read_port(path))
-        codebook_size, codebook_dim = file.shape("quantize.embedding.weight")
-        filters = file.shape("encoder.conv_in.weight")[0]
+        codebook_size, codebook_dim = file.shape("quantize.embedding.weight", 2)
+        filters = file.shape("encoder.conv_in.weight", 4)[0]
         res_blocks = file.count("encoder.mid.")
         widths = []                                     # channels at each resolution, finest first
         for level in range(file.count("encoder.down.")):
-            widths.append(file.shape(f"encoder.down.{level}.block.0.conv1.weight")[0])
+            widths.append(file.shape(f"encoder.down.{level}.block.0.conv1.weight", 4)[0])
         layout = port_arrays
     else:
         file = ReleasedFile(path, read_arrays(path))
-        codebook_size, codebook_dim = file.shape("quantizer/codebook")
-        filters = file.shape("encoder/Conv_0/kernel")[-1]
-        file.shape("decoder/Conv_0/kernel")             # raises if there is no decoder
+        codebook_size, codebook_dim = file.shape("quantizer/codebook", 2)
+        filters = file.shape("encoder/Conv_0/kernel", 4)[-1]
+        file.shape("decoder/Conv_0/kernel", 4)          # raises if there is no decoder
         levels = file.count("decoder/Conv_") - 1        # into it, up between levels, and out of it
         res_blocks = file.count("encoder/ResBlock_") // (levels + 1)
         widths = []
         for level in range(levels):
-            widths.append(file.shape(f"encoder/ResBlock_{level * res_blocks}/Conv_0/kernel")[-1])
+            kernel = f"encoder/ResBlock_{level * res_blocks}/Conv_0/kernel"
+            widths.append(file.shape(kernel, 4)[-1])
         layout = released_arrays
     if not widths or not res_blocks or filters % 32:    # GroupNorm has 32 groups as released
         raise UserError(f"{path} is not a tokenizer as released: it has {len(widths)} resolutions, "
@@ -94,13 +95,13 @@ def maskgit_from_jax(path: Path | str, codebook_size: int = 1024) -> MaskGIT:
     embedding are classes and [MASK]. Raises UserError as vqgan_from_jax() does, and if the
     embedding is too small for the codebook."""
     file = ReleasedFile(path, read_arrays(path))
-    rows, dim = file.shape("Embed_0/word_embeddings/embedding")
+    rows, dim = file.shape("Embed_0/word_embeddings/embedding", 2)
     if rows < codebook_size + 2:
         raise UserError(f"{path} has a vocabulary of {rows}, too small for {codebook_size} codes, "
                         f"the classes and [MASK]: it was trained with another tokenizer")
-    positions, _ = file.shape("Embed_0/position_embeddings/embedding")
-    _, heads, _ = file.shape("TransformerLayer_0/Attention_0/self_attention/query/kernel")
-    _, mlp_dim = file.shape("TransformerLayer_0/Mlp_0/intermediate_output/kernel")
+    positions, _ = file.shape("Embed_0/position_embeddings/embedding", 2)
+    _, heads, _ = file.shape("TransformerLayer_0/Attention_0/self_attention/query/kernel", 3)
+    _, mlp_dim = file.shape("TransformerLayer_0/Mlp_0/intermediate_output/kernel", 2)
     config = MaskGIT.Config(
         codebook_size=codebook_size, num_classes=rows - codebook_size - 1,
         num_tokens=positions - 1, dim=dim, depth=file.count("TransformerLayer_"), heads=heads,
@@ -200,7 +201,8 @@ def export(run: Path, folder: Path, overwrite: bool) -> None:
     transformer_file = folder / f"maskgit_{name}_checkpoint"
     refuse_to_replace([tokenizer_file, transformer_file], overwrite)
     tokenizer, _ = files.rebuild(run / "vqgan.pt", "vqgan", VQGAN)
-    transformer, _ = files.rebuild(run / "transformer.pt", "transformer", MaskGIT)
+    transformer, checkpoint = files.rebuild(run / "transformer.pt", "transformer", MaskGIT)
+    check_tokenizer(run, checkpoint, tokenizer)
     check_exportable(transformer)                       # before the tokenizer is written
     write_released(tokenizer, tokenizer_file)
     write_released(transformer, transformer_file)
@@ -210,35 +212,45 @@ def export(run: Path, folder: Path, overwrite: bool) -> None:
 def halve(run: Path, folder: Path, overwrite: bool) -> None:
     """Writes the models of a run to a folder in float16, which every script reads as float32."""
     refuse_to_replace(run_files(folder), overwrite)
-    written = []
+    tokenizer, _ = files.rebuild(run / "vqgan.pt", "vqgan", VQGAN)
+    checkpoints = {}                                    # all are read before the first is written
     for stage in STAGES:
         source = run / f"{stage}.pt"
-        if stage != "vqgan" and not source.exists():
-            continue
-        checkpoint = files.load_checkpoint(source, stage)
+        if source.exists():
+            checkpoints[stage] = files.load_checkpoint(source, stage)
+            if "tokenizer" in checkpoints[stage]:
+                check_tokenizer(run, checkpoints[stage], tokenizer)
+    rounded = files.fingerprint(tokenizer.half().float())
+    for stage, checkpoint in checkpoints.items():
         weights = checkpoint["model"]
         for name, value in weights.items():
             if value.is_floating_point():
                 weights[name] = value.half()
-        if "tokenizer" in checkpoint:                   # its weights are rounded now
-            tokenizer, _ = files.rebuild(folder / "vqgan.pt", "vqgan", VQGAN)
-            checkpoint["tokenizer"] = files.fingerprint(tokenizer)
+        if "tokenizer" in checkpoint:
+            checkpoint["tokenizer"] = rounded
         target = folder / f"{stage}.pt"
         files.save_checkpoint(target, checkpoint)
-        written.append(stage)
         print(f"wrote {target}: {target.stat().st_size / 1e6:.2f} MB")
     if not os.path.samefile(folder, run):
-        remove_others(folder, written)
+        remove_others(folder, list(checkpoints))
+
+
+def check_tokenizer(run: Path, checkpoint: dict, tokenizer: VQGAN) -> None:
+    """Raises UserError if a transformer of a run was trained with another tokenizer."""
+    if checkpoint["tokenizer"] != files.fingerprint(tokenizer):
+        raise UserError(f"{run / checkpoint['kind']}.pt was trained with another tokenizer than "
+                        f"{run / 'vqgan.pt'}: train it again, or move it to another folder")
 
 
 def run_files(folder: Path) -> list[Path]:
     """Returns the paths of all models that a run may hold, and of the states of their training."""
-    models = [folder / f"{stage}.pt" for stage in STAGES]
-    return models + [folder / f"{stage}.resume.pt" for stage in STAGES]
+    endings = ("pt", "best.pt", "resume.pt")
+    return [folder / f"{stage}.{ending}" for ending in endings for stage in STAGES]
 
 
 def remove_others(folder: Path, written: list[str]) -> None:
-    """Removes what a run held before it was replaced, except the stages that were written anew."""
+    """Removes the other models of a run that was replaced, and the states of their training, so
+    that no old transformer stays beside the new tokenizer. written: the new stages."""
     for path in run_files(folder):
         if path.exists() and path.stem not in written:
             path.unlink()
@@ -272,9 +284,10 @@ def main() -> None:
     task.add_argument("--half", **pair, help="write RUN's models to DIR in float16")
     args = parser.parse_args()
 
-    if (args.half or args.export) and (args.tokenizer or args.transformer or args.run):
+    if (args.half or args.export) and (
+            args.tokenizer or args.transformer or args.run or args.offline):
         raise UserError("--half and --export read a run, RUN, and write DIR: leave --tokenizer, "
-                        "--transformer and --run out")
+                        "--transformer, --run and --offline out")
     if args.half:
         folder, run = args.half
         halve(run, folder, args.overwrite)

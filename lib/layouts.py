@@ -49,12 +49,17 @@ class ReleasedFile:
         self.path = path
         self.arrays = arrays
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of an array. Raises UserError if there is none of this name."""
+    def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
+        """Returns the shape of an array. Raises UserError if there is none of this name, or if it
+        does not have so many dimensions."""
         if name not in self.arrays:
             raise UserError(f"{self.path}: parameter {name} is missing: this is another model, or "
                             f"a part of one; {READABLE}")
-        return tuple(self.arrays[name].shape)
+        shape = tuple(self.arrays[name].shape)
+        if len(shape) != dimensions:
+            raise UserError(f"{self.path}: parameter {name} has shape {shape}, but {dimensions} "
+                            f"dimensions are expected: this is another model")
+        return shape
 
     def count(self, start: str) -> int:
         """Returns how many different numbers follow `start` in the names."""
@@ -74,7 +79,7 @@ class ReleasedFile:
             model = model_class(config)
         model = model.to_empty(device="cpu")
         for name, ours in layout(model):
-            shape = self.shape(name)
+            shape = self.shape(name, ours.ndim)
             if shape != tuple(ours.shape):
                 raise UserError(f"{self.path}: parameter {name} has shape {shape}, but "
                                 f"{tuple(ours.shape)} is expected: this is another model")

@@ -2,6 +2,7 @@
 import csv
 import hashlib
 import os
+import shutil
 import sys
 import threading
 from argparse import Namespace
@@ -20,7 +21,7 @@ import sample
 import train_transformer
 from lib import lpips
 from lib.data import IMAGENET_CLASSES
-from lib.files import cache_folder, download, load_checkpoint, save_checkpoint
+from lib.files import cache_folder, download, fingerprint, load_checkpoint, save_checkpoint
 from lib.flags import UserError
 from lib.flax import read_arrays, write_arrays
 from lib.layouts import port_arrays
@@ -149,12 +150,15 @@ def test_a_missing_parameter_is_named(msgpack, path, read, monkeypatch):
 @pytest.mark.parametrize("path, read, name", [
     (TOKENIZER, vqgan_from_jax, "decoder/Conv_1/bias"),
     (TRANSFORMER, maskgit_of_64, "TransformerLayer_0/Mlp_0/layer_output/bias")])
-def test_a_parameter_too_many_or_misshapen_is_named(msgpack, path, read, name, tmp_path):
+def test_a_parameter_too_many_or_misshapen_is_named(msgpack, path, read, name, monkeypatch, tmp_path):
     arrays = read_arrays(path)
     write_arrays(arrays | {"decoder/more": torch.zeros(2)}, tmp_path / "file")
     refuses(read, tmp_path / "file", "decoder/more", "unexpected")
     write_arrays(arrays | {name: torch.zeros(5)}, tmp_path / "file")
     refuses(read, tmp_path / "file", name, "(5,)")
+    for name in arrays:
+        monkeypatch.setattr(pretrained, "read_arrays", lambda path, name=name: arrays | {name: torch.tensor(0.)})
+        refuses(read, path, name, "()")
 
 
 WHOLE = TRANSFORMER.read_bytes()
@@ -226,7 +230,7 @@ def test_conversion_makes_a_run_to_sample_from(msgpack, call, call_main, tmp_pat
     assert checkpoint["classes"] == list("0123456789")
     line = call(*command, code=2)
     assert str(Path("a run", "vqgan.pt")) in line and "--overwrite" in line
-    for name in ("vqgan.resume.pt", "autoregressive.pt"):
+    for name in ("vqgan.resume.pt", "transformer.best.pt", "autoregressive.pt"):
         (folder / name).write_text("of a run that is replaced")
     assert f"removed {Path('a run', 'autoregressive.pt')}" in call(*command, "--overwrite")
     assert sorted(path.name for path in folder.glob("*.pt")) == ["transformer.pt", "vqgan.pt"]
@@ -271,9 +275,11 @@ def test_what_the_released_format_cannot_hold(msgpack, tmp_path):
 
 
 def test_an_export_is_whole_or_not_there(call, tmp_path):
-    pretrained.save_model(tmp_path / "run", "vqgan", VQGAN(VQGANConfig(20, 6, 32, (1,), 1)), "", {})
+    tokenizer = VQGAN(VQGANConfig(20, 6, 32, (1,), 1))
+    pretrained.save_model(tmp_path / "run", "vqgan", tokenizer, "", {})
     transformer = MaskGIT(MaskGITConfig(20, 5, 9, 24, 1, 2, 40, null_class=True))
-    pretrained.save_model(tmp_path / "run", "transformer", transformer, "", {})
+    about = {"tokenizer": fingerprint(tokenizer)}
+    pretrained.save_model(tmp_path / "run", "transformer", transformer, "", about)
     assert "--class-dropout" in call("--export", "out", "run", code=2)
     assert not (tmp_path / "out").exists()
 
@@ -281,6 +287,7 @@ def test_an_export_is_whole_or_not_there(call, tmp_path):
 def test_flags_that_would_be_ignored_are_refused(call):
     assert "not allowed" in call("--half", "a", "b", "--export", "c", "d", code=2)
     assert "leave --tokenizer" in call("--half", "a", "b", "--run", "c", code=2)
+    assert "and --offline out" in call("--export", "a", "b", "--offline", code=2)
 
 
 def test_model_names(call, tmp_path):
@@ -307,10 +314,29 @@ def test_a_run_in_half_the_size(untrained, call, call_main, tmp_path):
     for model in (tokenizer, transformer):
         assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     call_main(sample, tmp_path, "--run", "half", "--num", 1)
+    call("--half", "half", tmp_path / "half", "--overwrite")
+    assert load_run(tmp_path / "half", Machine("cpu"), decoder="autoregressive")
     line = call("--half", "half", untrained, code=2)
     assert "vqgan.pt" in line and "already there" in line and "--overwrite" in line
     line = call("--half", "other", ".", code=2)
     assert "vqgan.pt" in line and "does not exist" in line
+
+
+@pytest.mark.parametrize("stage", ["transformer", "autoregressive"])
+def test_models_that_do_not_belong_together_are_not_written(untrained, call, tmp_path, stage):
+    """Nor is what was there replaced, even by those that were read before."""
+    shutil.copytree(untrained, tmp_path / "run")
+    call("--half", "out", "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    file = tmp_path / "run" / f"{stage}.pt"
+    save_checkpoint(file, load_checkpoint(file, stage) | {"tokenizer": "another"})
+    command = ["--half"] if stage == "autoregressive" else ["--half", "--export"]
+    for flag in command:
+        line = call(flag, "out", "run", "--overwrite", code=2)
+        assert f"{stage}.pt was trained with another tokenizer than {Path('run', 'vqgan.pt')}" in line
+    file.write_bytes(b"damaged")
+    assert "damaged" in call("--half", "out", "run", "--overwrite", code=2)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_imagenet_classes():
