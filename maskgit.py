@@ -11,7 +11,6 @@ code rows are also the output layer. This file needs nothing but torch: it can b
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,12 +57,17 @@ class Attention(nn.Module):
         value = self.split_heads(self.value(x))
         return self.attend(query, key, value)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **restriction: Any) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor,
+        mask: Tensor | None = None, causal: bool = False,
+    ) -> Tensor:
         """Returns the attention of all heads, joined and through the last layer: (B, L, dim).
 
-        restriction: says which positions each one sees (sequential.py); all, without it."""
+        mask: (L, S) boolean, true where a query may look; None: everywhere. causal: a query looks
+        only at its own position and those before it. MaskGIT needs neither; sequential.py does."""
         dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, **restriction)
+        x = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         return self.out(x.transpose(1, 2).flatten(2))
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -176,8 +180,9 @@ SCHEDULES = list(GAMMAS)
 def gamma(r: float | Tensor, schedule: str, total: int | Tensor) -> Tensor:
     """Returns the mask scheduling function γ(r), from 1 at r = 0 (all masked) to almost 0 at r = 1.
 
-    r: in [0, 1]. schedule: one of SCHEDULES. total: the number of tokens N. Raises ValueError for
-    an unknown schedule. Base 2, the cut at 1e-6 and float32 are as in the released code."""
+    r: in [0, 1]. schedule: one of SCHEDULES. total: the number of tokens N in training; in decoding
+    M, those that were unknown at its start. Raises ValueError for an unknown schedule. Base 2, the
+    cut at 1e-6 and float32 are as in the released code."""
     if schedule not in GAMMAS:
         raise ValueError(f"unknown schedule '{schedule}'; choose one of: {', '.join(SCHEDULES)}")
     r = torch.as_tensor(r, dtype=torch.float32)
@@ -194,9 +199,10 @@ def masked_after(
     It is ⌊γ(t / T)·M⌋, but fewer than now and at least 1 (released code; the paper rounds up)."""
     if t == steps:
         return torch.zeros_like(still_masked)
-    scheduled = (gamma(t / steps, schedule, unknown) * unknown).floor().long()
-    at_least_1 = torch.minimum(scheduled, still_masked - 1).clamp(min=1)
-    return at_least_1.minimum(unknown)                                  # none if M is 0
+    n = (gamma(t / steps, schedule, unknown) * unknown).floor().long()
+    n = torch.minimum(n, still_masked - 1)                      # fewer than now,
+    n = n.clamp(min=1)                                          # but at least 1,
+    return torch.minimum(n, unknown)                            # or 0 if nothing was unknown
 
 
 def mask_counts(schedule: str, steps: int, unknown: int, start_step: int = 0) -> list[int]:
@@ -215,16 +221,16 @@ def mask_counts(schedule: str, steps: int, unknown: int, start_step: int = 0) ->
 def mask_tokens(
     tokens: Tensor, schedule: str, mask_id: int, generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Replaces ⌈γ(r)·N⌉ random tokens of each row by [MASK], r uniform in [0, 1) for each row.
+    """Replaces ⌈γ(r)·N⌉ random tokens of each image by [MASK], r uniform in [0, 1) for each.
 
     tokens: (B, N) int64. generator: a CPU generator. Returns (masked tokens, mask), both (B, N);
-    the mask is true where a token was replaced. Whatever r is, a masked token keeps its place in
-    the row, so the model sees the same shapes at every step and is compiled only once."""
+    the mask is true where a token was replaced. Masked tokens stay in the sequence, so shapes never
+    change and the model is compiled only once."""
     B, N = tokens.shape
     r = uniform(B, 1, generator=generator, device=tokens.device)
     noise = uniform(B, N, generator=generator, device=tokens.device)
     count = (gamma(r, schedule, N) * N).ceil()              # (B, 1)
-    mask = rank_in_row(noise) < count                       # `count` random places of each row
+    mask = rank_in_row(noise) < count                       # `count` random places of each image
     return torch.where(mask, mask_id, tokens), mask
 
 
@@ -315,13 +321,23 @@ def decode(
 ) -> Tensor:
     """Decodes all tokens of each image in T parallel forward passes (§3.2): (B,) -> (B, N) int64.
 
-    steps: T, from 1 to N. known: tokens (B, N) to keep, mask_id where unknown (None: everywhere);
-    the schedule counts only unknown ones. order: which tokens are revealed first.
-    temperature: of the token samples; 0 takes the likeliest. top_k: sample among the k likeliest.
-    cfg: weight of classifier-free guidance, which grows linearly with t; needs a null class.
-    start_step: steps to skip if much is known (released demo: 2 of 12). rand: as torch.rand.
-    on_step(t, sampled, masked, confidence), all (B, N), is called after each step: the predicted
-    tokens, which of them are masked again, and the confidence of each, infinite where known."""
+    labels        the class of each image, (B,) int64
+    steps         T, from 1 to N
+    schedule      the mask scheduling function, one of SCHEDULES
+    known         tokens (B, N) to keep, mask_id where unknown; None: all are unknown. The schedule
+                  counts only the unknown ones
+    order         which tokens are revealed first
+    temperature   of the token samples; 0 takes the likeliest
+    top_k         sample among the k likeliest codes; None: among all
+    cfg           weight of classifier-free guidance, which grows linearly with t; needs a null
+                  class
+    start_step    how many steps to skip if much is known (released demo: 2 of 12)
+    rand          draws uniform numbers, as torch.rand does
+    on_step       on_step(t, sampled, masked, confidence), all (B, N), is called after each step:
+                  the predicted tokens, which of them are masked again, and the confidence of each,
+                  infinite where known
+
+    Raises ValueError for arguments that do not suit the model."""
     check_decoding(model, steps, start_step, cfg)
     tokens = all_masked(model, labels) if known is None else known
     masked = tokens == model.mask_id                                            # (B, N)
@@ -331,16 +347,17 @@ def decode(
         # 1. Predict: the probabilities of all masked tokens, in parallel.
         logits = guided_logits(model, tokens, labels, cfg * t / steps)       # (B, N, codebook_size)
 
-        # 2. Sample a token at every masked position; the confidence is its log-probability, and
-        # infinite for known tokens, which stay.
-        sampled = torch.where(masked, sample_tokens(logits, temperature, top_k, rand), tokens)
-        confidence = order(log_probability(logits, sampled), t / steps, rand)
-        confidence = confidence.masked_fill(~masked, math.inf)
+        # 2. Sample a token at every masked position. Known tokens stay.
+        candidates = sample_tokens(logits, temperature, top_k, rand)
+        sampled = torch.where(masked, candidates, tokens)
 
         # 3. Mask schedule: n = ⌊γ(t / T)·M⌋ tokens stay masked, but fewer than before.
         n = masked_after(t, steps, schedule, unknown, masked.sum(1))            # (B,)
 
-        # 4. Mask the n least confident tokens again.
+        # 4. Mask the n least confident tokens again. With the default order the confidence is log p
+        # of the sampled token, plus noise that fades out. A known token is never masked again.
+        confidence = order(log_probability(logits, sampled), t / steps, rand)
+        confidence = confidence.masked_fill(~masked, math.inf)
         masked = rank_in_row(confidence) < n[:, None]
         tokens = torch.where(masked, model.mask_id, sampled)
         if on_step is not None:

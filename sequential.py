@@ -46,9 +46,9 @@ class CausalAttention(Attention):
         key = self.split_heads(self.key(x))
         value = self.split_heads(self.value(x))
         if cache is None:
-            return self.attend(query, key, value, is_causal=True)
+            return self.attend(query, key, value, causal=True)
         keys, values, visible = cache.update(layer, key, value)
-        return self.attend(query, keys, values, attn_mask=visible)
+        return self.attend(query, keys, values, mask=visible)
 
 
 class CausalBlock(Block):
