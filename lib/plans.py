@@ -72,7 +72,10 @@ def tokenizer_flops(
     A backward pass costs two forward passes, or one where only the input needs a gradient."""
     with costs.imagined():
         images = torch.zeros(1, 3, image_size, image_size)
-        flops = 3 * costs.forward_flops(model, images)
+        # Not model(images), whose entropy loss would talk to the other ranks.
+        tokens = model.encode(images)
+        flops = 3 * costs.forward_flops(model.encode, images)
+        flops += 3 * costs.forward_flops(model.decode, tokens)
         if disc is not None:
             # In the tokenizer's step: forward, gradient of the input. In its own: two images.
             flops += (2 + 2 * 3) * costs.forward_flops(disc, images)
@@ -219,7 +222,8 @@ def tokenizer_activations(
     networks = [network for network in (model, disc, lpips) if network is not None]
 
     def tokenizer_step(images: Tensor) -> None:
-        restored, _, _ = model(images)
+        # Without the quantizer, which keeps little and would talk to the other ranks.
+        restored = model.decoder(model.encoder(images))
         if lpips is not None:
             lpips(restored, images)
         if disc is not None:

@@ -1,5 +1,6 @@
 """The benchmark, and what --dry-run counts."""
 import json
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ import train_vq
 from lib import costs, plans
 from lib.runtime import Machine
 from maskgit import MaskGIT, MaskGITConfig
+from vqgan import VQGAN, VQGANConfig
 
 # ---- the benchmark
 
@@ -116,6 +118,17 @@ def test_flops_of_the_transformer():
     blocks, head = transformer_flops(positions=65, dim=128, depth=4, codebook_size=256)
     model = MaskGIT(MaskGITConfig(256, 10, 64, dim=128, depth=4, heads=4, mlp_dim=512, dropout=0.0))
     assert plans.transformer_flops(model) == 3 * (blocks + 64 * head)
+
+
+def test_costs_of_the_tokenizer_are_counted_without_the_other_ranks(monkeypatch):
+    """Its entropy loss asks them, but torch 2.9 cannot send a tensor without numbers."""
+    model = VQGAN(VQGANConfig(32, 4, filters=8, multipliers=(1, 2), res_blocks=1, groups=2))
+    with costs.imagined():
+        forward = costs.forward_flops(model, torch.zeros(1, 3, 16, 16))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: pytest.fail("asked the other ranks"))
+    assert plans.tokenizer_flops(model, None, None, 16) == 3 * forward
+    assert plans.tokenizer_activations(Namespace(image_size=16), 2, model, None, None) > 2 * 2 * 8 * 16 ** 2 * 4
 
 
 def test_memory_for_the_backward_pass_leaves_out_the_weights():
