@@ -177,13 +177,13 @@ def add_machine_flags(parser: argparse.ArgumentParser, compiles: bool = True):
         "device": (["auto", "cpu", "cuda", "xla"], "auto",
                    "auto: cuda if there is a GPU, else cpu; xla: TPU"),
         "bf16": (yes_or_no, None, "yes or no: products and convolutions in bfloat16 (default: yes, "
-                                  "but no on a CPU without instructions for it)"),
+                                  "but no on a CPU or GPU without instructions for it)"),
     })
     if compiles:
         add_flags(parser, {
             "compile": (yes_or_no, None,
-                        "yes or no: torch.compile (default: yes on cuda, and for a transformer's "
-                        "long training on a CPU)"),
+                        "yes or no: torch.compile (default: yes on cuda if it works there, and for a "
+                        "transformer's long training on a CPU)"),
         })
 
 

@@ -120,12 +120,9 @@ class Machine:
         else:
             self._open_torch(name)
         self.leads = self.rank == 0
-        on_cuda = self.device.type == "cuda"
         on_xla = self.device.type == "xla"
-        self.bf16 = bf16
-        if bf16 is None:
-            self.bf16 = on_cuda or on_xla or computes_bfloat16()
-        self.compiled = on_cuda if compiled is None else compiled
+        self.bf16 = self._default_bf16() if bf16 is None else bf16
+        self.compiled = self._default_compiled() if compiled is None else compiled
         self.compiles_blocks = self.device.type == "cpu" and self.compiled
         if self.device.type == "cpu" and compiled is None and steps >= LONG_TRAINING:
             self.compiles_blocks = sys.platform == "linux" and shutil.which("g++") is not None
@@ -174,6 +171,28 @@ class Machine:
         self.rank = torch_xla.runtime.process_index()
         self.world = torch_xla.runtime.process_count()
         self.devices = torch_xla.runtime.global_runtime_device_count()
+
+    def _default_bf16(self) -> bool:
+        if self.device.type == "cpu":
+            return computes_bfloat16()
+        if self.device.type == "xla" or torch.cuda.is_bf16_supported(including_emulation=False):
+            return True
+        self._note("this GPU has no bfloat16 instructions: computing in float32")
+        return False
+
+    def _default_compiled(self) -> bool:
+        if self.device.type != "cuda":
+            return False
+        c_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        if c_compiler and torch.cuda.get_device_capability() >= (7, 0):
+            return True
+        self._note("torch.compile needs a C compiler (gcc) and a GPU of compute capability 7.0 or "
+                   "more: going on without it")
+        return False
+
+    def _note(self, text: str) -> None:
+        if self.leads:
+            print(text, file=sys.stderr)
 
     # ---- tensors and models on the device
 

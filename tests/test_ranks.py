@@ -291,6 +291,25 @@ def test_more_processes_than_gpus(monkeypatch):
         runtime.Machine("cuda")
 
 
+@pytest.mark.parametrize(("capability", "compiler", "bf16", "compiled"), [
+    ((6, 1), "gcc", False, False), ((7, 5), "gcc", False, True), ((8, 0), None, True, False), ((8, 0), "gcc", True, True),
+])
+def test_a_gpu_that_cannot_do_it_has_other_defaults(capability, compiler, bf16, compiled, monkeypatch, capsys):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: compiler if name == compiler else None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    for name, value in {"is_available": True, "device_count": 1, "set_device": None, "get_device_capability": capability,
+                        "get_device_properties": Namespace(major=capability[0])}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments, value=value: value)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    machine = runtime.Machine("cuda")
+    assert (machine.bf16, machine.compiled) == (bf16, compiled)
+    notes = capsys.readouterr().err
+    assert ("bfloat16" in notes) != bf16 and ("torch.compile" in notes) != compiled
+    machine = runtime.Machine("cuda", bf16=True, compiled=True)
+    assert machine.bf16 and machine.compiled and not capsys.readouterr().err
+
+
 @pytest.fixture
 def gpu_without_cuda(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
