@@ -41,7 +41,7 @@ COUNTS = {"type": count, "nargs": "+"}
 # Each flag: its type; its value for `shapes` (a CPU), `cifar10` (a GPU), `imagenet` (the paper's);
 # its help.
 FLAGS = {
-    "image_size": (count, 32, 32, 256, "pixels along each side"),
+    "image_size": (count, 32, 32, 256, "pixels along each side; with --init that run's"),
     "filters": (count, 48, 64, 128, "width of the tokenizer at full resolution"),
     "multipliers": (COUNTS, (1, 1, 1), (1, 2), (1, 1, 2, 2, 4),
                     "widths at each resolution in units of --filters, finest first; each further "
@@ -98,9 +98,14 @@ FIXED = {
 
 def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (long, but flat)
     """Trains the tokenizer. Raises UserError for a mistake of the user."""
+    start = None                                            # the tokenizer of --init
+    if args.init:
+        start, checkpoint = rebuild(Path(args.init, "vqgan.pt"), "vqgan", VQGAN)
+        if "image_size" not in args.given:
+            args.image_size = checkpoint["image_size"]
     if args.perceptual == "auto":
         args.perceptual = "lpips" if args.image_size >= 128 else "none"
-    config = configuration(args)
+    config = configuration(args, start)
     num_parts = optim.count_micro_batches(args.batch, args.micro_batch, machine.devices)
     if args.dry_run:
         plans.print_tokenizer_plan(args, machine, config, num_parts)
@@ -123,8 +128,8 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     # The tokenizer, its average, the discriminator, the perceptual loss, the optimizers.
     torch.manual_seed(args.seed)
     model = VQGAN(config)
-    if args.init:
-        model.load_state_dict(open_start(args).state_dict())
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width, centred=True)
     lpips = fetch_lpips(machine) if args.perceptual == "lpips" else None
     flops = plans.tokenizer_flops(model, None, lpips, args.image_size)
@@ -243,15 +248,15 @@ def next_command(args: argparse.Namespace) -> str:
     return command("train_transformer.py", *words)
 
 
-def configuration(args: argparse.Namespace) -> VQGANConfig:
-    """Returns the configuration in the flags, or that of the run named by --init.
+def configuration(args: argparse.Namespace, start: VQGAN | None = None) -> VQGANConfig:
+    """Returns the configuration in the flags, or that of `start`, the tokenizer of --init.
 
     Raises UserError if sizes do not fit each other."""
     if args.perceptual == "lpips" and args.image_size < 16:
         raise UserError(f"--perceptual lpips needs images of at least 16 pixels, not "
                         f"{args.image_size}: add --perceptual none, or raise --image-size")
-    if args.init:
-        config = replace(open_start(args).config, entropy=args.entropy)
+    if start is not None:
+        config = replace(start.config, entropy=args.entropy)
     else:
         config = VQGANConfig(
             codebook_size=args.codebook_size,
@@ -272,12 +277,6 @@ def configuration(args: argparse.Namespace) -> VQGANConfig:
                             f"choose a multiple")
     flags.check_image_size(args.image_size, config.stride)
     return config
-
-
-def open_start(args: argparse.Namespace) -> VQGAN:
-    """Returns the tokenizer of the run named by --init."""
-    start, _ = rebuild(Path(args.init, "vqgan.pt"), "vqgan", VQGAN)
-    return start
 
 
 def tokenizer_optimizer(

@@ -210,7 +210,7 @@ def parse_training_flags(
 
     flags, presets: as above. own_flags: the script's other flags, as for add_flags(). A flag that
     is not given has the value of the preset: the data set's, `folder` for any folder of images, or
-    the one that --preset names."""
+    the one that --preset names; args.given is the set of those that are."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     resume_or_overwrite = parser.add_mutually_exclusive_group()
@@ -247,6 +247,7 @@ def parse_training_flags(
     if args.preset is None:
         args.preset = default_preset(args.data, presets)
     args.run = Path(args.run or Path("runs", Path(args.data).name))
+    args.given = {flag for flag in flags if getattr(args, flag) is not None}
     for flag, value in presets[args.preset].items():
         if getattr(args, flag) is None:
             setattr(args, flag, list(value) if isinstance(value, tuple) else value)

@@ -11,6 +11,7 @@ import sample
 import train_transformer
 import train_vq
 from discriminator import Discriminator, r1_penalty
+from lib.files import save_checkpoint
 
 
 @pytest.mark.parametrize("size, end", [(8, 4), (24, 3), (48, 3), (96, 3), (100, 4), (112, 4), (224, 4), (256, 4)])
@@ -48,3 +49,11 @@ def test_48_pixels_from_training_to_evaluation(tmp_path, call_main):
 def test_other_sizes_are_refused_with_the_nearest_that_work(size, remedy, tmp_path, call_main):
     said = call_main(train_vq, tmp_path, "--data", "imagenet", "--preset", "shapes", "--image-size", size, code=2)
     assert remedy in said                                       # and not that there are no images
+
+
+@pytest.mark.parametrize("flags, tokens", [([], 256), (["--image-size", 32], 64)])
+def test_a_run_has_the_image_size_of_the_one_that_it_starts_from(flags, tokens, untrained, tmp_path, call_main):
+    checkpoint = torch.load(untrained / "vqgan.pt", weights_only=True)
+    save_checkpoint(tmp_path / "vqgan.pt", checkpoint | {"image_size": 64})
+    output = call_main(train_vq, tmp_path, "--init", tmp_path, "--batch", 2, "--dry-run", 1, *flags)
+    assert f"{tokens} tokens of 32" in output
