@@ -11,7 +11,6 @@ peak: that of the fastest square matrix product in the same precision, timed bef
 The images and tokens are random, which takes as long as real ones. Reading images, encoding them
 for stage 2, logging and saving are left out.
 """
-import argparse
 import gc
 import itertools
 import json
@@ -361,8 +360,7 @@ def bench(args: Namespace, machine: Machine) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     flags.add_flags(parser, {
         "preset": ({"nargs": "+", "choices": PRESETS}, ["imagenet256"], "sizes to measure"),
         "rows": ({"nargs": "+", "choices": ROWS}, list(ROWS), "what to measure"),

@@ -363,8 +363,7 @@ def stop(number: int, frame: object) -> None:
 
 def main() -> None:
     """Parses the flags and serves."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     flags.add_flags(parser, {
         "run": (str, None, "the run's folder (default: the newest in runs/ with a transformer)"),
         "vqgan": (str, None, "tokenizer file (default: vqgan.pt in the run's folder)"),

@@ -334,8 +334,7 @@ def edit(args: argparse.Namespace, machine: runtime.Machine) -> None:
 
 def main() -> None:
     """Parses the flags and edits."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument("photo", metavar="PHOTO", help="the image to edit, of any size")
     tasks = parser.add_argument_group("the task", "one of these; pixels are those of the photo")
     flags.add_flags(tasks.add_mutually_exclusive_group(required=True), TASKS)

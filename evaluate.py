@@ -289,8 +289,7 @@ def describe(title: str, settings: dict, seed: int) -> str:
 
 def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line, or other words in its place."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     add_run_flags(parser)
     add_sampler_flags(parser)
     switch = {"action": "store_true"}

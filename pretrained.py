@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lib import files
 from lib.data import IMAGENET_CLASSES
-from lib.flags import UserError, command_line
+from lib.flags import Parser, UserError, command_line
 from lib.flax import import_msgpack, read_arrays, write_arrays
 from lib.layouts import PORT, READABLE, ReleasedFile, port_arrays, released_arrays
 from maskgit import MaskGIT
@@ -267,8 +267,7 @@ def refuse_to_replace(paths: list[Path], overwrite: bool) -> None:
 
 def main() -> None:
     """Parses the flags and runs the command that they ask for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     task = parser.add_mutually_exclusive_group()
     task.add_argument("model", nargs="?", choices=MODELS, help="a released model, to be fetched")
     parser.add_argument("--tokenizer", metavar="FILE",

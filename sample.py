@@ -205,8 +205,7 @@ def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
 
 def main() -> None:
     """Parses the flags and draws."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     add_run_flags(parser)
     flags.add_flags(parser, FLAGS)
     add_sampler_flags(parser)

@@ -282,8 +282,7 @@ def draw(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Parses the flags and draws."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument("pictures", nargs="*", metavar="PICTURE",
                         help=f"which pictures (default: all but ablation): {', '.join(PICTURES)}")
     flags.add_flags(parser, {

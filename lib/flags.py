@@ -1,5 +1,6 @@
 """Flags and their types, the user's mistakes, and the entry point of every script."""
 import argparse
+import contextlib
 import math
 import multiprocessing
 import os
@@ -8,12 +9,15 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
 OUT_OF_MEMORY = ("out of memory: in training lower --micro-batch (a step still has --batch images) "
                  "or the model's sizes, otherwise the number of images at once (--num, --batch)")
+CONTAINER_LIMITS = ["/sys/fs/cgroup/memory.max",                        # cgroup v2
+                    "/sys/fs/cgroup/memory/memory.limit_in_bytes"]      # cgroup v1
 
 
 class UserError(ValueError):
@@ -94,16 +98,21 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def memory() -> float:
-    """Returns this computer's memory in bytes; infinity where Python cannot tell."""
+    """Returns the memory in bytes of this computer, or of the container if that may use less;
+    infinity where Python cannot tell."""
     if not hasattr(os, "sysconf"):
         return math.inf
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):          # it is not there, or says "max"
+            sizes.append(int(Path(limit).read_text()))
+    return min(sizes)
 
 
 def check_memory(size: float, flag: str):
-    """Raises UserError if `size` bytes, which `flag` asks for, are more than this computer has."""
+    """Raises UserError if `size` bytes, which `flag` asks for, are more than memory()."""
     if size > memory():
-        raise UserError(f"{flag} would take {size / 1e9:.4g} GB of memory, and this computer has "
+        raise UserError(f"{flag} would take {size / 1e9:.4g} GB of memory, and there are "
                         f"{memory() / 1e9:.4g}: ask for fewer images")
 
 
@@ -152,7 +161,20 @@ def yes_or_no(text: str) -> bool:
     return text == "yes"
 
 
-# ---- tables of flags
+# ---- parsers and tables of flags
+
+class Parser(argparse.ArgumentParser):
+    """Parses a command line. A bad flag is a UserError, without argparse's list of all flags.
+
+    description: for --help, which shows its lines as they are."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help explains all flags)")
+
 
 def add_flags(parser: argparse._ActionsContainer, table: dict):
     """Adds the flags of a table {name: (kind, default, help)}, in its order.
@@ -182,7 +204,7 @@ def add_machine_flags(parser: argparse.ArgumentParser, compiles: bool = True):
     if compiles:
         add_flags(parser, {
             "compile": (yes_or_no, None,
-                        "yes or no: torch.compile (default: yes on cuda if it works there, and for a "
+                        "yes or no: torch.compile (default: yes on cuda where it works, and for a "
                         "transformer's long training on a CPU)"),
         })
 
@@ -206,13 +228,12 @@ def presets(flags: dict, variants: dict) -> dict[str, dict]:
 
 def parse_training_flags(
         description: str, flags: dict, presets: dict, own_flags: dict) -> argparse.Namespace:
-    """Reads the command line of a training script. Exits with status 2 on a bad flag.
+    """Reads the command line of a training script. Raises UserError for a bad flag.
 
     flags, presets: as above. own_flags: the script's other flags, as for add_flags(). A flag that
     is not given has the value of the preset: the data set's, `folder` for any folder of images, or
     the one that --preset names; args.given is the set of those that are."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description)
     resume_or_overwrite = parser.add_mutually_exclusive_group()
     add_flags(parser, {
         "data": (str, "shapes",

@@ -135,7 +135,7 @@ def signal_handlers():
 def call_main(monkeypatch, capsys):
     """Returns a function that calls a script's main() in this process, since a new one takes seconds to start.
 
-    It returns what main() prints; or, if it must end with a `code`, the last line on stderr."""
+    It returns what main() prints; or, if it must end with a `code`, what it prints on stderr."""
     def call(script, folder, *arguments, code=0):
         at_exit = []
         atexit_of_run = SimpleNamespace(register=lambda function, *given: at_exit.append((function, given)))
@@ -151,7 +151,7 @@ def call_main(monkeypatch, capsys):
             function(*given)
         printed = capsys.readouterr()
         assert status == code, printed
-        return printed.out if code == 0 else printed.err.strip().splitlines()[-1]
+        return printed.out if code == 0 else printed.err.strip()
     return call
 
 

@@ -152,7 +152,7 @@ def test_a_bad_input_ends_in_one_line(script, arguments, word, folder, call_main
     tiny = {train_vq: TINY_VQ, train_transformer: TINY_TRANSFORMER}.get(script, [])
     before = contents(folder)
     line = call_main(script, folder, *tiny, *arguments.split(), code=2)
-    assert "error: " in line and word in line, line
+    assert line.startswith("error: ") and word in line and len(line.splitlines()) == 1, line
     assert contents(folder) == before
 
 
@@ -178,6 +178,14 @@ def test_a_lack_of_memory_ends_in_one_line(error, remedy, capsys):
     assert end.value.code == 2
     printed = capsys.readouterr().err
     assert remedy in printed and len(printed.splitlines()) == 1
+
+
+def test_the_limit_of_a_container_is_its_memory(tmp_path, monkeypatch):
+    (tmp_path / "max").write_text("max\n")
+    monkeypatch.setattr(flags, "CONTAINER_LIMITS", [tmp_path / "max", tmp_path / "missing"])
+    assert flags.memory() > 1e8
+    (tmp_path / "max").write_text("67108864\n")
+    assert flags.memory() == 67108864
 
 
 @pytest.mark.parametrize("sentence", ["stopped by Ctrl-C", "stopped: what is measured is kept"])
