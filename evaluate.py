@@ -38,6 +38,7 @@ from measure import (
     measure_both_stages,
     open_evaluation,
     repainted_batches,
+    used_sampler_flags,
 )
 
 LIKELIHOODS = """\
@@ -63,11 +64,21 @@ def evaluate(args: argparse.Namespace, machine: runtime.Machine) -> None:
         tables["tokenizer"] = tokenizer_alone(run)
     if not tables:
         tables = table1(run)                                    # "rows" and "stages"
-    settings = {} if args.tokenizer else sampler_settings(args, run.transformer)
-    run.results.write({"run": str(run.folder), "data": run.data, "seed": args.seed,
-                       "sampler": settings, **tables})
+    run.results.write({"run": str(run.folder), "data": run.data, **settings_of(run), **tables})
     if machine.leads:
         print(f"wrote {run.folder}/eval.json")
+
+
+def settings_of(run: Evaluation) -> dict:
+    """Returns the settings that the tables are measured with, for eval.json."""
+    settings = {"seed": run.args.seed}
+    if run.args.ablate or run.args.sweep:
+        settings["seeds"] = run.args.seeds              # so many, from "seed" upwards
+    if not run.args.tokenizer:
+        used = used_sampler_flags(run.args)
+        of_sampler = sampler_settings(run.args, run.transformer)
+        settings["sampler"] = {name: of_sampler[name] for name in of_sampler if name in used}
+    return settings
 
 
 # --------------------------------------------------------------------------------------- the tables
@@ -103,8 +114,11 @@ def print_table1(run: Evaluation, rows: dict, stages: dict) -> None:
     print_table("tokenizer", {"": stages})
     print_table(LIKELIHOODS, {"": stages["NLL"]})
     if BY_CLASS in samples:
-        first = list(samples[BY_CLASS].items())[:20]
-        print_table(f"samples: {BY_CLASS}", {"": dict(first)})
+        by_class = list(samples[BY_CLASS].items())
+        title = f"samples: {BY_CLASS}"
+        if len(by_class) > 20:
+            title += f" (the first 20 of {len(by_class)}; eval.json holds all)"
+        print_table(title, {"": dict(by_class[:20])})
 
 
 def tokenizer_alone(run: Evaluation) -> dict:
@@ -154,13 +168,13 @@ def table3(run: Evaluation) -> dict:
         best = min(curve, key=lambda steps, curve=curve: curve[steps][distance])
         rows.append((schedule, {"T": best, **curve[best], "NLL": nll[schedule]}))
     rows.sort(key=lambda schedule_and_row: schedule_and_row[1][distance])
-    rows = dict(rows)
+    table = dict(rows)
     if run.machine.leads:
         print_curves(f"{distance} ± deviation over {seeds_of(run)}, by T", curves, distance)
         pictures.draw_curves(run.folder / "eval.ablation.png", curves, "T, decoding steps",
                              distance, DEVIATION)
-        print_table(f"{run.title}, {seeds_of(run)}; each schedule at its best T", rows)
-    return rows
+        print_table(f"{run.title}, {seeds_of(run)}; each schedule at its best T", table)
+    return table
 
 
 def print_curves(title: str, curves: dict, distance: str) -> None:
@@ -186,7 +200,7 @@ def sweep(run: Evaluation) -> dict:
 
 
 def seeds_of(run: Evaluation) -> str:
-    """Returns the seeds that mean_over_seeds() takes, in words."""
+    """Returns in words which seeds mean_over_seeds() draws with."""
     first = run.args.seed
     if run.args.seeds == 1:
         return f"seed {first}"
@@ -310,7 +324,7 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
         **DATA_FLAGS,
     })
     flags.add_machine_flags(parser, compiles=False)
-    return parser.parse_args(arguments)
+    return flags.parse(parser, arguments)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib import metrics, pictures, runtime, sets
+from lib import flags, metrics, pictures, runtime, sets
 from lib.data import DATA_SETS, open_data
 from lib.features import Measurements, Networks, Reference, open_networks
 from lib.files import fingerprint
@@ -28,6 +28,9 @@ from lib.lpips import LPIPS, load_lpips_at_hand
 from lib.orders import ORDERS
 from lib.results import Results
 from lib.sampling import (
+    ACCEPT_FLAG,
+    PARALLEL_FLAGS,
+    SHARED_FLAGS,
     Sampler,
     load_run,
     load_sequential,
@@ -41,6 +44,7 @@ from sequential import CausalTransformer
 from vqgan import VQGAN, as_grid, to_pixels
 
 NEXT_TOKEN = "next token"
+SAMPLER_FLAGS = [*PARALLEL_FLAGS, *SHARED_FLAGS, *ACCEPT_FLAG]
 SWEEPS = {
     "choice_temperature": [0.0, 1.0, 2.0, 4.5, 8.0, 12.0],
     "temperature": [0.6, 0.7, 0.8, 0.9, 1.0, 1.1],
@@ -156,17 +160,10 @@ def open_images(args: argparse.Namespace, folder: Path,
 
 def check_flags(args: argparse.Namespace, transformer: MaskGIT | None) -> None:
     """Raises UserError, before anything takes long, for flags that do not suit the transformer."""
+    refuse_useless_flags(args, transformer)
     if transformer is None:
-        if (args.run or args.decoder or args.manipulate or args.ablate or args.sweep
-                or args.accept < 1):
-            raise UserError("--tokenizer RUN measures the tokenizer of this run alone: leave out "
-                            "--run, --decoder, --manipulate, --ablate, --sweep and --accept")
         return
-    if isinstance(transformer, CausalTransformer):
-        if args.ablate or args.sweep or args.manipulate:
-            raise UserError("--ablate, --sweep and --manipulate need a parallel decoder: "
-                            "add --decoder parallel")
-    elif args.ablate and min(args.ablate_steps) > transformer.config.num_tokens:
+    if args.ablate and min(args.ablate_steps) > transformer.config.num_tokens:
         raise UserError(f"--ablate-steps are all more than the number of tokens, "
                         f"{transformer.config.num_tokens}: name fewer steps")
     if args.manipulate and args.accept < 1:
@@ -180,6 +177,36 @@ def check_flags(args: argparse.Namespace, transformer: MaskGIT | None) -> None:
                         f"leave out --order")
     for value in SWEEPS.get(args.sweep, []):
         sampler_options(changed(args, **{args.sweep: value}), transformer)
+
+
+def refuse_useless_flags(args: argparse.Namespace, transformer: MaskGIT | None) -> None:
+    """Raises UserError if a flag was given that changes nothing in what is measured."""
+    if not args.ablate:
+        flags.refuse_useless(args, ["ablate_steps"], "without --ablate")
+    if not args.ablate and not args.sweep:
+        flags.refuse_useless(args, ["seeds"], "without --ablate or --sweep")
+    if transformer is None:
+        others = ["run", "decoder", "manipulate", "ablate", "sweep", *SAMPLER_FLAGS]
+        flags.refuse_useless(args, others, "with --tokenizer, which needs no transformer")
+    if isinstance(transformer, CausalTransformer):
+        if args.ablate or args.sweep or args.manipulate:
+            raise UserError("--ablate, --sweep and --manipulate need a parallel decoder: "
+                            "add --decoder parallel")
+        flags.refuse_useless(args, PARALLEL_FLAGS, "with an autoregressive decoder")
+    unused = [name for name in SAMPLER_FLAGS if name not in used_sampler_flags(args)]
+    flags.refuse_useless(args, unused, "where --ablate or --sweep tries several values")
+
+
+def used_sampler_flags(args: argparse.Namespace) -> set[str]:
+    """Returns the names of those flags of the sampler that a table is measured with."""
+    if args.manipulate or not (args.ablate or args.sweep):
+        return set(SAMPLER_FLAGS)
+    used = set()
+    if args.ablate:
+        used |= set(SAMPLER_FLAGS) - {"schedule", "steps"}
+    if args.sweep:
+        used |= set(SAMPLER_FLAGS) - {args.sweep}
+    return used
 
 
 def changed(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:

@@ -6,12 +6,14 @@
     python sample.py --files DIR --num 5000                 # each image as DIR/CLASS/00000.png
     torchrun --nproc_per_node 8 -- sample.py --run runs/imagenet --files DIR --num 50
 
-Image k of a class depends on the seed, the class and k alone, not on what is drawn beside it.
-edit.py repaints a part of a photo; demo.py shows the decoding in a browser.
+On one kind of device, image k of a class depends on the seed, the class and k alone, not on what
+is drawn beside it. edit.py repaints a part of a photo; demo.py shows the
+decoding in a browser.
 """
 import argparse
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from lib.flags import UserError
 from lib.sample_files import BATCH, claim_folder, class_folders, read_row, write_missing
 from lib.sampling import (
     ACCEPT_FLAG,
+    PARALLEL_FLAGS,
     Sampler,
     add_run_flags,
     add_sampler_flags,
@@ -42,7 +45,7 @@ FLAGS = {
     "num": (flags.count, 8, "images of each class"),
     **ACCEPT_FLAG,
     "film": ({"action": "store_true"}, None,
-             "also write the decoding steps, of one image of each class, as a strip and a GIF"),
+             "also write the decoding steps, of each class's first image, as a strip and a GIF"),
     "files": ({"metavar": "FOLDER"}, None,
               "also write each image as FOLDER/CLASS/00000.png; those that are there are kept"),
     "out": (str, None, "the picture to write (default: samples.png in the run's folder; of "
@@ -61,30 +64,27 @@ def choose_classes(args: argparse.Namespace, names: list[str]) -> list[int]:
     return list(range(min(10, len(names))))
 
 
-def grid_fits(args: argparse.Namespace, captions: list[str], image_size: int, out: Path) -> bool:
-    """Returns whether the grid is drawn: with --files only if it is no larger than GRID_PIXELS.
-
-    Raises UserError if it is too large for its format or for the memory."""
-    layout = pictures.GridLayout(args.num, len(captions), (image_size, image_size), captions)
-    width, height = layout.size
-    if args.files and width * height > GRID_PIXELS:
-        return False
-    pictures.check_picture(out, layout.size, "a lower --num")
-    floats = 3 * image_size ** 2 * args.num * len(captions)
-    # The images as floats of 4 bytes, twice while their batches are joined, and the grid.
-    flags.check_memory(2 * 4 * floats + 3 * width * height, f"--num {args.num}")
-    return True
-
-
-def open_classifier(
-    args: argparse.Namespace, folder: Path, checkpoint: dict, machine: runtime.Machine,
-) -> torch.nn.Module | None:
-    """Returns the run's classifier, if --accept needs it. Raises UserError if it is not there."""
-    if args.accept == 1:
-        return None
-    if args.film:
+def check_flags(args: argparse.Namespace, transformer: torch.nn.Module) -> None:
+    """Raises UserError for flags that do not suit the transformer or one another."""
+    if isinstance(transformer, CausalTransformer):
+        flags.refuse_useless(args, PARALLEL_FLAGS, "with an autoregressive decoder")
+    if args.accept < 1 and args.film:
         raise UserError("--accept chooses among several images, and --film shows the steps of one: "
                         "leave one of them out")
+
+
+def check_grid(args: argparse.Namespace, layout: pictures.GridLayout, num_classes: int,
+               image_size: int, out: Path) -> None:
+    """Raises UserError if the grid is too large for its format or for the memory."""
+    pictures.check_picture(out, layout.size, "a lower --num")
+    width, height = layout.size
+    floats = 3 * image_size ** 2 * args.num * num_classes
+    # The images as floats of 4 bytes, twice while their batches are joined, and the grid.
+    flags.check_memory(2 * 4 * floats + 3 * width * height, f"--num {args.num}")
+
+
+def open_classifier(folder: Path, checkpoint: dict, machine: runtime.Machine) -> torch.nn.Module:
+    """Returns the run's classifier, for --accept. Raises UserError if it is not there."""
     path = folder / "classifier.pt"
     if not path.exists():
         raise UserError(f"--accept needs {path}, which does not exist: "
@@ -104,6 +104,17 @@ def draw(sampler: Sampler, labels: Tensor, numbers: Tensor) -> Tensor:
         if len(labels) > BATCH:
             progress.show(sum(map(len, images)))
     return torch.cat(images)
+
+
+def save_grid(machine: runtime.Machine, out: Path, rows: Sequence[Tensor], captions: list[str],
+              started: float) -> None:
+    """Writes a grid, with a row (n, 3, H, W) for each caption, on the first rank.
+
+    started: when drawing began, as time.time()."""
+    seconds = time.time() - started
+    if machine.leads:
+        pictures.save_image(out, pictures.grid(rows, captions))
+        print(f"wrote {out}: {sum(map(len, rows))} images in {seconds:.1f} s")
 
 
 def draw_film(sampler: Sampler, labels: Tensor) -> tuple[list[Tensor], list[str]]:
@@ -144,14 +155,17 @@ def draw_files(
     """Draws those images that the folder of --files lacks. Returns the folder of each class.
 
     names: of all classes, by label. labels, numbers: of the images, (n,). Raises UserError if the
-    folder holds images of another model, seed or sampler."""
+    folder holds images of another model, seed, sampler or kind of device."""
     started = time.time()
+    settings = sampler_settings(args, sampler.transformer)
+    settings["seed"] = args.seed
+    settings["device"] = sampler.machine.device.type
+    settings["tokenizer"] = fingerprint(sampler.tokenizer)
+    settings["transformer"] = fingerprint(sampler.transformer)
+    if sampler.classifier is not None:
+        settings["classifier"] = fingerprint(sampler.classifier)
+    claim_folder(Path(args.files), sampler.machine, settings)
     folders = class_folders(Path(args.files), names)
-    claim_folder(Path(args.files), sampler.machine, sampler_settings(args, sampler.transformer) | {
-        "seed": args.seed,
-        "tokenizer": fingerprint(sampler.tokenizer),
-        "transformer": fingerprint(sampler.transformer),
-    })
     write_missing(sampler, labels, numbers, folders)
     if sampler.machine.leads:
         print(f"{args.files}: all {len(labels)} images are there, in {time.time() - started:.1f} s")
@@ -164,14 +178,18 @@ def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
     Ranks share the single files. They all draw the rest, and the first one writes it."""
     folder, tokenizer, transformer, checkpoint = load_run(
         args.run, machine, args.vqgan, args.decoder)
+    check_flags(args, transformer)
     names = checkpoint["classes"]
     size = checkpoint["image_size"]
     classes = choose_classes(args, names)
     captions = [names[label] for label in classes]
-    classifier = open_classifier(args, folder, checkpoint, machine)
-    sampler = Sampler(args, tokenizer, transformer, machine, classifier)
     out = pictures.picture_path(args.out, folder, "samples.png")
-    with_grid = grid_fits(args, captions, size, out)
+    layout = pictures.GridLayout(args.num, len(classes), (size, size), captions)
+    with_grid = not args.files or math.prod(layout.size) <= GRID_PIXELS
+    if with_grid:
+        check_grid(args, layout, len(classes), size, out)
+    classifier = open_classifier(folder, checkpoint, machine) if args.accept < 1 else None
+    sampler = Sampler(args, tokenizer, transformer, machine, classifier)
 
     method = "token by token"
     if not isinstance(transformer, CausalTransformer):
@@ -181,26 +199,20 @@ def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
     started = time.time()
     labels = torch.tensor(classes).repeat_interleave(args.num)
     numbers = torch.arange(args.num).repeat(len(classes))
-    rows = []
-    if not args.files:
-        rows = draw(sampler, labels, numbers).split(args.num)
-    else:
+    if args.files:
         folders = draw_files(args, sampler, names, labels, numbers)
         if with_grid:
             rows = [read_row(folders[label], args.num, size) for label in classes]
-    seconds = time.time() - started
+            save_grid(machine, out, rows, captions, started)
+        elif args.out and machine.leads:
+            print(f"{out}: left out, since a grid of so many images would fill the memory")
+    else:
+        rows = draw(sampler, labels, numbers).split(args.num)
+        save_grid(machine, out, rows, captions, started)
     if args.film:
         frames, titles = draw_film(sampler, torch.tensor(classes))
-    machine.sync()
-    if not machine.leads:
-        return
-    if with_grid:
-        pictures.save_image(out, pictures.grid(rows, captions))
-        print(f"wrote {out}: {len(labels)} images in {seconds:.1f} s")
-    elif args.out:
-        print(f"{out}: left out, since a grid of so many images would fill the memory")
-    if args.film:
-        pictures.save_film(out, frames, titles)
+        if machine.leads:
+            pictures.save_film(out, frames, titles)
 
 
 def main() -> None:
@@ -210,9 +222,9 @@ def main() -> None:
     flags.add_flags(parser, FLAGS)
     add_sampler_flags(parser)
     flags.add_machine_flags(parser, compiles=False)
-    runtime.launch(sample, parser.parse_args())
+    runtime.launch(sample, flags.parse(parser))
 
 
 if __name__ == "__main__":
-    flags.command_line(main, interrupted="stopped by Ctrl-C: nothing was written, except to the "
-                                         "folder of --files, where the images so far are kept")
+    flags.command_line(main, interrupted="stopped by Ctrl-C: every picture is whole or not there; "
+                                         "with --files, the same command goes on")

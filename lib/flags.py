@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -207,6 +207,29 @@ def add_machine_flags(parser: argparse.ArgumentParser, compiles: bool = True):
                         "yes or no: torch.compile (default: yes on cuda where it works, and for a "
                         "transformer's long training on a CPU)"),
         })
+
+
+def parse(parser: argparse.ArgumentParser,
+          arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line, or other words in its place.
+
+    One attribute more is `given`: the names of the flags that the user gave, the others have their
+    defaults."""
+    args = parser.parse_args(arguments)
+    without_defaults = argparse.Namespace(**dict.fromkeys(vars(args)))
+    parser.parse_args(arguments, without_defaults)
+    args.given = {name for name, value in vars(without_defaults).items() if value is not None}
+    return args
+
+
+def refuse_useless(args: argparse.Namespace, names: Iterable[str], reason: str):
+    """Raises UserError if the user gave one of these flags, although it changes nothing.
+
+    args: from parse(). reason: why, as in `--seeds changes nothing without --sweep`."""
+    for name in names:
+        if name in args.given:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} changes nothing {reason}: leave it out")
 
 
 # ---- training flags and their presets

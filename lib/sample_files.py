@@ -54,8 +54,9 @@ def claim_folder(folder: Path, machine: Machine, settings: dict) -> None:
     else:
         usable = not os.path.isdir(folder) or not list_folder(str(folder))
     if not usable:
-        raise UserError(f"{folder} is not empty, and no {note} says that its images are of this "
-                        f"model, seed and sampler: name another folder with --files")
+        raise UserError(f"{folder} is not empty, and no {note} says that its images are of these "
+                        f"models, seed, sampler and kind of device: name another folder with "
+                        f"--files")
     machine.wait()                                                  # until all ranks have looked
 
     def write(file: BinaryIO) -> None:

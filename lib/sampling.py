@@ -122,17 +122,17 @@ def sampler_of(model: MaskGIT) -> Callable[..., Tensor]:
 def rand_of_images(seed: int, labels: Tensor, numbers: Tensor, machine: Machine) -> Rand:
     """Returns a function like torch.rand for a batch of images, each with a generator of its own.
 
-    So image number k of a class is always drawn from the same random numbers, whatever is drawn
-    beside it. labels, numbers: of the images, (B,) on the CPU."""
-    # torch-xla has but one generator for all images: for it the CPU draws.
-    device = torch.device("cpu") if machine.mesh else machine.device
+    So on one kind of device, image number k of a class is always drawn from the same random
+    numbers, whatever is drawn beside it. labels, numbers: of the images, (B,) on the CPU."""
+    # torch-xla has a single generator, so its numbers are drawn on the CPU.
+    generator_device = torch.device("cpu") if machine.mesh else machine.device
     generators = []
     for label, k in zip(labels.tolist(), numbers.tolist(), strict=True):
-        generators.append(torch.Generator(device).manual_seed(step_seed(seed, label, k)))
+        seed_of_image = step_seed(seed, label, k)
+        generators.append(torch.Generator(generator_device).manual_seed(seed_of_image))
 
-    # It takes a device as torch.rand does, but the values always go to the machine's.
-    def rand(*shape: int, device: torch.device) -> Tensor:
-        values = torch.empty(shape, device=generators[0].device)
+    def rand(*shape: int, device: torch.device) -> Tensor:      # the device is always the machine's
+        values = torch.empty(shape, device=generator_device)
         for row, generator in zip(values, generators, strict=True):
             row.uniform_(generator=generator)
         return machine.put(values)
@@ -140,7 +140,8 @@ def rand_of_images(seed: int, labels: Tensor, numbers: Tensor, machine: Machine)
 
 
 class Sampler:
-    """Draws images of a run: image k of a class is a function of the seed, the class and k alone.
+    """Draws images of a run: on one kind of device, image k of a class is a function of the seed,
+    the class and k alone.
 
     args: of add_sampler_flags() and ACCEPT_FLAG. classifier: images (B, 3, S, S) -> logits of the
     classes; only --accept needs it. Raises UserError for flags that do not suit the transformer."""

@@ -497,6 +497,23 @@ def test_accuracy_by_mask_ratio():
 
 # ---- the tables
 
+@pytest.mark.parametrize("flags, left_out", [
+    ([], []), (["--ablate"], ["steps", "schedule"]), (["--sweep", "cfg"], ["cfg"]), (["--ablate", "--sweep", "cfg"], [])])
+def test_only_settings_that_were_used_are_written(opened, flags, left_out):
+    opened.args = flags_of(opened.folder, "--top-k", 5, *flags)
+    settings = evaluate.settings_of(opened)
+    every = {"accept", "temperature", "top_k", "steps", "schedule", "choice_temperature", "cfg", "order"}
+    assert settings["sampler"].keys() == every - set(left_out) and settings["sampler"]["top_k"] == 5
+    assert settings.get("seeds") == (3 if flags else None)
+
+
+def test_a_long_table_of_classes_says_that_it_is_cut(opened, capsys):
+    row = {"FCD": 1.0, "class recognised, by class": {f"class {i}": i / 30 for i in range(30)}}
+    evaluate.print_table1(opened, {"samples": row}, {"NLL": {}})
+    printed = capsys.readouterr().out
+    assert "the first 20 of 30" in printed and "class 19" in printed and "class 20" not in printed
+
+
 def test_table_3_takes_each_schedule_at_its_best(opened, monkeypatch, capsys):
     """The schedules are best at T = 1, 2, 3, 1, 2, 3, 1; the later, the better; seeds add 0 and 0.1."""
     def row_of_samples(run, args):
@@ -658,6 +675,8 @@ def test_a_run_with_an_autoregressive_decoder(folder):
     assert list(beside) == [*SCHEDULES, "next token"] and beside["next token"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="--decoder parallel"):
         evaluated(folder, "--decoder", "autoregressive", "--ablate")
+    with pytest.raises(ValueError, match="--steps changes nothing with an autoregressive decoder"):
+        evaluated(folder, "--decoder", "autoregressive", "--steps", 8)
 
 
 @pytest.mark.parametrize("name, changes", [
@@ -787,7 +806,11 @@ def test_features_as_torch_fidelity_measures_them(tmp_path):
     (["--ablate", "--ablate-steps", 99], "--ablate-steps"),
     (["--decoder", "autoregressive"], "autoregressive.pt does not exist"),
     (["--classifier-steps", 0], "--features inception"),
-    (["--tokenizer", ROOT / "example"], "leave out --run"),
+    (["--tokenizer", ROOT / "example"], "--run changes nothing with --tokenizer"),
+    (["--ablate-steps", 4], "--ablate-steps changes nothing without --ablate"),
+    (["--seeds", 5], "--seeds changes nothing without --ablate or --sweep"),
+    (["--ablate", "--schedule", "cosine"], "--schedule changes nothing where --ablate"),
+    (["--sweep", "temperature", "--temperature", 0.9], "--temperature changes nothing where .* --sweep"),
     (["--sweep", "choice_temperature", "--order", "random"], "changes nothing with --order random: leave out --order"),
     (["--inception", "file.pth"], "add --features inception"),
     (["--features", "inception", "--inception", "nowhere.pth"],
@@ -823,9 +846,10 @@ def test_too_few_training_images(folder, monkeypatch):
         evaluated(folder)
 
 
-def test_accept_chooses_nothing_of_a_tokenizer(folder):
-    arguments = evaluate.parse_flags(["--tokenizer", str(folder), "--accept", "0.5", *QUICK])
-    with pytest.raises(UserError, match="leave out --run, .* and --accept"):
+@pytest.mark.parametrize("flag, value", [("accept", 0.5), ("order", "random"), ("temperature", 1), ("decoder", "parallel")])
+def test_flags_that_change_nothing_for_a_tokenizer(folder, flag, value):
+    arguments = evaluate.parse_flags(["--tokenizer", str(folder), f"--{flag}", str(value), *QUICK])
+    with pytest.raises(UserError, match=f"--{flag} changes nothing with --tokenizer"):
         evaluate.evaluate(arguments, runtime.Machine("cpu"))
 
 

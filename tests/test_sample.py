@@ -15,11 +15,14 @@ from PIL import Image
 import lib.sampling
 import sample
 from lib import pictures, runtime
+from lib.features import Classifier
+from lib.files import save_checkpoint
 from lib.flags import UserError, add_flags
 from lib.folders import open_folder
 from lib.runtime import Machine
 from lib.sample_files import claim_folder, class_folders
 from lib.sampling import ACCEPT_FLAG, Sampler, add_sampler_flags
+from lib.shapes import Shapes
 from maskgit import MaskGIT, MaskGITConfig, decode
 from sequential import CausalTransformer, decode_sequential
 from vqgan import as_grid, to_pixels
@@ -179,7 +182,7 @@ def test_ctrl_c_says_what_became_of_the_work(script, monkeypatch, capsys):
         runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
     assert end.value.code == 130
     expected = {"pretrained": "files that were fetched whole are kept", "edit": "every picture is whole"}
-    expected = expected.get(script, "nothing was written")
+    expected = expected.get(script, "with --files, the same command goes on")
     assert expected in capsys.readouterr().err
 
 
@@ -223,6 +226,24 @@ def test_files_of_another_sampler_are_not_mixed(untrained, call, tmp_path, flags
     assert "--files" in call(*command, *flags, code=2)
     (tmp_path / "photos" / "heart").mkdir(parents=True)
     assert "photos is not empty" in call(*command, "--files", "photos", code=2)
+
+
+def test_files_of_another_device_or_classifier_are_not_mixed(untrained, call, tmp_path):
+    shutil.copytree(untrained, tmp_path / "run")
+
+    def save_classifier():
+        save_checkpoint(tmp_path / "run" / "classifier.pt", {
+            "kind": "classifier", "classes": Shapes.classes, "image_size": 32, "model": Classifier(10).state_dict()})
+    save_classifier()
+    command = ["--run", "run", "--class", "heart", "--num", 1, "--out", "a.png"]
+    call(*command, "--files", "chosen", "--accept", 0.5)
+    call(*command, "--files", "all")
+    save_classifier()
+    assert "chosen is not empty" in call(*command, "--files", "chosen", "--accept", 0.5, code=2)
+    call(*command, "--files", "all")                                # these were not chosen by a classifier
+    note = tmp_path / "all" / ".drawn-with"
+    note.write_text(note.read_text().replace('"cpu"', '"cuda"'))
+    assert "all is not empty" in call(*command, "--files", "all", code=2)
 
 
 def test_a_folder_of_hidden_files_is_empty(tmp_path):
@@ -288,6 +309,7 @@ def test_class_folders_are_read_back_in_the_same_order(tmp_path, classes, folder
     (["--accept", 0], ["--accept", "0.001"]),
     (["--accept", 0.5], ["--accept", "classifier.pt", "evaluate.py --run"]),
     (["--accept", 0.5, "--film"], ["--accept", "--film"]),
+    (["--decoder", "autoregressive", "--choice-temperature", 4.5], ["--choice-temperature changes nothing", "autoregressive"]),
     (["--num", 300, "--out", "wide.webp"], ["wide.webp", "16,383", ".png", "--num"]),
 ])
 def test_bad_flags(untrained, call, tmp_path, monkeypatch, flags, says):
@@ -464,7 +486,8 @@ def test_the_film_of_a_run(untrained, call, monkeypatch, decoder, titles):
         drawn["frames"], drawn["titles"] = frames, titles
     monkeypatch.setattr(pictures, "grid", recording_grid)
     monkeypatch.setattr(pictures, "save_film", recording_film)
-    call("--run", untrained, "--decoder", decoder, "--num", 3, "--steps", 4, "--film", "--out", "a.png")
+    steps = ["--steps", 4] if decoder == "parallel" else []
+    call("--run", untrained, "--decoder", decoder, "--num", 3, *steps, "--film", "--out", "a.png")
     assert drawn["titles"] == titles and len(drawn["frames"]) == len(titles) and len(drawn["rows"]) == 10
     result = torch.stack([row[0] for row in drawn["rows"]])
     differs = [(frame != result).any(1).sum().item() for frame in drawn["frames"]]
