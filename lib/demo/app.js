@@ -34,9 +34,11 @@ let delay = null;           // the timer of a change that is not drawn yet
 const mode = () => field('mode').value;
 const isEditing = () => mode() === 'edit';
 const isComparing = () => mode() === 'compare';
+const isRacing = () => isComparing() && sequential !== null;
 const numberOfSteps = () => result.masked.length;
-const shownTime = () => Number(byId('time').value);     // a step; in Compare, a moment of the race
-const shownStep = () => sequential ? passesDone('parallel') : shownTime();
+const shownTime = () => Number(byId('time').value);     // a step; in a race, one of its moments
+const lastTime = () => isRacing() ? MOMENTS : numberOfSteps();
+const shownStep = () => isRacing() ? passesDone('parallel') : shownTime();
 
 // Which tokens of an image are masked after a step; step 0 is the start.
 const maskedAfter = (step, image) => step ? result.masked[step - 1][image] : result.unknown;
@@ -124,6 +126,7 @@ function fail(error, signal) {
   const stopped = error.name === 'AbortError';
   say(stopped ? 'stopped' : '');
   if (!stopped) complain(error);
+  look();
 }
 
 // Draws, edits or compares as the form says. A call stops the one before it.
@@ -139,6 +142,7 @@ async function run() {
     request.region = region;
   }
   pause();
+  looking?.abort();                                 // it would only wait for the drawing
   say('starting …', true);
   try {
     await draw(request, signal);
@@ -183,15 +187,12 @@ function show(drawn) {
     timings = {};
     chosenImage = Math.min(chosenImage, drawn.labels.length - 1);
   }
-  const last = sequential ? MOMENTS : numberOfSteps();
-  byId('time').max = last;
-  byId('time').value = last;
   byId('play').disabled = false;
   showThumbnails(byId('images'), result);
   showThumbnails(byId('sequential-images'), sequential);
   showTable();
-  showStep();
-  look();
+  byId('time').max = lastTime();
+  goTo(lastTime());
 }
 
 function summary(askedLabel) {
@@ -379,7 +380,7 @@ function sentences(step) {
   const after = result.counts[step];
   const time = `${step}/${numberOfSteps()}`;
   const gamma = result.gammas[step];
-  const scheduled = Math.floor(gamma * total);
+  const scheduled = Math.floor(Math.fround(gamma * total));         // as the decoder, in float32
 
   const {order, choice_temperature: temperature} = result.settings;
   let confidence = `the order “${order}” gives its confidence.`;
@@ -468,7 +469,7 @@ async function look() {
     if (signal.aborted) return;
     const answer = await askOnce('/look', JSON.stringify(request), signal);
     panel.replaceChildren(makeElement('p', {}, tokenSentence(drawn, image, place, step, answer)));
-    panel.append(...codeRows(answer, request.sampled[place]));
+    panel.append(...codeRows(answer, request.sampled[place]), samplerNote(drawn.settings));
     panel.classList.remove('stale');
   } catch (error) {
     if (error.name !== 'AbortError') complain(error);
@@ -489,7 +490,16 @@ function codeRows(answer, sampledCode) {
   });
 }
 
-// What happened to a token at a step, in words.
+// Says so if tokens are not sampled from the probabilities that are shown.
+function samplerNote({temperature, top_k: topK}) {
+  if (temperature === 1 && !topK) return '';
+  let text = `These are the model’s probabilities; tokens are sampled at temperature ${temperature}`;
+  if (topK) text += ` among the ${topK} likeliest codes`;
+  return makeElement('p', {className: 'soft'}, `${text}.`);
+}
+
+// What happened to a token at a step, in words. Here log p is computed anew, so it is rounded
+// differently, in bfloat16 by more than the last digit: hence ≈.
 function tokenSentence(drawn, image, place, step, answer) {
   const code = drawn.sampled[step - 1][image][place];
   const row = Math.floor(place / side) + 1;
@@ -501,8 +511,8 @@ function tokenSentence(drawn, image, place, step, answer) {
   }
   const logP = Math.log(answer.probabilities[answer.codes.indexOf(code)]);
   const confidence = drawn.confidence[step - 1][image][place];
-  let text = `code ${code} was sampled, log p = ${logP.toFixed(2)}, `;
-  if (noiseAt(drawn, step)) text += `noise ${(confidence - logP).toFixed(2)}, `;
+  let text = `code ${code} was sampled, log p ≈ ${logP.toFixed(2)}, `;
+  if (noiseAt(drawn, step)) text += `noise ≈ ${(confidence - logP).toFixed(2)}, `;
   text += `confidence ${confidence.toFixed(2)}; `;
   text += keptAt === step ? 'kept from now on.' : `masked again, and kept at step ${keptAt}.`;
   return start + text;
@@ -531,17 +541,16 @@ function goTo(time) {
 
 function play() {
   if (film) return pause();
-  const last = Number(byId('time').max);
-  if (shownTime() >= last) goTo(0);
+  if (shownTime() >= lastTime()) goTo(0);
   const first = shownTime();
   const started = performance.now();
-  const interval = sequential ? 1000 * playedSeconds() / MOMENTS : 500;
+  const interval = isRacing() ? 1000 * playedSeconds() / MOMENTS : 500;
   byId('play').textContent = '❚❚ Pause';
   film = setInterval(() => {
     // The clock decides: a timer may come late.
     const time = first + Math.round((performance.now() - started) / interval);
-    if (time > shownTime()) goTo(Math.min(time, last));
-    if (shownTime() >= last) pause();
+    if (time > shownTime()) goTo(Math.min(time, lastTime()));
+    if (shownTime() >= lastTime()) pause();
   }, interval);
 }
 
@@ -626,9 +635,11 @@ function showRace(scale) {
   for (const decoder of Object.keys(DECODERS)) {
     const done = passesDone(decoder);
     const passes = passesOf(decoder);
-    let clock = '';
-    if (raceIsTimed()) clock = onClock(Math.min(raceTime(), drawnSeconds()[decoder]));
-    byId(`${decoder}-clock`).textContent = clock;
+    byId(`${decoder}-clock`).textContent = '';
+    byId(`${decoder}-passes`).textContent = '';
+    if (!raceIsTimed()) continue;
+    const time = Math.min(raceTime(), drawnSeconds()[decoder]);
+    byId(`${decoder}-clock`).textContent = onClock(time);
     byId(`${decoder}-clock`).classList.toggle('finished', done === passes);
     byId(`${decoder}-passes`).textContent = `pass ${done} of ${passes}`;
     [...byId(`${decoder}-track`).children].forEach((pass, index) => {
@@ -650,7 +661,9 @@ function showTable() {
     + `${about.tokens} passes; the fastest of up to five runs.`;
   byId('times').replaceChildren(...Object.entries(timings).map(timeRow));
   byId('reasons').replaceChildren();
-  if (timings[16]?.autoregressive) byId('reasons').append(...reasons());
+  if (timings[1]?.autoregressive && timings[16]?.autoregressive) {
+    byId('reasons').append(...reasons());
+  }
   if (!raceIsTimed()) return;
   for (const decoder of Object.keys(DECODERS)) {
     const track = byId(`${decoder}-track`);
@@ -875,6 +888,10 @@ function showMode() {
   byId('go').textContent = {draw: 'Draw', edit: 'Repaint', compare: 'Compare'}[mode()];
   field('class').options[0].text = isEditing() ? 'the likeliest' : 'each in turn';
   showEditor();
+  pause();
+  if (result) byId('time').max = lastTime();        // the browser lowers its value, if need be
+  showStep();
+  look();
 }
 
 // Draws when nothing has changed for a moment.
@@ -900,7 +917,8 @@ byId('new-seed').onclick = () => {
 byId('copy-link').onclick = async () => {
   try {
     await navigator.clipboard.writeText(location.href);
-    byId('copy-link').textContent = 'Copied';
+    const lacksPhoto = isEditing() && photo?.number === null;
+    byId('copy-link').textContent = lacksPhoto ? 'Copied, without the photo' : 'Copied';
   } catch {
     say('The link is in the address bar.');
   }
