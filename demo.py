@@ -37,6 +37,7 @@ from lib.sampling import (
     STAGES,
     add_sampler_flags,
     load_run,
+    load_sequential,
     rand_of_images,
     sampler_of,
     sampler_options,
@@ -88,13 +89,12 @@ class Demo:
         self.folder, self.tokenizer, parallel, self.checkpoint = load_run(
             args.run, machine, args.vqgan, decoder="parallel")
         self.models = {"parallel": parallel}
-        if (self.folder / "autoregressive.pt").exists():
-            try:
-                _, _, sequential, _ = load_run(
-                    self.folder, machine, args.vqgan, decoder="autoregressive")
+        try:
+            sequential = load_sequential(self.folder, self.checkpoint, machine)
+            if sequential is not None:
                 self.models["autoregressive"] = sequential
-            except UserError as error:
-                print(f"the page has no Compare: {error}")
+        except UserError as error:
+            print(f"the page has no Compare: {error}")
         self.classes = self.checkpoint["classes"]
         self.stride = self.tokenizer.config.stride
 
@@ -178,57 +178,66 @@ class Demo:
         settings = self.read_settings(request["settings"])
         model = self.models[settings.decoder]
         options = sampler_options(settings, model)
-        check_amount(settings.num, options.get("steps", 1), model.config.num_tokens)
-        passes = options.get("steps", model.config.num_tokens)
-        steps = []
+        num_tokens = model.config.num_tokens
+        passes = options.get("steps", num_tokens)
+        check_amount(settings.num, options.get("steps", 1), num_tokens)
+        decoded_steps = []
 
         def on_step(t: int, sampled: Tensor, masked: Tensor, confidence: Tensor) -> None:
             tell({"done": t, "of": passes})
             if settings.decoder == "parallel" or t == passes:       # of the other only the last
-                steps.append((sampled, masked, confidence))
+                decoded_steps.append((sampled, masked, confidence))
 
+        label = request["label"]
+        picture = None
+        region = torch.tensor(request.get("region", [True] * num_tokens))           # (N,)
         with self.machine.autocast():
-            started = time.perf_counter()
-            label = request["label"]
-            picture = None
-            unknown = torch.ones(model.config.num_tokens, dtype=torch.bool)
             if "picture" in request:
-                picture, known = self.read_edit(request["picture"], request["region"])
-                unknown = (known == model.mask_id).cpu()
+                picture, known = self.read_edit(request["picture"], region)
                 options["known"] = known.expand(settings.num, -1)
                 if label is None:
                     label = likeliest_class(model, known, settings.seed)
-            labels, numbers = samples_in_turn(0, settings.num, settings.num, len(self.classes))
-            if label is not None:
-                numbers = torch.arange(settings.num)
-                labels = torch.full_like(numbers, label)
+            labels, numbers = images_of(label, settings.num, len(self.classes))
             options["rand"] = rand_of_images(settings.seed, labels, numbers, self.machine)
+
+            started = time.perf_counter()
             sampler_of(model)(model, self.machine.put(labels), on_step=on_step, **options).cpu()
             tell({
                 "seconds": time.perf_counter() - started,       # .cpu() has waited for a GPU
-                **steps_in_numbers(steps, settings.schedule, int(unknown.sum())),
-                "unknown": unknown.tolist(),
+                **steps_in_numbers(decoded_steps, settings.schedule, int(region.sum())),
+                "unknown": region.tolist(),
                 "settings": vars(settings),
                 "labels": labels.tolist(),
             })
-            mask = to_pixels(as_grid(unknown[None]), self.stride)[0]
-            for t in range(len(steps), 0, -1):
-                images = self.tokenizer.decode(as_grid(steps[t - 1][0])).float().cpu()
-                if picture is not None:
-                    images = composite(picture, images, mask, settings.feather)
-                tell({"step": t, "images": [data_url(image) for image in images]})
+            tokens_of_steps = [sampled for sampled, _, _ in decoded_steps]
+            self.tell_images(tokens_of_steps, picture, region, settings.feather, tell)
 
-    def read_edit(self, picture_url: str, region: list[bool]) -> tuple[Tensor, Tensor]:
-        """Reads a picture, a data URL, and the region of tokens that is to be painted anew.
+    def tell_images(
+        self, tokens_of_steps: list[Tensor], picture: Tensor | None, region: Tensor,
+        feather: float, tell: Tell,
+    ) -> None:
+        """Tells the images of each step, the last step first.
+
+        tokens_of_steps: (B, N) each. picture: (3, S, S), into whose region (N,) they are painted;
+        None if nothing is edited."""
+        mask = to_pixels(as_grid(region[None]), self.stride)[0]
+        for t in range(len(tokens_of_steps), 0, -1):
+            images = self.tokenizer.decode(as_grid(tokens_of_steps[t - 1])).float().cpu()
+            if picture is not None:
+                images = composite(picture, images, mask, feather)
+            tell({"step": t, "images": [data_url(image) for image in images]})
+
+    def read_edit(self, picture_url: str, region: Tensor) -> tuple[Tensor, Tensor]:
+        """Reads a picture, a data URL, whose region (N,) bool is to be painted anew.
 
         Returns the picture (3, S, S) in [0, 1] and its tokens (N,), mask_id in the region. Raises
-        UserError if nothing is marked."""
-        if not any(region):
+        UserError if the region is empty."""
+        if not region.any():
             raise UserError("nothing is painted over yet: mark the region to draw anew")
         _, _, encoded = picture_url.partition(",")
         picture = self.read_photo(base64.b64decode(encoded))
         tokens = self.tokenizer.encode(picture[None].to(self.machine.device)).flatten()
-        tokens[torch.tensor(region, device=tokens.device)] = self.models["parallel"].mask_id
+        tokens[region.to(tokens.device)] = self.models["parallel"].mask_id
         return picture, tokens
 
     def look(self, body: bytes, tell: Tell) -> None:
@@ -309,6 +318,16 @@ def check_amount(num: int, steps: int, tokens: int) -> None:
     if num * steps * tokens > MAX_NUMBERS:
         raise UserError(f"{steps} steps of {num} images with {tokens} tokens each are too many to "
                         f"show: ask for fewer images or steps")
+
+
+def images_of(label: int | None, num: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Returns the labels and the numbers k, both (num,), of the images to draw.
+
+    They are images 0, 1, ... of a class or, with label None, of each class in turn."""
+    if label is None:
+        return samples_in_turn(0, num, num, num_classes)
+    numbers = torch.arange(num)
+    return torch.full_like(numbers, label), numbers
 
 
 def steps_in_numbers(

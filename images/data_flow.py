@@ -1,5 +1,6 @@
 """Draws the README's picture of the method: image -> tokens -> masked -> predicted -> image."""
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from lib.files import write_atomically
 from maskgit import MaskGIT, mask_tokens
 from vqgan import VQGAN, as_grid
 
@@ -60,7 +62,11 @@ def draw(
     draw_arrow(axes[2], "mask_tokens")
     draw_arrow(axes[3], "MaskGIT")
     draw_arrow(axes[4], "VQGAN.decode")
-    figure.savefig(path, dpi=100)
+
+    def write(file: BinaryIO) -> None:
+        figure.savefig(file, format="png", dpi=100)
+
+    write_atomically(path, write)
 
 
 def draw_image(axis: Axes, image: Tensor, title: str) -> None:
@@ -87,16 +93,15 @@ def draw_tokens(
     axis.set_xticks(np.arange(0.5, tokens.shape[1] - 1))        # lines between the tokens
     axis.set_yticks(np.arange(0.5, tokens.shape[0] - 1))
     axis.grid(color="white", lw=0.8)
-    if not is_numbered(tokens):
-        for row, column in bold.nonzero().tolist():
-            corner = column - 0.5, row - 0.5
-            axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", lw=0.8))
-        return
     for row, column in (~hidden).nonzero().tolist():
         ink = "black" if cells[row, column].mean() > 0.5 else "white"
-        weight = "bold" if bold[row, column] else "normal"
-        axis.text(column, row, str(tokens[row, column].item()), ha="center", va="center",
-                  size=6.5, color=ink, weight=weight)
+        if is_numbered(tokens):
+            weight = "bold" if bold[row, column] else "normal"
+            axis.text(column, row, str(tokens[row, column].item()), ha="center", va="center",
+                      size=6.5, color=ink, weight=weight)
+        elif bold[row, column]:
+            corner = column - 0.25, row - 0.25
+            axis.add_patch(Rectangle(corner, 0.5, 0.5, fill=False, edgecolor=ink, lw=0.6))
 
 
 def is_numbered(grid: Tensor) -> bool:

@@ -1,12 +1,12 @@
-"""Draws the pictures that README.md and NOTES.md show, from one run: seed 0, nothing selected.
+"""Draws the pictures of README.md, NOTES.md and LOG.md from one run: seed 0, nothing selected.
 
     python images/make.py                                   # all, of example/
     python images/make.py --run runs/shapes --out pictures  # of another run of shapes
     python images/make.py film edit                         # these alone
     python images/make.py ablation                          # Figure 8, hours: only if it is named
 
-Each is made by the command that stands beside it there, which is printed; photos are the first
-validation images of their classes. The pictures of the page need Chromium and playwright.
+Prints the command that makes each picture. The photos that are edited are the first validation
+images of their classes. The pictures of the page need Chromium and playwright.
 """
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -33,6 +33,7 @@ import evaluate  # noqa: E402
 from images.data_flow import draw_data_flow  # noqa: E402
 from lib import flags, pictures  # noqa: E402
 from lib.data import open_data  # noqa: E402
+from lib.files import write_atomically  # noqa: E402
 from lib.flags import UserError  # noqa: E402
 from lib.loader import DataSet  # noqa: E402
 from lib.runtime import Machine  # noqa: E402
@@ -41,6 +42,7 @@ from measure import measure_both_stages, open_evaluation  # noqa: E402
 
 ACCURACY_IMAGES = 5000
 PAGE_SIZE = {"width": 1240, "height": 900}
+TIMEOUT = 600_000                   # milliseconds that the page may take
 GAP = 12                            # white pixels between pictures that are put side by side
 
 
@@ -107,6 +109,14 @@ def edit(job: Job, photo: str, *words: object) -> Image.Image:
         return picture.convert("RGB")
 
 
+def write_picture(path: Path, picture: bytes) -> None:
+    """Writes the bytes of a picture file, whole or not at all."""
+    def write(file: BinaryIO) -> None:
+        file.write(picture)
+
+    write_atomically(path, write)
+
+
 def stack(images: Sequence[Image.Image]) -> Image.Image:
     """Returns the images one below the other."""
     width = max(image.width for image in images)
@@ -129,10 +139,12 @@ def beside(left: Image.Image, right: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def open_page(job: Job, link: str = "") -> Iterator:
-    """Serves the run and yields demo.py's page in a browser. Raises UserError without a browser."""
+    """Serves the run and yields demo.py's page in a browser.
+
+    Raises UserError without a browser, or if the page does not do what is waited for."""
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     try:
-        from playwright.sync_api import sync_playwright
+        from playwright.sync_api import Error, sync_playwright
     except ImportError as error:
         raise UserError("playwright is missing: pip install playwright") from error
     if browser_path is None:
@@ -141,14 +153,20 @@ def open_page(job: Job, link: str = "") -> Iterator:
     args = argparse.Namespace(run=job.run, vqgan=None, data_dir="data", max_pixels=10 ** 8)
     server = demo.open_server(demo.Demo(args, Machine()), port=0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        page = browser.new_page(viewport=PAGE_SIZE)
-        page.set_default_timeout(600_000)
-        page.goto(f"http://127.0.0.1:{server.server_port}/{link}")
-        yield page
-        browser.close()
-    server.shutdown()
+    try:
+        with sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+            page = browser.new_page(viewport=PAGE_SIZE)
+            page.set_default_timeout(TIMEOUT)
+            page.goto(f"http://127.0.0.1:{server.server_port}/{link}")
+            yield page
+            browser.close()
+    except Error as error:
+        reason = error.message.splitlines()[0]
+        raise UserError(f"the page in {browser_path} failed ({reason}): run this again, with "
+                        f"nothing else on this computer") from error
+    finally:
+        server.shutdown()
 
 
 # ------------------------------------------------------------------------------------ the pictures
@@ -161,7 +179,7 @@ def draw_example(job: Job) -> None:
 def draw_film(job: Job) -> None:
     """Draws the decoding steps of one image of each class."""
     run_script("sample.py", job.run, "--film", "--out", job.scratch / "samples.png")
-    shutil.copy(job.scratch / "samples.film.png", job.out / "film.png")
+    write_picture(job.out / "film.png", (job.scratch / "samples.film.png").read_bytes())
 
 
 def draw_samples(job: Job) -> None:
@@ -226,7 +244,7 @@ def draw_accuracy(job: Job) -> None:
 def draw_ablation(job: Job) -> None:
     """Draws Figure 8."""
     run_script("evaluate.py", job.run, "--ablate", "--num", 400, "--seeds", 2)
-    shutil.copy(job.run / "eval.ablation.png", job.out / "ablation.png")
+    write_picture(job.out / "ablation.png", (job.run / "eval.ablation.png").read_bytes())
 
 
 def draw_page(job: Job) -> None:
@@ -237,7 +255,7 @@ def draw_page(job: Job) -> None:
         page.evaluate(f"chosenImage = {heart}; goTo(5); "
                       "chooseToken(Math.floor(side * 3 / 8) * side + side / 4)")
         page.wait_for_selector(".code")
-        page.screenshot(path=job.out / "demo.png", full_page=True)
+        write_picture(job.out / "demo.png", page.screenshot(full_page=True))
 
 
 def draw_compare(job: Job) -> None:
@@ -245,7 +263,7 @@ def draw_compare(job: Job) -> None:
     with open_page(job, "#mode=compare") as page:
         page.wait_for_selector("#status:has-text('both decoders')")
         page.evaluate("pause(); goTo(Math.ceil(MOMENTS * timings[1].parallel / longestTime()))")
-        page.locator("section").screenshot(path=job.out / "compare.png")
+        write_picture(job.out / "compare.png", page.locator("section").screenshot())
 
 
 PICTURES = {
