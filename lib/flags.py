@@ -213,7 +213,7 @@ def parse(parser: argparse.ArgumentParser,
           arguments: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line, or other words in its place.
 
-    One attribute more is `given`: the names of the flags that the user gave, the others have their
+    One attribute more is `given`: the names of the flags that the user gave; the others have their
     defaults."""
     args = parser.parse_args(arguments)
     without_defaults = argparse.Namespace(**dict.fromkeys(vars(args)))
@@ -255,7 +255,7 @@ def parse_training_flags(
 
     flags, presets: as above. own_flags: the script's other flags, as for add_flags(). A flag that
     is not given has the value of the preset: the data set's, `folder` for any folder of images, or
-    the one that --preset names; args.given is the set of those that are."""
+    the one that --preset names. `given` is as for parse()."""
     parser = Parser(description)
     resume_or_overwrite = parser.add_mutually_exclusive_group()
     add_flags(parser, {
@@ -287,11 +287,10 @@ def parse_training_flags(
                     "processes that read ahead (default: none for data in memory, else up to 16)"),
     })
     add_machine_flags(parser)
-    args = parser.parse_args()
+    args = parse(parser)
     if args.preset is None:
         args.preset = default_preset(args.data, presets)
     args.run = Path(args.run or Path("runs", Path(args.data).name))
-    args.given = {flag for flag in flags if getattr(args, flag) is not None}
     for flag, value in presets[args.preset].items():
         if getattr(args, flag) is None:
             setattr(args, flag, list(value) if isinstance(value, tuple) else value)

@@ -1,9 +1,17 @@
 """The results of an evaluation, kept in a file as they come."""
-import contextlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from lib.files import write_atomically
+from lib.flags import UserError
+
+
+class Record(NamedTuple):
+    """One result in the file."""
+    setup: dict
+    condition: str
+    result: dict
 
 
 class Results:
@@ -11,7 +19,8 @@ class Results:
 
     path: the file. setup: plain values that every result depends on; results of another setup stay
     in the file, but are not used. again: use none that the file holds; new ones replace them.
-    writes: whether this rank writes. Attributes: known, {condition: figures} of this setup."""
+    writes: whether this rank writes. Attributes: known, {condition: figures} of this setup. Raises
+    UserError if the file cannot be read or written; one that is damaged is kept beside it."""
 
     def __init__(self, path: Path, setup: dict, writes: bool, again: bool = False):
         self.path = path
@@ -19,10 +28,9 @@ class Results:
         self.writes = writes
         self.known = {}
         self.measured = {}                  # by this process: {condition: figures}
-        if not again:
-            for record in self._read():
-                if record["setup"] == setup:
-                    self.known[record["condition"]] = record["result"]
+        for record in self._read():
+            if record.setup == setup and not again:
+                self.known[record.condition] = record.result
 
     def find(self, condition: str) -> dict | None:
         """Returns the figures of a condition, and says if they are from the file; None if it must
@@ -39,14 +47,28 @@ class Results:
         self.write({})
         return figures
 
-    def _read(self):
-        # A file of something else is replaced.
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-            return json.loads(self.path.read_text())["records"]
-        return []
+    def _read(self) -> list[Record]:
+        try:
+            records = json.loads(self.path.read_text())["records"]
+            return [Record(**record) for record in records]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror}: make it readable, or "
+                            f"delete it") from error
+        except (ValueError, KeyError, TypeError):       # not JSON, or something else in JSON
+            self._put_aside()
+            return []
 
-    def _is_measured(self, record):
-        return record["setup"] == self.setup and record["condition"] in self.measured
+    def _put_aside(self):
+        if self.writes:
+            damaged = self.path.with_suffix(f".damaged{self.path.suffix}")
+            self.path.replace(damaged)
+            print(f"note: {self.path} is damaged, or not a file of results: it was renamed "
+                  f"{damaged.name}, and results begin anew", flush=True)
+
+    def _is_measured(self, record: Record) -> bool:
+        return record.setup == self.setup and record.condition in self.measured
 
     def write(self, latest: dict) -> None:
         """Writes the file: what was asked for last, {name: value}, then all results."""
@@ -55,7 +77,11 @@ class Results:
         # Another process may have written to the file since.
         records = [record for record in self._read() if not self._is_measured(record)]
         for condition, figures in self.measured.items():
-            records.append({"setup": self.setup, "condition": condition, "result": figures})
-        content = {**latest, "setup": self.setup, "records": records}
+            records.append(Record(self.setup, condition, figures))
+        content = {
+            **latest,
+            "setup": self.setup,
+            "records": [record._asdict() for record in records],
+        }
         text = json.dumps(content, indent=1)
         write_atomically(self.path, lambda file: file.write(text.encode()))
