@@ -26,7 +26,7 @@ from lib.features import BY_CLASS, PRECISION_IMAGES, RECOGNISED, SHARPNESS, Meas
 from lib.files import cache_folder
 from lib.loader import DataSet
 from lib.sampling import ACCEPT_FLAG, add_run_flags, add_sampler_flags, sampler_settings
-from lib.sets import random_subset, read_own_batches
+from lib.sets import random_subset, read_batches_of_rank
 from lib.terminal import print_table
 from maskgit import SCHEDULES
 from measure import (
@@ -35,15 +35,15 @@ from measure import (
     Samples,
     changed,
     draw_tokens,
-    measure_both_stages,
+    measure_validation_images,
     open_evaluation,
     repainted_batches,
     used_sampler_flags,
 )
 
 LIKELIHOODS = """\
-negative log-likelihood per token in nats, with tokens masked under each schedule ("linear" is an
-upper bound on -log p(image) / tokens; "next token" is its exact value, so these two compare)"""
+negative log-likelihood per token in nats, with tokens masked under each schedule ("linear" bounds
+-log p(image) / tokens from above, "next token" equals it: these two can be compared)"""
 DEVIATION = "± over seeds"
 IN_MEMORY = 1 << 30             # bytes of images that are kept in memory to train on, for CAS
 
@@ -86,10 +86,10 @@ def settings_of(run: Evaluation) -> dict:
 def table1(run: Evaluation) -> dict:
     """Measures the run's row of Table 1, beside those of real training images and reconstructions.
 
-    Returns {"rows": {name: row}, "stages": the figures of both stages}."""
+    Returns {"rows": {name: row}, "stages": validation_figures()}."""
     if run.machine.leads and run.args.num > PRECISION_IMAGES:
         print(f"note: precision and recall are of the first {PRECISION_IMAGES} images of each set")
-    stages = figures_of_stages(run)
+    stages = validation_figures(run)
     rows = {
         "samples": row_of_samples(run, run.args, complete=True),
         "real training images": row_of_training_images(run),
@@ -106,11 +106,11 @@ def table1(run: Evaluation) -> dict:
 def print_table1(run: Evaluation, rows: dict, stages: dict) -> None:
     """Prints what table1() has measured."""
     samples = rows["samples"]
-    beside = [name for name in (SHARPNESS, RECOGNISED) if name in samples]
-    columns = [name for name in samples if name not in (*beside, BY_CLASS)]
+    appearance = [name for name in (SHARPNESS, RECOGNISED) if name in samples]
+    columns = [name for name in samples if name not in (*appearance, BY_CLASS)]
     sampler = describe("sampler", sampler_settings(run.args, run.transformer), run.args.seed)
     print_table(f"{run.title}; {sampler}", rows, columns)
-    print_table("do the images look right?", rows, beside)
+    print_table("do the images look right?", rows, appearance)
     print_table("tokenizer", {"": stages})
     print_table(LIKELIHOODS, {"": stages["NLL"]})
     if BY_CLASS in samples:
@@ -128,7 +128,7 @@ def tokenizer_alone(run: Evaluation) -> dict:
     if run.machine.leads and run.lpips is None:
         print(f"note: no LPIPS, since its weights are not in {cache_folder()}: train_vq.py "
               f"--perceptual lpips fetches them")
-    figures = figures_of_stages(run)
+    figures = validation_figures(run)
     row = {name: value for name, value in figures["reconstructions"].items() if name != BY_CLASS}
     if run.machine.leads:
         print_table(run.title, {"": figures})
@@ -156,7 +156,7 @@ def table3(run: Evaluation) -> dict:
 
     Returns {schedule: row at its best T}, the best schedule first."""
     distance = run.networks.distance
-    nll = figures_of_stages(run)["NLL"]
+    nll = validation_figures(run)["NLL"]
     curves = {}
     rows = []
     for schedule in SCHEDULES:
@@ -226,14 +226,14 @@ def mean_over_seeds(run: Evaluation, **changes: Any) -> dict:
 
 # ----------------------------------------------------------------------------------------- the rows
 
-def figures_of_stages(run: Evaluation) -> dict:
-    """Returns the figures of measure_both_stages(), of which "reconstructions" is a row."""
-    title = "both stages" if run.lpips is None else "both stages, with LPIPS"
+def validation_figures(run: Evaluation) -> dict:
+    """Returns the figures of measure_validation_images(), of which "reconstructions" is a row."""
+    title = "validation images" if run.lpips is None else "validation images, with LPIPS"
     condition = describe(title, {"schedules": ",".join(SCHEDULES)}, run.args.seed)
     known = run.results.find(condition)
     if known is not None:
         return known
-    return run.results.keep(condition, measure_both_stages(run))
+    return run.results.keep(condition, measure_validation_images(run))
 
 
 def row_of_samples(run: Evaluation, args: argparse.Namespace, complete: bool = False) -> dict:
@@ -246,7 +246,8 @@ def row_of_samples(run: Evaluation, args: argparse.Namespace, complete: bool = F
     if known is not None:
         return known
     samples = Samples(draw_tokens(run, args, condition), run)
-    measured = run.networks.measure(read_own_batches(samples, args.batch, "decoding the samples"))
+    batches = read_batches_of_rank(samples, args.batch, "decoding the samples")
+    measured = run.networks.measure(batches)
     row = run.reference.figures(measured)
     if complete:
         row |= precision_recall_and_cas(run, measured, samples)
@@ -260,7 +261,7 @@ def row_of_training_images(run: Evaluation) -> dict:
     if known is not None:
         return known
     images = random_subset(run.train, run.args.num)
-    measured = run.networks.measure(read_own_batches(images, run.args.batch, condition))
+    measured = run.networks.measure(read_batches_of_rank(images, run.args.batch, condition))
     row = run.reference.figures(measured)
     row |= precision_recall_and_cas(run, measured, images)
     return run.results.keep(condition, row)

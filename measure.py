@@ -1,4 +1,4 @@
-"""What evaluate.py measures: it opens a run, draws samples, and applies both stages to real images.
+"""What evaluate.py measures: it opens a run, draws samples, and applies its models to real images.
 
 The networks that look at images are in lib/features.py, the formulas in lib/metrics.py.
 """
@@ -38,7 +38,7 @@ from lib.sampling import (
     rand_of_images,
     sampler_options,
 )
-from lib.sets import Batch, random_subset, read_own_batches
+from lib.sets import Batch, random_subset, read_batches_of_rank
 from maskgit import SCHEDULES, MaskGIT, decode, mask_tokens, mvtm_loss
 from sequential import CausalTransformer
 from vqgan import VQGAN, as_grid, to_pixels
@@ -76,7 +76,7 @@ class Evaluation:
     @functools.cached_property
     def reference(self) -> Reference:
         """Returns the real images, measured when they are needed first."""
-        batches = read_own_batches(self.real, self.args.batch, "real images")
+        batches = read_batches_of_rank(self.real, self.args.batch, "real images")
         measured = self.networks.measure(batches)
         images, dimensions = measured.features.shape
         if self.machine.leads and images <= dimensions:
@@ -224,13 +224,13 @@ def draw_tokens(run: Evaluation, args: argparse.Namespace, title: str) -> Tensor
     sampler = Sampler(
         args, run.tokenizer, run.transformer, run.machine, run.networks.classifier)
     classes = run.transformer.config.num_classes
-    own = []
-    numbers = sets.own_batches(args.num, args.batch)
+    drawn = []
+    numbers = sets.batches_of_rank(args.num, args.batch)
     for number in sets.with_progress(numbers, args.num, args.batch, title):
         tokens = sampler.draw(*sets.samples_in_turn(number, args.batch, args.num, classes))
         run.machine.sync()
-        own.append(tokens.to("cpu", torch.int32))
-    return torch.cat(sets.gather_batches(own))
+        drawn.append(tokens.to("cpu", torch.int32))
+    return torch.cat(sets.gather_batches(drawn))
 
 
 class Samples:
@@ -270,7 +270,7 @@ def repainted_batches(run: Evaluation, region: Tensor, title: str) -> Iterator[B
     region = region.to(run.machine.device)
     pixels = to_pixels(region, run.tokenizer.config.stride)                         # (S, S)
     options = sampler_options(run.args, run.transformer)
-    for batch in read_own_batches(run.real, run.args.batch, title):
+    for batch in read_batches_of_rank(run.real, run.args.batch, title):
         images = run.machine.put(batch.images)
         labels = run.machine.put(batch.labels)
         places = batch.number * run.args.batch + torch.arange(len(labels))
@@ -284,10 +284,10 @@ def repainted_batches(run: Evaluation, region: Tensor, title: str) -> Iterator[B
         yield Batch(batch.number, repainted.cpu(), batch.labels)
 
 
-# ----------------------------------------------------------------------- both stages on real images
+# -------------------------------------------------------------------------------- validation images
 
-class StageMeasurements(NamedTuple):
-    """What was measured of both stages on validation images: tensors on the CPU, a row an image."""
+class ImageMeasurements(NamedTuple):
+    """What was measured on validation images: tensors on the CPU with a row for each image."""
     tokens: Tensor      # (n, N)
     psnr: Tensor        # (n,), of the reconstruction
     lpips: Tensor       # (n,), its perceptual distance; NaN without the network's weights
@@ -296,26 +296,28 @@ class StageMeasurements(NamedTuple):
     masked: Tensor      # (n, schedules), how many tokens are masked
 
 
-def measure_both_stages(run: Evaluation) -> dict:
-    """Measures both stages on validation images.
+def measure_validation_images(run: Evaluation) -> dict:
+    """Measures the tokenizer and the transformers on validation images.
 
     Returns figures of the tokenizer; under "NLL" the likelihood of tokens by schedule (Table 3);
     under "accuracy by mask ratio", if the decoder is parallel, what accuracy_by_mask_ratio() does;
     under "reconstructions" a row of Table 1."""
-    own = []
-    own_restored = []
-    for batch in read_own_batches(run.real, run.args.batch, "both stages"):
-        measured, restored = measure_stages_of_batch(run, batch)
-        own.append(measured)
-        own_restored.append(run.networks.measure_batch(restored, batch.labels))
-    measured = sets.concatenate(sets.gather_batches(own))
-    restored = sets.concatenate(sets.gather_batches(own_restored))
-    return stage_figures(run, measured, restored)
+    measured_images = []
+    measured_reconstructions = []
+    for batch in read_batches_of_rank(run.real, run.args.batch, "validation images"):
+        measured, restored = measure_batch(run, batch)
+        measured_images.append(measured)
+        measured_reconstructions.append(run.networks.measure_batch(restored, batch.labels))
+    return summarise(
+        run,
+        sets.concatenate(sets.gather_batches(measured_images)),
+        sets.concatenate(sets.gather_batches(measured_reconstructions)),
+    )
 
 
 @torch.no_grad()
-def measure_stages_of_batch(run: Evaluation, batch: Batch) -> tuple[StageMeasurements, Tensor]:
-    """Measures both stages on a batch. Returns also the reconstructions, uint8 (n, 3, S, S)."""
+def measure_batch(run: Evaluation, batch: Batch) -> tuple[ImageMeasurements, Tensor]:
+    """Measures the models on a batch. Returns also the reconstructions, uint8 (n, 3, S, S)."""
     floats = run.machine.to_floats(batch.images)
     labels = run.machine.put(batch.labels)
     with run.machine.autocast():
@@ -327,10 +329,10 @@ def measure_stages_of_batch(run: Evaluation, batch: Batch) -> tuple[StageMeasure
     psnr = metrics.psnr(floats, restored)
     seed = runtime.step_seed(run.args.seed, batch.number)
     nll, right, masked = measure_predictions(run, tokens, labels, seed)
-    # The batch's mean stands for each of its images: so the mean over all images is right.
+    # Every image gets its batch's mean, so that a mean over images weights batches by their size.
     nll = nll.expand(len(tokens), -1)
     run.machine.sync()
-    measured = StageMeasurements(
+    measured = ImageMeasurements(
         tokens.cpu(), psnr.cpu(), lpips.cpu(), nll.cpu(), right.cpu(), masked.cpu())
     return measured, pictures.to_uint8(restored).cpu()
 
@@ -372,8 +374,8 @@ def likelihood_names(run: Evaluation) -> list[str]:
     return names
 
 
-def stage_figures(run: Evaluation, measured: StageMeasurements, restored: Measurements) -> dict:
-    """Returns the figures of measure_both_stages(), from the measurements of all images."""
+def summarise(run: Evaluation, measured: ImageMeasurements, restored: Measurements) -> dict:
+    """Returns the figures of measure_validation_images(), from the measurements of all images."""
     entries = run.tokenizer.config.codebook_size
     used = torch.bincount(measured.tokens.flatten(), minlength=entries).double()
     used /= measured.tokens.numel()

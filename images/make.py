@@ -38,7 +38,7 @@ from lib.flags import UserError  # noqa: E402
 from lib.loader import DataSet  # noqa: E402
 from lib.runtime import Machine  # noqa: E402
 from lib.sampling import load_run  # noqa: E402
-from measure import measure_both_stages, open_evaluation  # noqa: E402
+from measure import measure_validation_images, open_evaluation  # noqa: E402
 
 ACCURACY_IMAGES = 5000
 PAGE_SIZE = {"width": 1240, "height": 900}
@@ -237,7 +237,7 @@ def draw_accuracy(job: Job) -> None:
     words = ["--run", str(job.run), "--num", str(ACCURACY_IMAGES)]
     print("    python evaluate.py", *words, "   # of it only this curve", flush=True)
     args = evaluate.parse_flags(words)
-    figures = measure_both_stages(open_evaluation(args, Machine()))
+    figures = measure_validation_images(open_evaluation(args, Machine()))
     pictures.draw_accuracy(job.out / "accuracy.png", figures["accuracy by mask ratio"])
 
 

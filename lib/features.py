@@ -31,12 +31,12 @@ from lib.runtime import Machine
 from lib.sets import (
     Batch,
     all_batches,
+    batches_of_rank,
     concatenate,
     gather_batches,
-    own_batches,
     random_subset,
     read_batches,
-    read_own_batches,
+    read_batches_of_rank,
     samples_in_turn,
     with_progress,
 )
@@ -134,36 +134,34 @@ def accuracy(model: nn.Module, data: DataSet, machine: Machine) -> tuple[float, 
 
 
 def load_classifier(path: Path, train: DataSet, steps: int, machine: Machine) -> Classifier:
-    """Returns the run's own classifier, kept at `path`.
+    """Returns the run's classifier, kept at `path`.
 
     If it is missing, or of other classes, steps or images, rank 0 trains it on `train`, the real
     images, and replaces the file."""
     if machine.leads:
-        kept = load_checkpoint(path, "classifier") if path.exists() else {}
-        expected = {"kind": "classifier", "classes": list(train.classes), "steps": steps}
-        images = {
+        identity = {
+            "kind": "classifier",
+            "classes": list(train.classes),
+            "steps": steps,
             "image_size": train.image_size,
             "signatures": zlib.crc32(train.signatures().tobytes()),
         }
-        # Older files do not say of which images they are.
-        if not (expected | images).items() <= (images | kept).items():
+        kept = load_checkpoint(path, "classifier") if path.exists() else {}
+        if any(kept.get(name) != value for name, value in identity.items()):
             model = train_classifier(train, steps, 0, machine, "classifier of real images")
-            save_checkpoint(path, on_cpu(expected | images | {"model": model.state_dict()}))
+            save_checkpoint(path, {**identity, "model": on_cpu(model.state_dict())})
     machine.wait()                              # until the file is there
     return read_classifier(path, train.classes, train.image_size, machine)
 
 
 def read_classifier(path: Path, classes: list[str], image_size: int,
                     machine: Machine) -> Classifier:
-    """Returns the classifier of these classes that is kept at `path`. Raises UserError."""
+    """Returns the classifier that is kept at `path`. Raises UserError if it is not of images of
+    these classes and this size."""
     kept = load_checkpoint(path, "classifier")
-    if kept["classes"] != list(classes):
-        raise UserError(f"{path} is a classifier of other classes than the run's: delete it, and "
-                        f"evaluate.py will train it again")
-    kept_size = kept.get("image_size", image_size)          # older files do not say it
-    if kept_size != image_size:
-        raise UserError(f"{path} is a classifier of {kept_size}-pixel images, and the run's have "
-                        f"{image_size}: delete it, and evaluate.py will train it again")
+    if kept["classes"] != list(classes) or kept.get("image_size") != image_size:
+        raise UserError(f"{path} is a classifier of other images than the run's, of {image_size} "
+                        f"pixels: delete it, and evaluate.py will train it again")
     model = load_weights(Classifier(len(classes)), kept["model"], path)
     model.eval().requires_grad_(False)
     return model.to(machine.device, memory_format=machine.layout)
@@ -279,11 +277,11 @@ class Networks:
         self.machine.sync()
         return Measurements(*(tensor.cpu() for tensor in measured))
 
-    def measure(self, own_batches: Iterable[Batch]) -> Measurements:
+    def measure(self, rank_batches: Iterable[Batch]) -> Measurements:
         """Measures a set of images, of which these are the batches of this rank.
 
         Returns the measurements of the whole set, on all ranks."""
-        measured = [self.measure_batch(batch.images, batch.labels) for batch in own_batches]
+        measured = [self.measure_batch(batch.images, batch.labels) for batch in rank_batches]
         return concatenate(gather_batches(measured))
 
 
@@ -305,9 +303,9 @@ class Reference:
 
     def precision_recall(self, images: Measurements) -> tuple[float, float]:
         """Returns precision and recall of the first images of both sets."""
-        ours = images.features[:PRECISION_IMAGES].to(self.device)
-        theirs = self.real.features[:PRECISION_IMAGES].to(self.device)
-        return metrics.precision_recall(ours, theirs)
+        features = images.features[:PRECISION_IMAGES].to(self.device)
+        real_features = self.real.features[:PRECISION_IMAGES].to(self.device)
+        return metrics.precision_recall(features, real_features)
 
     def figures(self, images: Measurements) -> dict:
         """Returns the columns of a table, {name: number}; under BY_CLASS, {class: number}."""
@@ -320,18 +318,18 @@ class Reference:
             SHARPNESS: sharpness.item(),
         }
         if self.networks.classifier:
-            row[RECOGNISED] = share(images.recognised)
+            row[RECOGNISED] = fraction_true(images.recognised)
             row[BY_CLASS] = {}
             for label, name in enumerate(self.networks.classes):
                 of_class = images.recognised[images.labels == label]
                 if len(of_class):
-                    row[BY_CLASS][name] = share(of_class)
+                    row[BY_CLASS][name] = fraction_true(of_class)
         return row
 
 
-def share(recognised: Tensor) -> float:
-    """Returns the share of the values (n,) that are true."""
-    return recognised.double().mean().item()
+def fraction_true(values: Tensor) -> float:
+    """Returns the fraction of booleans (n,) that are true."""
+    return values.double().mean().item()
 
 
 # ----------------------------------------------------------------------------------- while training
@@ -354,7 +352,7 @@ class Judge:
         if len(real) < 2:
             raise UserError("--evaluate-every needs at least 2 validation images, and there is "
                             f"{len(real)}: add images, or leave it out")
-        measured = self.networks.measure(read_own_batches(real, self.BATCH, "real images"))
+        measured = self.networks.measure(read_batches_of_rank(real, self.BATCH, "real images"))
         self.reference = Reference(self.networks, measured)
 
     def distance(self, draw: Callable[[Tensor, Tensor], Tensor]) -> float:
@@ -366,8 +364,8 @@ class Judge:
         return self.reference.distance(samples)
 
     def _samples(self, draw):
-        own = own_batches(self.num_samples, self.BATCH)
-        for number in with_progress(own, self.num_samples, self.BATCH, "samples"):
+        numbers = batches_of_rank(self.num_samples, self.BATCH)
+        for number in with_progress(numbers, self.num_samples, self.BATCH, "samples"):
             labels, numbers = samples_in_turn(
                 number, self.BATCH, self.num_samples, self.num_classes)
             yield Batch(number, draw(labels, numbers), labels)

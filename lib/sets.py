@@ -114,15 +114,15 @@ def all_batches(count: int, size: int) -> range:
     return range(math.ceil(count / size))
 
 
-def own_batches(count: int, size: int) -> range:
+def batches_of_rank(count: int, size: int) -> range:
     """Returns the numbers of those batches that this rank measures."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     return all_batches(count, size)[rank::ranks()]
 
 
-def read_own_batches(data: DataSet, size: int, title: str) -> Iterator[Batch]:
+def read_batches_of_rank(data: DataSet, size: int, title: str) -> Iterator[Batch]:
     """Iterates over those batches that this rank measures. title: of the progress line."""
-    batches = read_batches(data, size, own_batches(len(data), size))
+    batches = read_batches(data, size, batches_of_rank(len(data), size))
     return with_progress(batches, len(data), size, title)
 
 
@@ -139,15 +139,15 @@ def with_progress(batches: Iterable[T], count: int, size: int, title: str) -> It
             progress.show(done)
 
 
-def gather_batches(own: list) -> list:
+def gather_batches(results: list) -> list:
     """Returns the results of all ranks in the order of the batches, on all ranks.
 
-    own: this rank's, one for each of own_batches()."""
+    results: this rank's, one for each of batches_of_rank()."""
     if ranks() == 1:
-        return own
+        return results
     by_rank = [None] * ranks()
-    dist.all_gather_object(by_rank, own)
-    total = sum(len(results) for results in by_rank)
+    dist.all_gather_object(by_rank, results)
+    total = sum(map(len, by_rank))
     return [by_rank[number % ranks()][number // ranks()] for number in range(total)]
 
 

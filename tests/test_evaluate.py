@@ -154,7 +154,7 @@ def test_every_batch_is_measured_by_one_rank(world, monkeypatch):
     shares = []
     for rank in range(world):
         be_rank(monkeypatch, rank, world)
-        shares.append(list(sets.own_batches(11, 3)))
+        shares.append(list(sets.batches_of_rank(11, 3)))
     assert sorted(sum(shares, [])) == [0, 1, 2, 3]
 
     def all_gather_object(by_rank, own):
@@ -348,20 +348,21 @@ def test_the_judge_measures_drawn_images(tmp_path):
 
 
 def test_a_classifier_of_other_images_is_trained_again(classifier_file, tmp_path, monkeypatch):
-    """One of an older version does not say of which images it is, and is taken."""
     monkeypatch.setattr(features, "train_classifier", lambda *_: Classifier(10))
     machine = runtime.Machine("cpu")
     path = tmp_path / "classifier.pt"
     kept = load_checkpoint(classifier_file, "classifier")
-    other_images = kept | {"signatures": 0}
-    older = {name: kept[name] for name in ("kind", "classes", "steps", "model")}
-    for checkpoint, stays in ((kept, True), (older, True), (other_images, False), (kept | {"image_size": 16}, False)):
+    nameless = {name: kept[name] for name in ("kind", "classes", "steps", "model")}        # not said of which images
+    others = [kept | {"signatures": 0}, kept | {"image_size": 16}, kept | {"steps": 2}, nameless]
+    for checkpoint in (kept, *others):
         save_checkpoint(path, checkpoint)
         before = path.read_bytes()
         features.load_classifier(path, Shapes("train"), 1, machine)
-        assert (path.read_bytes() == before) == stays
-    with pytest.raises(UserError, match="of 32-pixel images, and the run's have 64: delete it"):
-        features.read_classifier(path, Shapes.classes, 64, machine)
+        assert (path.read_bytes() == before) == (checkpoint is kept)
+    for checkpoint, size in ((kept, 64), (nameless, 32), (kept | {"classes": NAMES}, 32)):
+        save_checkpoint(path, checkpoint)
+        with pytest.raises(UserError, match=f"of other images than the run's, of {size} pixels: delete it"):
+            features.read_classifier(path, Shapes.classes, size, machine)
 
 
 # ---- measure.py
@@ -533,7 +534,7 @@ def test_table_3_takes_each_schedule_at_its_best(opened, monkeypatch, capsys):
     seven = SCHEDULES[:7]
     monkeypatch.setattr(evaluate, "SCHEDULES", seven)
     monkeypatch.setattr(evaluate, "row_of_samples", row_of_samples)
-    monkeypatch.setattr(evaluate, "figures_of_stages", lambda run: {"NLL": dict(zip(seven, range(7), strict=True))})
+    monkeypatch.setattr(evaluate, "validation_figures", lambda run: {"NLL": dict(zip(seven, range(7), strict=True))})
     opened.args = flags_of(opened.folder, "--ablate-steps", 3, 1, 2, 5, 500, "--seeds", 2)
     rows = evaluate.table3(opened)
     assert list(rows) == seven[::-1] and [rows[name]["T"] for name in seven] == [1, 2, 3, 1, 2, 3, 1]
@@ -631,7 +632,7 @@ def test_existing_results_are_reused(folder, capsys):
     other = evaluated(folder, "--top-k", 4)
     assert len(first["records"]) == 3 and len(other["records"]) == 4                   # the row of --top-k 5 stays
     again = evaluated(folder, "--top-k", 4, "--again")
-    assert "both stages: 30 of 30" in capsys.readouterr().out
+    assert "validation images: 30 of 30" in capsys.readouterr().out
     assert again["rows"] == other["rows"] and len(again["records"]) == 4
 
 
@@ -644,8 +645,8 @@ def test_an_interrupted_evaluation_keeps_its_results(folder, monkeypatch):
         patch.setattr(evaluate, "row_of_training_images", interrupted)
         evaluated(folder)
     conditions = [record["condition"] for record in json.loads((folder / "eval.json").read_text())["records"]]
-    assert [condition.split()[0] for condition in conditions] == ["both", "samples"]
-    monkeypatch.setattr(evaluate, "measure_both_stages", interrupted)                  # these two are not done again
+    assert [condition.split()[0] for condition in conditions] == ["validation", "samples"]
+    monkeypatch.setattr(evaluate, "measure_validation_images", interrupted)                  # these two are not done again
     monkeypatch.setattr(evaluate, "draw_tokens", interrupted)
     found = evaluated(folder)
     assert found["rows"] == whole["rows"] and found["stages"] == whole["stages"]
