@@ -9,7 +9,6 @@ Writes runs/NAME/transformer.pt (or autoregressive.pt), a log, its curves and th
 """
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from lib.flags import UserError, count, fraction, non_negative, whole, yes_or_no
 from lib.image_files import admit_pixels
 from lib.loader import batches
 from lib.pictures import draw_log, grid, save_image, to_uint8
-from lib.run import Log, Run, command
+from lib.run import Log, Run, command, initial_model
 from lib.runtime import Machine, launch
 from lib.sampling import MODELS, STAGES, default_guidance, rand_of_images
 from lib.tokens import CachedTokens, FrozenTokenizer
@@ -42,7 +41,7 @@ from vqgan import VQGAN, as_grid
 # Each flag: its type; its value for `shapes` (a CPU), `cifar10` (a GPU), `imagenet` (the paper's);
 # its help.
 FLAGS = {
-    "dim": (count, 128, 384, 768, "width of the transformer; its perceptrons are 4 times as wide"),
+    "dim": (count, 128, 384, 768, "width of the transformer; its MLPs are 4 times as wide"),
     "depth": (count, 4, 12, 24, "number of layers"),
     "heads": (count, 4, 6, 8, "number of attention heads"),
     "dropout": (fraction, 0.0, 0.1, 0.1, "dropout probability"),
@@ -52,7 +51,8 @@ FLAGS = {
     "steps": (count, 4000, 60_000, 1_501_000, "training steps"),             # imagenet: 300 epochs
     "batch": (count, 64, 256, 256, "images in a step, over all devices"),
     "micro_batch": (count, None, None, 64, "images in memory at once on each device"),
-    "optimizer": (["muon", "adamw"], "muon", "muon", "adamw", "for matrices; the rest has AdamW"),
+    "optimizer": (["muon", "adamw"], "muon", "muon", "adamw",
+                  "for the matrices of the blocks; everything else uses AdamW"),
     "muon_lr": (non_negative, 0.02, 0.02, 0.02, "learning rate of Muon"),
     "lr": (non_negative, 4e-3, 2e-3, 1e-4, "learning rate of AdamW (betas 0.9, 0.96)"),
     "weight_decay": (non_negative, 0.045, 0.045, 0.045, "weight decay of both optimizers"),
@@ -70,41 +70,41 @@ PRESETS = flags.presets(FLAGS, {
 })
 # A resumed run may change every flag but these: weights and tokens depend on them.
 FIXED = {
-    "data", "init", "classes", "image_size", "tokenizer", "dim", "depth", "heads", "null_class",
-    "optimizer",
+    "data", "init", "classes", "image_size", "tokenizer", "dim", "depth", "heads",
+    "class_dropout > 0", "optimizer",
 }
 
 
 def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (long, but flat)
-    """Trains the transformer. Raises UserError for a mistake of the user."""
+    """Trains the transformer, from the flags to the finished run."""
     stage = STAGES[args.decoder]
     sequential = args.decoder == "autoregressive"
-    num_parts = optim.count_micro_batches(args.batch, args.micro_batch, machine.devices)
+    num_micro_batches = optim.count_micro_batches(args.batch, args.micro_batch, machine.devices)
     if args.dry_run:
         codebook_size, num_tokens, num_classes = plans.planned_tokens(args)
         config = configuration(args, codebook_size, num_tokens, num_classes)
-        plans.print_transformer_plan(args, machine, MODELS[stage](config), num_parts)
+        plans.print_transformer_plan(args, machine, MODELS[stage](config), num_micro_batches)
         return
 
     # The tokenizer of stage 1, the run's folder, the data.
     admit_pixels(args.max_pixels)
     args.data = resolve_data(args.data)
     check_run_outside_data(args.run, args.data)
-    own_tokenizer = args.run / "vqgan.pt"                  # a run holds all that sampling needs
-    at_once = min(64, args.batch // machine.world // num_parts)
+    run_tokenizer = args.run / "vqgan.pt"       # so that sampling needs nothing but the run
+    encode_batch = min(64, args.batch // machine.world // num_micro_batches)
     tokenizer = FrozenTokenizer(
-        args.vqgan or own_tokenizer, VQGAN, args.image_size, at_once, machine)
+        args.vqgan or run_tokenizer, VQGAN, args.image_size, encode_batch, machine)
     run = Run(stage, args, machine)
-    data, val = open_data(args.data, tokenizer.image_size, args.data_dir)
-    classes = list(data.classes)
+    train_images, val = open_data(args.data, tokenizer.image_size, args.data_dir)
+    classes = list(train_images.classes)
     config = configuration(args, tokenizer.codebook_size, tokenizer.num_tokens, len(classes))
-    about = {
+    metadata = {                                            # stored beside the weights for use
         "data": args.data,
         "classes": classes,
         "image_size": tokenizer.image_size,
         "tokenizer": tokenizer.fingerprint,
     }
-    run.note_settings(about | {"null_class": config.null_class}, FLAGS)
+    run.note_settings(metadata | {"class_dropout > 0": config.null_class}, FLAGS)
     run.compare_with_saved(FIXED)
     if run.step >= args.steps:
         run.say(f"{run.folder} is already at step {run.step}: raise --steps to train on")
@@ -120,39 +120,43 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     ema = optim.averaged(model)
     optimizers = optim.transformer_optimizers(
         model, args.optimizer, args.lr, args.muon_lr, args.weight_decay, machine)
-    saved = {"model": model, "ema": ema, **optimizers}
-    run.restore(saved)
+    resumable = {"model": model, "ema": ema, **optimizers}
+    run.restore(resumable)
     ddp_model = machine.wrap(model, model.blocks)
     run.say(f"{run.folder}: {optim.count_parameters(model) / 1e6:.2f} M parameters, "
             f"{config.num_tokens} tokens of {config.codebook_size}, {len(classes)} classes, "
             f"on {machine.device} x {machine.devices}")
-    if args.vqgan and machine.leads:
-        tokenizer.copy_to(own_tokenizer, args.overwrite)
-
-    # The judge compares images, so it is made before `data` becomes tokens.
+    if args.vqgan and not args.overwrite and machine.leads:
+        tokenizer.check_same_as(run_tokenizer)
     judge = None
     if args.evaluate_every:
-        judge = Judge(args, machine, data, val, run.folder)
+        judge = Judge(args, machine, train_images, val, run.folder)
 
     # Images become tokens: all of them now, or each batch as it comes.
+    train_set = train_images
     if args.cache_tokens:
         folder = run.folder / "tokens" / tokenizer.fingerprint
-        data = CachedTokens(
-            folder, data, args.cache_tokens, config.num_tokens, config.codebook_size)
-        data.encode(tokenizer.encode, machine, args.workers)
+        train_set = CachedTokens(
+            folder, train_images, args.cache_tokens, config.num_tokens, config.codebook_size)
+        train_set.encode(tokenizer.encode, machine, args.workers)
         machine.wait()
     val_images, val_labels = spread(val, 512)
     val_tokens = tokenizer.encode(val_images).cpu()
 
+    # All is checked: only now may this run replace another one (--overwrite).
+    run.discard_former()
+    if args.vqgan and machine.leads:
+        tokenizer.copy_to(run_tokenizer)
+
+    decay_until = args.steps if args.decay else None
     log = Log(run, flops)
     run.catch_signals()
-    stream = batches(data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
+    stream = batches(train_set, args.batch, args.seed, run.step, args.steps, args.workers, machine)
     for step, (inputs, labels) in enumerate(stream, start=run.step):    # images, or their tokens
         # Every random draw is a function of (seed, step, rank).
         generator = machine.seed_step(args.seed, step)
-        for optimizer in optimizers.values():           # args.lr is AdamW's; Muon has its own base
-            optim.set_learning_rate(
-                optimizer, step, args.lr, args.warmup, args.steps, args.decay)
+        for optimizer in optimizers.values():
+            optim.set_learning_rate(optimizer, step, args.warmup, decay_until)
 
         # The batch: tokens, of which some are masked (§3.1).
         if args.cache_tokens:
@@ -170,13 +174,13 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
 
         # The gradients of Eq. 1, summed over micro-batches.
         ddp_model.zero_grad(set_to_none=True)
-        parts = optim.micro_batches(len(tokens), num_parts)
+        parts = optim.micro_batches(len(tokens), num_micro_batches)
         for part in parts:
             with machine.micro_batch(ddp_model, last=part is parts[-1]):
                 with machine.autocast():
                     logits = ddp_model(visible[part], labels[part])                 # (b, N, K)
                     loss = mvtm_loss(logits, tokens[part], mask[part], args.label_smoothing)
-                (loss / num_parts).backward()
+                (loss / num_micro_batches).backward()
             log.add(loss=loss, accuracy=masked_accuracy(logits, tokens[part], mask[part]))
 
         # The update of the weights and of their average.
@@ -187,15 +191,18 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         log.add(gradient=gradient_norm)
         machine.sync()
 
-        # Now and then: log, validate, draw, measure, save; stop if a signal asked for it.
+        # Now and then: save first, stop if a signal asked for it, validate, draw, measure, log.
         done = step + 1
-        if run.should_stop(done):
-            log.write(done)
-            run.save(done, saved, about)
-            run.exit(done)
+        stopping = run.should_stop(done)
+        saving = run.due(done, args.save_every)
         drawing = run.due(done, args.picture_every)
         judging = run.due(done, args.evaluate_every)
-        saving = run.due(done, args.save_every)
+        if stopping or saving:
+            log.check_finite(done)
+            run.save(done, resumable, metadata)
+        if stopping:
+            log.write(done)
+            run.exit(done)
         figures = {}
         if drawing:
             figures = validation(args, ema, val_tokens, val_labels, machine)
@@ -204,18 +211,20 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
             distance = judge.distance(
                 lambda labels, numbers: draw(ema, tokenizer, labels, numbers, machine))
             figures[judge.name] = distance
-            run.keep_best(done, distance, ema, about)
+            run.keep_best(done, distance, judge.measure, ema, metadata)
         if drawing or judging or saving or run.due(done, args.log_every):
             log.write(done, **figures)
         if drawing and machine.leads:
             draw_log(run.curve, run.log_file)
-        if saving:
-            run.save(done, saved, about)
-    words = ["--run", run.folder]
-    if sequential:
+    run.say(f"wrote {run.model_file}; look at {run.picture}. Next: {next_command(args)}")
+
+
+def next_command(args: argparse.Namespace) -> str:
+    """Returns the command that draws samples from the trained model."""
+    words = ["--run", args.run]
+    if args.decoder != "parallel":
         words += ["--decoder", args.decoder]
-    next_command = command("sample.py", *words)
-    run.say(f"wrote {run.model_file}; look at {run.picture}. Next: {next_command}")
+    return command("sample.py", *words)
 
 
 def configuration(
@@ -227,8 +236,8 @@ def configuration(
     not divide."""
     guided = args.class_dropout > 0 and args.decoder == "parallel"
     if args.init:
-        start, _ = open_start(args)
-        return replace(start.config, num_classes=num_classes, num_tokens=num_tokens,
+        pretrained, _ = open_pretrained(args)
+        return replace(pretrained.config, num_classes=num_classes, num_tokens=num_tokens,
                        dropout=args.dropout, null_class=guided)
     if args.dim % args.heads:
         raise UserError(f"--dim {args.dim} is not divisible by --heads {args.heads}: choose a "
@@ -253,30 +262,30 @@ def load_pretrained(
 
     The embeddings of classes are copied only if both runs have the same classes. Raises UserError
     if that run has another tokenizer or another number of tokens."""
-    start, checkpoint = open_start(args)
+    pretrained, checkpoint = open_pretrained(args)
     if checkpoint["tokenizer"] != fingerprint:
         raise UserError(f"{args.init} has another tokenizer: add --vqgan {args.init}/vqgan.pt")
-    if start.config.num_tokens != model.config.num_tokens:
-        raise UserError(f"{args.init} draws {start.config.num_tokens} tokens, not "
+    if pretrained.config.num_tokens != model.config.num_tokens:
+        raise UserError(f"{args.init} draws {pretrained.config.num_tokens} tokens, not "
                         f"{model.config.num_tokens}: add --image-size {checkpoint['image_size']}")
-    weights = start.state_dict()
+    weights = pretrained.state_dict()
     codes = model.config.codebook_size
     for name in ("token_embedding.weight", "head_bias"):
         rows = model.state_dict()[name].clone()
         rows[:codes] = weights[name][:codes]
-        rows[model.mask_id] = weights[name][start.mask_id]
+        rows[model.mask_id] = weights[name][pretrained.mask_id]
         if checkpoint["classes"] == classes:
-            rows[codes:model.mask_id] = weights[name][codes:start.mask_id]
-        if model.config.null_class and start.config.null_class:
+            rows[codes:model.mask_id] = weights[name][codes:pretrained.mask_id]
+        if model.config.null_class and pretrained.config.null_class:
             rows[-1] = weights[name][-1]
         weights[name] = rows
     model.load_state_dict(weights)
 
 
-def open_start(args: argparse.Namespace) -> tuple[MaskGIT, dict]:
+def open_pretrained(args: argparse.Namespace) -> tuple[MaskGIT, dict]:
     """Returns the transformer of the run named by --init, and its checkpoint."""
     stage = STAGES[args.decoder]
-    return rebuild(Path(args.init, f"{stage}.pt"), stage, MODELS[stage])
+    return rebuild(initial_model(args, stage), stage, MODELS[stage])
 
 
 @torch.no_grad()

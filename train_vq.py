@@ -12,7 +12,6 @@ Writes runs/NAME/vqgan.pt, a log, its curves and the latest reconstructions.
 import argparse
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +32,7 @@ from lib.image_files import admit_pixels
 from lib.loader import batches
 from lib.lpips import fetch_lpips
 from lib.pictures import draw_log, grid, save_image
-from lib.run import Log, Run, command
+from lib.run import Log, Run, command, initial_model
 from lib.runtime import Machine, from_first_rank, launch
 from vqgan import QUANTIZERS, VQGAN, VQGANConfig
 
@@ -100,7 +99,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     """Trains the tokenizer. Raises UserError for a mistake of the user."""
     start = None                                            # the tokenizer of --init
     if args.init:
-        start, checkpoint = rebuild(Path(args.init, "vqgan.pt"), "vqgan", VQGAN)
+        start, checkpoint = rebuild(initial_model(args, "vqgan"), "vqgan", VQGAN)
         if "image_size" not in args.given:
             args.image_size = checkpoint["image_size"]
     if args.perceptual == "auto":
@@ -157,7 +156,9 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     ddp_disc = machine.wrap(disc)
     frozen_disc = machine.compile(disc)
 
+    decay_until = args.steps if args.decay else None
     log = Log(run, flops)
+    run.discard_former()
     run.catch_signals()
     stream = batches(data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
     for step, (images, _) in enumerate(stream, start=run.step):
@@ -172,7 +173,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         adversarial = args.adversarial * min(1, max(0, gan_step + 1) / args.gan_ramp)
 
         # The tokenizer learns, with gradients summed over micro-batches.
-        optim.set_learning_rate(optimizer, step, args.lr, args.warmup, args.steps, args.decay)
+        optim.set_learning_rate(optimizer, step, args.warmup, decay_until)
         disc.requires_grad_(False)
         ddp_model.zero_grad(set_to_none=True)
         fakes = []                                          # the reconstructions, by micro-batch
@@ -193,8 +194,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         # its own, its first steps would overshoot. It has not needed clipping.
         if adversarial > 0:
             log.flops = adversarial_flops
-            optim.set_learning_rate(
-                disc_optimizer, gan_step, args.disc_lr, args.gan_ramp, total=0, decay=False)
+            optim.set_learning_rate(disc_optimizer, gan_step, warmup=args.gan_ramp)
             disc.requires_grad_(True)
             ddp_disc.zero_grad(set_to_none=True)
             for part, fake in zip(parts, fakes, strict=True):
@@ -215,14 +215,17 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
             disc_optimizer.step()
         machine.sync()
 
-        # Now and then: log, draw, save; stop if a signal asked for it.
+        # Now and then: save first, stop if a signal asked for it, validate, draw, log.
         done = step + 1
-        if run.should_stop(done):
-            log.write(done)
-            run.save(done, saved, about)
-            run.exit(done)
-        drawing = run.due(done, args.picture_every)
+        stopping = run.should_stop(done)
         saving = run.due(done, args.save_every)
+        drawing = run.due(done, args.picture_every)
+        if stopping or saving:
+            log.check_finite(done)
+            run.save(done, saved, about)
+        if stopping:
+            log.write(done)
+            run.exit(done)
         figures = {}
         if drawing:
             # On every rank: torch-xla needs all hosts, and elsewhere the others would only wait.
@@ -233,8 +236,6 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
             log.write(done, **figures)
         if drawing and machine.leads:
             draw_log(run.curve, run.log_file)
-        if saving:
-            run.save(done, saved, about)
     run.say(f"wrote {run.model_file}; look at {run.picture}. Next: {next_command(args)}")
 
 
@@ -286,8 +287,8 @@ def tokenizer_optimizer(
     quantizer = list(model.quantizer.parameters())
     others = [*model.encoder.parameters(), *model.decoder.parameters()]
     groups = [
-        {"params": others, "base": args.lr},
-        {"params": quantizer, "base": args.lr * args.codebook_lr},
+        {"params": others, "lr": args.lr},
+        {"params": quantizer, "lr": args.lr * args.codebook_lr},
     ]
     return torch.optim.Adam(groups, lr=args.lr, betas=(args.beta1, 0.99), fused=machine.fused)
 

@@ -105,7 +105,7 @@ def train_classifier(data: DataSet, steps: int, seed: int, machine: Machine,
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     progress = Progress(title, steps, "steps")
     for step, (images, labels) in enumerate(batches(data, 128, seed, 0, steps)):
-        set_learning_rate(optimizer, step, 3e-3, 50, steps, decay=True)
+        set_learning_rate(optimizer, step, warmup=50, decay_until=steps)
         with machine.autocast():
             logits = model(machine.to_floats(images))
         loss = F.cross_entropy(logits.float(), machine.put(labels), label_smoothing=0.1)
@@ -338,7 +338,8 @@ class Judge:
     """Measures the samples of a model while it is trained: their distance to real images.
 
     args: those of JUDGE_FLAGS. train, val: the run's data sets. folder: the run's. Attributes:
-    name, FCD or FID. Raises UserError as open_networks() does."""
+    name, FCD or FID; measure, all that the distance depends on but for the samples. Raises
+    UserError as open_networks() does."""
     BATCH = 100
 
     def __init__(self, args: argparse.Namespace, machine: Machine, train: DataSet, val: DataSet,
@@ -348,6 +349,7 @@ class Judge:
         self.num_classes = len(train.classes)
         self.networks = open_networks(args, machine, train, folder)
         self.name = self.networks.distance
+        self.measure = f"{self.name} of {args.evaluate_num} samples, {self.networks.name}"
         real = random_subset(val, args.evaluate_num)
         if len(real) < 2:
             raise UserError("--evaluate-every needs at least 2 validation images, and there is "

@@ -14,6 +14,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from lib.terminal import end_line
+
 OUT_OF_MEMORY = ("out of memory: in training lower --micro-batch (a step still has --batch images) "
                  "or the model's sizes, otherwise the number of images at once (--num, --batch)")
 CONTAINER_LIMITS = ["/sys/fs/cgroup/memory.max",                        # cgroup v2
@@ -56,6 +58,7 @@ def command_line(main: Callable[[], None], interrupted: str = "stopped by Ctrl-C
                 raise
             traceback.print_exception(error)
             leave(1)
+        end_line()
         print(f"error: {message}", file=sys.stderr)
         leave(2)
 

@@ -31,20 +31,21 @@ def micro_batches(length: int, count: int) -> list[slice]:
 
 
 def set_learning_rate(
-    optimizer: torch.optim.Optimizer, step: int, base: float, warmup: int, total: int, decay: bool,
+    optimizer: torch.optim.Optimizer, step: int, warmup: int, decay_until: int | None = None,
 ) -> None:
-    """Sets the learning rate of a step: a linear warm-up, then constant or a cosine decay.
+    """Sets the learning rates of a step, relative to those that the optimizer was made with.
 
-    warmup: in steps. The decay ends at 1% of `base` at step `total`. A group of parameters may have
-    a "base" of its own."""
+    They rise linearly for `warmup` steps. Then they are constant, or decay along a cosine to 1% at
+    step `decay_until`."""
+    factor = 1.0
+    if step < warmup:
+        factor = (step + 1) / warmup
+    elif decay_until is not None:
+        angle = math.pi * (step - warmup) / max(decay_until - warmup, 1)
+        factor = 0.01 + 0.99 * 0.5 * (1 + math.cos(angle))
     for group in optimizer.param_groups:
-        rate = group.get("base", base)
-        if step < warmup:
-            rate = rate * (step + 1) / warmup
-        elif decay:
-            angle = math.pi * (step - warmup) / max(total - warmup, 1)
-            rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(angle))
-        group["lr"] = rate
+        first_rate = group.setdefault("first_lr", group["lr"])          # noted at the first call
+        group["lr"] = first_rate * factor
 
 
 class Muon(torch.optim.Optimizer):
@@ -52,13 +53,13 @@ class Muon(torch.optim.Optimizer):
 
     So it moves equally far in all directions, where Adam follows a few strong ones (Jordan et al.
     2024, https://kellerjordan.github.io/posts/muon). matrices: parameters of two dimensions. dtype:
-    of the iterations. Matrices of one shape are iterated together: torch.optim.Muon loops over
-    them, which costs milliseconds of Python a step."""
+    in which the iterations of orthogonal() run. Matrices of one shape are stacked and iterated at
+    once: torch.optim.Muon loops over them, which costs milliseconds of Python a step."""
 
     def __init__(
         self, matrices: list[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype,
     ):
-        super().__init__(matrices, {"lr": lr, "base": lr, "weight_decay": weight_decay})
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
         self.dtype = dtype
 
     @torch.no_grad()
@@ -112,8 +113,7 @@ def transformer_optimizers(
 ) -> dict[str, torch.optim.Optimizer]:
     """Returns the optimizers of a transformer by name: AdamW, and Muon for the blocks' matrices.
 
-    kind: muon, or adamw for everything. Weight decay spares biases and LayerNorms. Parameters
-    whose learning rate is not --lr have it as "base" of their group (set_learning_rate())."""
+    kind: muon, or adamw for everything. Weight decay spares biases and LayerNorms."""
     if kind not in ("muon", "adamw"):
         raise ValueError(f"unknown optimizer {kind}")
     muon_matrices = []
@@ -145,34 +145,25 @@ def averaged(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def update_average(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Moves the averaged weights a fraction 1 - decay towards the model's."""
-    decay = min(decay, (1 + step) / (10 + step))        # to forget the first, poor weights faster
+    # Early in training the average is over few steps, so that it forgets the initial weights.
+    decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Loads an optimizer's moments and step counts, but not its hyperparameters.
 
-    A run may resume with other flags. Moments get the memory layout of their parameters: the run
-    may come from a device with another one, and the CPU's fused Adam would misread them."""
-    hyperparameters = []
-    for group in optimizer.param_groups:
-        hyperparameters.append({name: value for name, value in group.items() if name != "params"})
-    optimizer.load_state_dict(state)
-    for group, kept in zip(optimizer.param_groups, hyperparameters, strict=True):
-        group.update(kept)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            adapt_moments(optimizer.state.get(parameter, {}), parameter, group.get("fused", False))
-
-
-def adapt_moments(moments: dict, parameter: nn.Parameter, fused: bool) -> None:
-    """Gives moments the memory layout of their parameter, and a fused optimizer's step count its
-    device, where torch leaves it if the optimizer that saved it was not fused."""
-    for name, value in moments.items():
-        if name == "step" and fused:
-            moments[name] = value.to(parameter.device, torch.float32)
-        elif torch.is_tensor(value) and value.shape == parameter.shape:
-            moments[name] = torch.empty_like(parameter).copy_(value)
+    A run may resume with other flags and on another device. Moments get the memory layout of their
+    parameters, as the CPU's fused Adam would misread them in another one."""
+    # "fused" must be ours before torch loads: it says on which device Adam counts its steps.
+    groups = []
+    for ours, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        groups.append(ours | {"params": saved["params"]})
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter).copy_(value)
 
 
 def count_parameters(model: nn.Module) -> int:

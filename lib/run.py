@@ -28,18 +28,18 @@ from torch import Tensor, nn
 from lib.files import load_checkpoint, on_cpu, save_checkpoint, write_atomically
 from lib.flags import UserError, value_as_typed
 from lib.optim import load_optimizer
-from lib.runtime import Machine, mean_over_ranks
+from lib.runtime import Machine, from_first_rank, mean_over_ranks
 from lib.terminal import show_line, time_left
 
-REPEAT_SECONDS = 3      # torchrun and a scheduler may both pass on one SIGTERM within a moment
+REPEAT_SECONDS = 3      # torchrun and a scheduler may each forward the same SIGTERM
 
 
 class Run:
     """One stage's training in a run's folder. Only the leading process writes and prints.
 
     Attributes: step, at which this process starts; stage; folder; the paths model_file, best_file,
-    resume_file, log_file, curve and picture; best, the least distance (FID or FCD) so far.
-    Raises UserError if another run is in the way, or another process is training it."""
+    resume_file, log_file, curve and picture. Raises UserError if another run is in the way, or
+    another process is training it."""
 
     def __init__(self, stage: str, args: argparse.Namespace, machine: Machine):
         self.stage = stage
@@ -54,7 +54,6 @@ class Run:
         self.curve = self.folder / f"{stage}.curve.png"
         self.picture = self.folder / f"{stage}.png"
         self.step = 0
-        self.best = math.inf
         self.state = None
         self.signal = None
         self.signal_time = 0.0
@@ -63,6 +62,7 @@ class Run:
             self._remove_leftovers()
         if not args.overwrite and (self.model_file.exists() or self.resume_file.exists()):
             self._resume_or_refuse()
+        self._check_ranks_agree()
 
     def _lock(self) -> None:
         """Locks the stage in this folder, or raises UserError if another process trains it.
@@ -79,7 +79,7 @@ class Run:
             try:
                 # Not flock(), whose lock the reader processes of a killed run would still hold.
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):              # which of them, systems differ
+            except (BlockingIOError, PermissionError):              # the system decides which
                 raise UserError(
                     f"another process is training the {self.stage} in {self.folder}: wait for it, "
                     f"stop it, or choose another folder with --run") from None
@@ -111,21 +111,30 @@ class Run:
 
     def _resume_or_refuse(self) -> None:
         """Reads the state to resume from, or raises UserError if the folder is taken."""
-        state = None
-        if self.resume_file.exists():
+        remedy = "use --overwrite to start again, or --run DIR for another place"
+        if not self.resume_file.exists():
+            raise UserError(f"{self.model_file} exists, but there is no {self.resume_file.name} to "
+                            f"resume from: {remedy}")
+        try:
             state = load_checkpoint(self.resume_file, f"{self.stage} training state")
+        except UserError as error:
+            raise UserError(f"{error}; {remedy}") from error
         if not self.args.resume:
             progress = "finished"
-            if state and state["step"] < self.args.steps:
+            if state["step"] < self.args.steps:
                 progress = f"unfinished (step {state['step']} of {self.args.steps})"
             raise UserError(f"{self.folder} already holds a {progress} {self.stage}: use --resume "
-                            f"to go on, --overwrite to start again, or --run DIR for another place")
-        if not state:
-            raise UserError(f"{self.model_file} exists, but there is no {self.resume_file.name} to "
-                            f"resume from: use --overwrite to start again")
+                            f"to go on, {remedy}")
         self.step = state["step"]
-        self.best = state["best"]
         self.state = state
+
+    def _check_ranks_agree(self) -> None:
+        """Raises UserError if this rank starts at another step than the first rank."""
+        step = torch.tensor(self.step, device=self.machine.device)
+        first_step = from_first_rank(step).item()
+        if self.step != first_step:
+            raise UserError(f"one process starts at step {first_step}, another at {self.step}: "
+                            f"{self.folder} must be on a disk that all computers share")
 
     def note_settings(self, settings: dict, flags: Iterable[str]) -> None:
         """Notes the settings of this run, for its checkpoints.
@@ -136,10 +145,10 @@ class Run:
         self.settings["init"] = self.args.init or "none"
 
     def compare_with_saved(self, fixed: set[str]) -> None:
-        """Prints which settings have changed, if the run is resumed.
+        """Reports settings that have changed since the run was saved, if it is resumed.
 
-        fixed: the names that weights or tokens depend on; UserError is raised if one of these has
-        changed. A setting that an older checkpoint does not record is passed over."""
+        fixed: the names of settings that cannot change. Raises UserError if one of them did. A
+        setting that an older checkpoint does not record is passed over."""
         if self.state is None:
             return
         changes = []
@@ -147,6 +156,11 @@ class Run:
             before = self.state["settings"].get(name, value)
             if before == value:
                 continue
+            if name == "classes":
+                names = sorted(set(before) ^ set(value))[:5]
+                raise UserError(f"the classes have changed since {self.folder} was started "
+                                f"({', '.join(names)}), and its weights depend on them: bring the "
+                                f"former ones back, or use --overwrite or another --run")
             typed = value_as_typed(value)
             typed_before = value_as_typed(before)
             if name in fixed:
@@ -158,13 +172,7 @@ class Run:
             self.say("resuming with " + ", ".join(changes))
 
     def restore(self, saved: dict[str, nn.Module | torch.optim.Optimizer]) -> None:
-        """Loads models and optimizers, by name, from where the run stopped, if it is resumed.
-
-        If it replaces another run (--overwrite), that one can no longer be resumed: otherwise
-        --resume would go on with it, if this one ended before it is first saved."""
-        if self.args.overwrite and self.machine.leads:
-            self.resume_file.unlink(missing_ok=True)
-            self.best_file.unlink(missing_ok=True)
+        """Loads models and optimizers, by name, from where the run stopped, if it is resumed."""
         if self.state is None:
             return
         for name, target in saved.items():
@@ -173,6 +181,15 @@ class Run:
             else:
                 target.load_state_dict(self.state[name])
         self.state = None                                   # it takes as much memory as `saved`
+
+    def discard_former(self) -> None:
+        """Deletes what a former run left that this one does not resume: its state and best weights.
+
+        Otherwise --resume would go on with that run, if this one ends before it is first saved.
+        To be called when all else is checked, since that run is lost then."""
+        if self.step == 0 and self.machine.leads:
+            self.resume_file.unlink(missing_ok=True)
+            self.best_file.unlink(missing_ok=True)
 
     def say(self, text: str) -> None:
         """Prints a line, in the leading process only."""
@@ -194,7 +211,7 @@ class Run:
         self.save_model(self.model_file, step, saved["ema"], about)
         state = {name: part.state_dict() for name, part in saved.items()}
         save_checkpoint(self.resume_file, on_cpu({
-            "kind": f"{self.stage} training state", "step": step, "best": self.best,
+            "kind": f"{self.stage} training state", "step": step,
             "settings": self.settings, **state,
         }))
 
@@ -207,11 +224,24 @@ class Run:
             "config": asdict(model.config), "model": model.state_dict(), **about,
         }))
 
-    def keep_best(self, step: int, distance: float, model: nn.Module, about: dict) -> None:
-        """Writes STAGE.best.pt if this distance is the least so far."""
-        if distance < self.best:
-            self.best = distance
-            self.save_model(self.best_file, step, model, about)
+    def keep_best(
+        self, step: int, distance: float, measure: str, model: nn.Module, about: dict,
+    ) -> None:
+        """Writes STAGE.best.pt if this distance is less than that of the file.
+
+        measure: which distance it is, in words. The file is also replaced, and this is said, if its
+        distance is another one. The other arguments: see save()."""
+        if not self.machine.leads:
+            return
+        if self.best_file.exists():
+            best = load_checkpoint(self.best_file, self.stage)
+            if best.get("measure") != measure:
+                self.say(f"{self.best_file} was chosen by another distance than the {measure}: it "
+                         f"is replaced")
+            elif distance >= best["distance"]:
+                return
+        measured = {"measure": measure, "distance": distance}
+        self.save_model(self.best_file, step, model, about | measured)
 
     def catch_signals(self) -> None:
         """Makes Ctrl-C and SIGTERM wait for the end of a step, where should_stop() reports them."""
@@ -223,12 +253,19 @@ class Run:
         if self.signal is None:
             self.signal = number
             self.signal_time = now
+            if self.machine.leads:      # print() might be at work just now, so it is passed by
+                os.write(2, b"\nstopping at the end of a step, which is saved first; "
+                            b"a second signal ends at once\n")
         elif now - self.signal_time > REPEAT_SECONDS:               # someone insists: end at once
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     def should_stop(self, step: int) -> bool:
-        """Returns True if a signal asks to stop after this step; all ranks get the same answer."""
+        """Returns True if a signal asks to stop after this step; all ranks get the same answer.
+
+        After its last step, a run ends in any case."""
+        if step == self.args.steps:
+            return False
         if self.machine.world == 1:
             return self.signal is not None
         # The ranks must agree. That costs a little time, so they only ask at every tenth step.
@@ -254,7 +291,7 @@ class Log:
         self.flops = flops
         self.pending = {}                                   # scalar tensors by name, on the device
         self.times = []                                     # (step, seconds) of the latest lines
-        self.file = None
+        self.started = False                                # True once the file has a header
 
     def add(self, **values: Tensor) -> None:
         """Collects scalar tensors on the device until write(), so that no step waits for them."""
@@ -263,21 +300,28 @@ class Log:
         if not self.times:          # the clock starts after the first forward pass, which compiles
             self.times = [(self.run.step + 1, time.time())]
 
-    def write(self, step: int, **figures: float) -> None:
-        """Writes and shows the means since the last call, over all ranks, and this step's figures.
+    def check_finite(self, step: int) -> dict[str, float]:
+        """Returns the means since the last row, over all ranks, by name.
 
-        Raises UserError if a mean is not finite."""
-        machine = self.run.machine
+        Raises UserError if one is not finite: then the weights must not be saved."""
         means = [torch.stack(values).mean() for values in self.pending.values()]
-        values = machine.fetch(mean_over_ranks(torch.stack(means)))
+        values = self.run.machine.fetch(mean_over_ranks(torch.stack(means)))
         row = dict(zip(self.pending, values, strict=True))
-        self.pending = {}
         for name, value in row.items():
             if not math.isfinite(value):
                 raise UserError(
                     f"{name} became {value} at or before step {step}: the last good checkpoint, if "
-                    f"any, is {self.run.resume_file}; go on from it with --resume and a lower --lr")
-        if not machine.leads:
+                    f"any, is {self.run.resume_file}; go on from it with --resume and a lower --lr "
+                    f"(or --muon-lr, or --disc-lr)")
+        return row
+
+    def write(self, step: int, **figures: float) -> None:
+        """Writes and shows the means since the last row, over all ranks, and this step's figures.
+
+        Raises UserError as check_finite() does, or if the disk is full."""
+        row = self.check_finite(step)
+        self.pending = {}
+        if not self.run.machine.leads:
             return
         row |= figures
         shown = [f"{name} {value:.4g}" for name, value in row.items()]
@@ -288,7 +332,8 @@ class Log:
         args = self.run.args
         left = time_left((args.steps - step) * args.batch, speed)
         rate = f"{speed:.0f} images/s ({row['TFLOP/s']:.3g} TFLOP/s)"
-        show_line("  ".join([f"step {step}/{args.steps}", *shown, rate, left]), step == args.steps)
+        # On a terminal the end of the line is cut off.
+        show_line("  ".join([f"step {step}/{args.steps}", left, rate, *shown]), step == args.steps)
 
     def images_per_second(self) -> float:
         """Returns the speed since ten lines ago; 0 if it is not known yet."""
@@ -299,35 +344,49 @@ class Log:
     def _write_row(self, row: dict) -> None:
         """Writes a row, below a header with all names so far."""
         new_names = [name for name in row if name not in self.columns]
-        if self.file is None or new_names:
-            self._open(new_names)
+        if not self.started or new_names:
+            self._add_columns(new_names)
         cells = {}
         for name, value in row.items():
             cells[name] = f"{value:.6g}" if isinstance(value, float) else value
-        self.table.writerow(cells)
+        path = self.run.log_file
+        try:
+            with path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(cells)
+        except OSError as error:
+            raise UserError(f"cannot write {path} ({error.strerror}): free some space, and go on "
+                            f"from the last checkpoint with --resume") from error
 
-    def _open(self, new_names: list[str]) -> None:
-        """Opens the file with new columns, and keeps its rows; of a resumed run, those up to its
-        step. It is replaced as a whole, so that no row is lost if this process is killed."""
+    def _add_columns(self, new_names: list[str]) -> None:
+        """Adds columns, and keeps the file's rows; of a resumed run, those up to its step.
+
+        The file is replaced as a whole, so that no row is lost if this process is killed."""
         path = self.run.log_file
         rows = []
-        if path.exists() and (self.file is not None or self.run.step):
-            for row in csv.DictReader(path.read_text().splitlines()):
+        old_columns = []
+        if path.exists() and (self.started or self.run.step):
+            reader = csv.DictReader(path.read_text().splitlines())
+            old_columns = reader.fieldnames or []
+            for row in reader:
                 kept = row["step"].isdigit() and int(row["step"]) <= self.run.step
-                if self.file is not None or kept:
+                if self.started or kept:
                     rows.append(row)
-                    new_names += row
-        for name in new_names:
-            if name not in self.columns:
-                self.columns.append(name)
+        self.columns = list(dict.fromkeys([*self.columns, *new_names, *old_columns]))
         text = io.StringIO(newline="")
         table = csv.DictWriter(text, self.columns)
         table.writeheader()
         table.writerows(rows)
         content = text.getvalue().encode()
         write_atomically(path, lambda file: file.write(content))
-        self.file = path.open("a", newline="", buffering=1)         # a row is in the file at once
-        self.table = csv.DictWriter(self.file, self.columns)
+        self.started = True
+
+
+def initial_model(args: argparse.Namespace, stage: str) -> Path:
+    """Returns the file of the model to start from: that of the run named by --init.
+
+    If this run is resumed, it is its own, so the other run may be gone."""
+    resumed = args.resume and Path(args.run, f"{stage}.resume.pt").exists()
+    return Path(args.run if resumed else args.init, f"{stage}.pt")
 
 
 def command(script: str, *words: str | Path) -> str:

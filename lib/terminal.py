@@ -16,10 +16,14 @@ def time_left(amount: float, speed: float | None) -> str:
     return f"{timedelta(seconds=int(amount / speed))} left"
 
 
+unfinished = None               # the terminal whose progress line waits for the next one
+
+
 def show_line(text: str, last: bool = False, stream: TextIO | None = None) -> None:
     """Prints a line of progress. On a terminal the next one will replace it, unless it is the last.
 
     stream: None is stdout."""
+    global unfinished
     stream = stream or sys.stdout
     if not stream.isatty():
         print(text, file=stream, flush=True)
@@ -27,6 +31,15 @@ def show_line(text: str, last: bool = False, stream: TextIO | None = None) -> No
     width = (os.get_terminal_size(stream.fileno()).columns or 80) - 1   # some terminals say 0
     end = "\n" if last else ""
     print("\r" + text[:width].ljust(width), end=end, file=stream, flush=True)
+    unfinished = None if last else stream
+
+
+def end_line() -> None:
+    """Ends a progress line, so that what follows, such as an error, has a line of its own."""
+    global unfinished
+    if unfinished is not None:
+        print(file=unfinished, flush=True)
+    unfinished = None
 
 
 class Progress:

@@ -42,16 +42,16 @@ class FrozenTokenizer:
         self.model = machine.freeze(machine.place(model))
         self.compiled_encode = machine.compile(self.model.encode)
 
-    def copy_to(self, path: Path, overwrite: bool) -> None:
-        """Copies the tokenizer's file into a run, which then holds all that sampling needs.
-
-        Raises UserError if the run has another tokenizer that must not be overwritten."""
-        if path.exists() and not overwrite:
+    def check_same_as(self, path: Path) -> None:
+        """Raises UserError if another tokenizer is at `path`, in the run's folder."""
+        if path.exists():
             other, _ = rebuild(path, "vqgan", type(self.model))
             if fingerprint(other) != self.fingerprint:
                 raise UserError(f"{path} is another tokenizer than --vqgan {self.path}: choose "
                                 f"another --run, or add --overwrite")
-            return
+
+    def copy_to(self, path: Path) -> None:
+        """Copies the tokenizer's file into a run, which then holds all that sampling needs."""
         content = self.path.read_bytes()
         write_atomically(path, lambda file: file.write(content))
 
@@ -85,8 +85,9 @@ class CachedTokens:
     """All training images as tokens, encoded once in several augmented views: a data set of tokens.
 
     A row is the N tokens and the label of one view of one image; the first views of all images come
-    first. The rows are stored in chunks, files NNNNN-HASH.npy of uint16 in `folder`. The hash is of
-    DataSet.signatures(), so chunks of images that have changed are encoded anew.
+    first. The rows are stored in chunks, files FIRST-LAST-HASH.npy of uint16 in `folder`. The hash
+    is of DataSet.signatures(), so chunks of images that have changed are encoded anew. Both
+    decoders of a run share the folder, also with other numbers of views.
     data: the images. num_tokens: N. Raises UserError if tokens or labels do not fit."""
 
     FILES = 256              # most chunks; each stays open (file descriptors)
@@ -110,24 +111,24 @@ class CachedTokens:
         self.chunks = split(rows, self.chunk_rows)
         signatures = data.signatures()
         self.paths = []
-        for number, chunk in enumerate(self.chunks):
+        for chunk in self.chunks:
             digest = hashlib.md5(f"{num_tokens} {chunk} {len(data)}".encode())
             digest.update(signatures[np.array(chunk) % len(data)].tobytes())
-            self.paths.append(self.folder / f"{number:05}-{digest.hexdigest()[:16]}.npy")
+            self.paths.append(self.folder / f"{chunk[0]}-{chunk[-1]}-{digest.hexdigest()[:16]}.npy")
 
     def __len__(self) -> int:
         return len(self.data)
 
     def encode(self, tokenize: Callable[[torch.Tensor], torch.Tensor], machine: Machine,
                workers: int | None = None) -> None:
-        """Writes the chunks that are missing, and removes those of other images.
+        """Writes the chunks that are missing, and removes those of images that have changed.
 
         tokenize: images (n, 3, S, S) uint8 -> tokens (n, N). workers: processes that read ahead;
         None: data.workers. Each rank writes its share of the chunks, each of them whole or not at
         all, so an interrupted encoding can go on. Raises UserError as data.batch() does,
         KeyboardInterrupt on Ctrl-C."""
         if machine.leads:
-            self.remove_others()
+            self.remove_outdated()
         missing = self.missing_chunks(machine)
         batches = []
         for number in missing:
@@ -139,7 +140,7 @@ class CachedTokens:
         total = sum(map(len, batches))
         progress = Progress(f"encoding views into {self.folder}", total, stream=sys.stderr)
         done = 0
-        with interruptible("stopped while encoding images: the same command with --resume goes on"):
+        with interruptible("stopped while encoding images: the same command goes on"):
             for number in missing:
                 # The tokens stay on the device until the chunk is complete: to copy those of each
                 # batch would be to wait for them.
@@ -169,18 +170,19 @@ class CachedTokens:
         machine.wait()                      # nothing is written before all hosts have looked
         return missing
 
-    def remove_others(self) -> None:
-        """Deletes what killed encodings left, and the chunks of other images, or of these before
-        they changed; of the chunks it says so."""
-        for leftover in self.folder.glob(".*.npy.*.tmp"):
-            leftover.unlink()
-        others = set(self.folder.glob("*.npy")) - set(self.paths)
-        if others:
-            print(f"{len(others)} files in {self.folder} hold tokens of images that have changed "
-                  f"or are not used now: they are removed, and what is missing is encoded anew",
-                  file=sys.stderr)
-        for path in others:
-            path.unlink()
+    def remove_outdated(self) -> None:
+        """Deletes chunks of the same rows with another hash: their images have changed.
+
+        Chunks of other rows stay, as another decoder of the run may use other numbers of views."""
+        outdated = []
+        for path in self.paths:
+            rows, _ = path.name.rsplit("-", 1)
+            outdated += set(self.folder.glob(f"{rows}-*.npy")) - {path}
+        if outdated:
+            print(f"{len(outdated)} files in {self.folder} hold tokens of images that have "
+                  f"changed: they are removed, and these images are encoded anew", file=sys.stderr)
+        for path in outdated:
+            path.unlink(missing_ok=True)            # another process may do the same
 
     @functools.cached_property
     def arrays(self) -> list[np.ndarray]:

@@ -1,6 +1,8 @@
 """Bad inputs: each ends in one line on stderr that names the thing, with status 2, and changes no file."""
+import os
 import shutil
 import struct
+import sys
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import pretrained
 import sample
 import train_transformer
 import train_vq
-from lib import files, flags
+from lib import files, flags, terminal
 
 # What the capital words stand for: RUN is a small run, NEW does not exist, and for the others see `folder`.
 
@@ -74,10 +76,12 @@ OTHERS = [
     (train_vq, "--run NEW --perceptual lpips --image-size 12", "at least 16 pixels"),
     (train_vq, "--run RUN --resume --overwrite", "not allowed with"),
     (train_vq, "--run NEW --preset huge", "shapes"),
-    (train_vq, "--run RUN", "--overwrite"),
+    (train_vq, "--run RUN", "no vqgan.resume.pt to resume from: use --overwrite"),
     (train_vq, "--run TEXT", "cannot write"),
     (train_transformer, "--run NEW", "does not exist"),
-    (train_transformer, "--run RUN", "--overwrite"),
+    (train_transformer, "--run RUN", "damaged"),
+    (train_transformer, "--run RUN --resume", "use --overwrite"),
+    (train_transformer, "--run RUN --overwrite --vqgan OTHER.pt --evaluate-every 1 --classifier-steps 0", "inception"),
     (train_transformer, "--run NEW --vqgan TEXT", "not a checkpoint"),
     (train_transformer, "--run NEW --vqgan EMPTY", "cannot read EMPTY"),
     (train_transformer, "--run NEW --vqgan LIGHTNING.ckpt", "not Lightning's .ckpt"),
@@ -132,6 +136,10 @@ def folder(untrained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     shutil.copytree(untrained, folder / "RUN")
     (folder / "RUN" / "autoregressive.pt").unlink()
+    (folder / "RUN" / "transformer.resume.pt").write_text("damaged")
+    other = files.load_checkpoint(folder / "RUN" / "vqgan.pt", "vqgan")
+    other["model"]["decoder.layers.0.weight"] += 1
+    files.save_checkpoint(folder / "OTHER.pt", other)
     (folder / "EMPTY").mkdir()
     (folder / "TEXT").write_text("this is no picture")
     Image.linear_gradient("L").convert("RGB").resize((40, 40)).save(folder / "PHOTO", format="png")
@@ -186,6 +194,19 @@ def test_the_limit_of_a_container_is_its_memory(tmp_path, monkeypatch):
     assert flags.memory() > 1e8
     (tmp_path / "max").write_text("67108864\n")
     assert flags.memory() == 67108864
+
+
+def test_an_error_has_a_line_of_its_own(monkeypatch, capsys):
+    """Also if it comes while a line of progress is on the terminal."""
+    def main():
+        terminal.show_line("step 1/9")
+        raise flags.UserError("the disk is full")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdout, "fileno", lambda: 1)
+    monkeypatch.setattr(os, "get_terminal_size", lambda fileno: os.terminal_size((80, 24)))
+    with pytest.raises(SystemExit):
+        flags.command_line(main)
+    assert capsys.readouterr().out == "\r" + "step 1/9".ljust(79) + "\n"
 
 
 @pytest.mark.parametrize("sentence", ["stopped by Ctrl-C", "stopped: what is measured is kept"])

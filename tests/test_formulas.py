@@ -217,17 +217,17 @@ def test_the_gradient_of_fsq_is_that_of_the_bounded_numbers(levels):
 # ---- the parts of both stages
 
 def test_the_learning_rate_warms_up_and_decays():
-    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "base": 6.0}, {"params": [torch.zeros(1)]}], lr=1.0)
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": 6.0}, {"params": [torch.zeros(1)]}], lr=2.0)
 
-    def rate(step, decay):
-        optim.set_learning_rate(optimizer, step, 2.0, 10, 110, decay)
+    def rate(step, decay_until):
+        optim.set_learning_rate(optimizer, step, 10, decay_until)
         own, common = [group["lr"] for group in optimizer.param_groups]
         assert own == pytest.approx(3 * common)
         return common
-    rates = [rate(step, decay=True) for step in range(110)]
+    rates = [rate(step, 110) for step in range(110)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert rates[10] == 2 and rates[60] == pytest.approx(2 * (0.01 + 0.99 / 2)) and rates[-1] < 0.03
-    assert rate(100_000, decay=False) == 2
+    assert rate(100_000, None) == 2
 
 
 def test_averaged_weights_lag_behind():
@@ -289,7 +289,7 @@ def test_muon_moves_the_matrices_of_the_blocks_and_weight_decay_all_matrices():
     model = MaskGIT(MaskGITConfig(24, 3, 16, 32, 1, 4, 64))
     optimizers = optim.transformer_optimizers(model, "muon", 0.004, 0.02, 0.045, Machine("cpu"))
     muon, = optimizers["muon"].param_groups
-    assert muon["lr"] == muon["base"] == 0.02 and muon["weight_decay"] == 0.045
+    assert muon["lr"] == 0.02 and muon["weight_decay"] == 0.045
     assert sorted(tuple(matrix.shape) for matrix in muon["params"]) == [(32, 32)] * 4 + [(32, 64), (64, 32)]
     matrices, vectors = optimizers["adamw"].param_groups
     assert matrices["weight_decay"] == 0.045 and vectors["weight_decay"] == 0
@@ -450,7 +450,7 @@ def test_the_codebook_has_a_learning_rate_of_its_own_and_starts_from_the_first_i
     torch.testing.assert_close(saved["model"]["quantizer.codebook"], model.quantizer.codebook.detach())
     optimizer = train_vq.tokenizer_optimizer(SimpleNamespace(lr=0.5, codebook_lr=3, beta1=0.9), model, Machine("cpu"))
     others, codebook = optimizer.param_groups
-    assert others["base"] == 0.5 and codebook["base"] == 1.5
+    assert others["lr"] == 0.5 and codebook["lr"] == 1.5
     assert codebook["params"][0] is model.quantizer.codebook
 
 

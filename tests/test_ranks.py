@@ -1,5 +1,6 @@
 """Several processes (ranks): what they exchange, how they end, and how many there may be."""
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from torch import nn
 
 from lib import devices, flags, runtime
 from lib.loader import loader
+from lib.run import Run
 from maskgit import MaskGIT, MaskGITConfig
 
 CPU = Namespace(device="cpu", bf16=False)
@@ -95,6 +97,19 @@ def assert_same_training(folder, stage):
     log = read_log(folder / "1" / f"{stage}.log.csv")
     for row, alone in zip(read_log(folder / "2" / f"{stage}.log.csv"), log, strict=True):
         assert float(row["gradient"]) == pytest.approx(float(alone["gradient"]), rel=1e-3)
+
+
+def test_ranks_that_start_at_different_steps_end(trained, tmp_path, capfd):
+    """As on two computers with a disk each, of which one holds the run."""
+    shutil.copytree(trained, tmp_path / "1")
+
+    def start(args, machine):
+        args.run = tmp_path / str(machine.rank)
+        Run("transformer", args, machine)
+        machine.wait()
+    args = Namespace(**vars(CPU), overwrite=False, resume=True)
+    assert on_ranks(flags.command_line, lambda: runtime.launch(start, args)) == [2, 2]
+    assert "one process starts at step 0, another at 6" in capfd.readouterr().err
 
 
 # ---- torchrun

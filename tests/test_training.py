@@ -3,6 +3,7 @@ import contextlib
 import copy
 import errno
 import fcntl
+import functools
 import math
 import os
 import re
@@ -27,7 +28,7 @@ from lib.files import fingerprint, load_checkpoint, rebuild
 from lib.flags import UserError
 from lib.run import Log, Run
 from lib.runtime import Machine, step_seed
-from vqgan import VQGAN
+from vqgan import VQGAN, VQGANConfig
 
 STAGES = {"vqgan": (train_vq, TINY_VQ), "transformer": (train_transformer, TINY_TRANSFORMER)}
 
@@ -181,16 +182,19 @@ def test_moments_take_the_layout_of_their_weights():
     assert torch.equal(train(torch.channels_last), train(torch.contiguous_format))
 
 
-def test_step_counts_move_to_the_device_of_a_fused_optimizer():
-    """torch leaves them where they are if the optimizer that saved them, such as torch-xla's, was not fused."""
+@pytest.mark.parametrize("fused, place", [(True, "meta"), (False, "cpu")])
+def test_step_counts_are_where_the_optimizer_needs_them(fused, place):
+    """Fused on the device, and else on the CPU, as in torch-xla; torch goes by the optimizer that saved them."""
     weight = torch.nn.Parameter(torch.ones(2))
-    adam = torch.optim.Adam([weight])
+    adam = torch.optim.Adam([weight], fused=not fused)
     weight.sum().backward()
     adam.step()
     elsewhere = torch.optim.Adam([torch.nn.Parameter(torch.ones(2, device="meta"))])
-    elsewhere.param_groups[0]["fused"] = True
+    elsewhere.param_groups[0]["fused"] = fused
     optim.load_optimizer(elsewhere, adam.state_dict())
-    assert {value.device.type for moments in elsewhere.state.values() for value in moments.values()} == {"meta"}
+    moments, = elsewhere.state.values()
+    assert {name: value.device.type for name, value in moments.items()} == {
+        "step": place, "exp_avg": "meta", "exp_avg_sq": "meta"}
 
 
 # ---- a run that goes on with other settings
@@ -240,6 +244,8 @@ def test_stage_2_resumes_with_another_rate_of_either_optimizer(flag, copied, cal
     output = call_main(train_transformer, tmp_path, "--run", copied, *TINY_TRANSFORMER, "--resume", "--steps", 8,
                        flag, 0)
     assert f"{flag[2:].replace('-', '_')} 0.0 (was " in output
+    # On a terminal the end of a line is cut off: what one looks for comes first.
+    assert re.search(r"^step 8/8  0:00:00 left  \d+ images/s \(.*\)  loss ", output, re.MULTILINE)
     after = load_state(copied, "transformer")["model"]
     for name in before:
         of_muon = name.startswith("blocks.") and before[name].ndim == 2
@@ -251,7 +257,7 @@ def test_stage_2_resumes_with_another_rate_of_either_optimizer(flag, copied, cal
     ("vqgan", ["--filters", 16], "filters = 8, not 16"),
     ("vqgan", ["--disc-width", 2], "disc_width = 1, not 2"),
     ("transformer", ["--dim", 32], "dim = 16, not 32"),
-    ("transformer", ["--class-dropout", 0.1], "null_class = no, not yes"),
+    ("transformer", ["--class-dropout", 0.1], "class_dropout > 0 = no, not yes"),
     ("transformer", ["--optimizer", "adamw"], "optimizer = muon, not adamw"),
 ])
 def test_what_weights_depend_on_cannot_change(stage, change, setting, copied, call_main, tmp_path):
@@ -265,16 +271,18 @@ def test_what_weights_depend_on_cannot_change(stage, change, setting, copied, ca
 @pytest.mark.slow
 @pytest.mark.parametrize("script, flags", STAGES.values())
 def test_a_run_that_was_started_with_init_resumes_with_it_only(script, flags, trained, call_main, tmp_path):
-    """Its sizes are those of the run it started from, and not those of the flags."""
-    flags = [*flags, "--run", "run", "--steps", 1]
+    """Its sizes are those of the run it started from, and not those of the flags; that run may be gone by then."""
+    shutil.copytree(trained, tmp_path / "first")
+    flags = [*flags, "--run", "run", "--save-every", 1, "--steps"]
     if script is train_transformer:
-        flags += ["--vqgan", trained / "vqgan.pt", "--dim", 48]
+        flags = ["--vqgan", trained / "vqgan.pt", "--dim", 48, *flags]
     else:
-        flags += ["--filters", 24]
-    call_main(script, tmp_path, *flags, "--init", trained)
-    call_main(script, tmp_path, *flags, "--init", trained, "--resume")
-    line = call_main(script, tmp_path, *flags, "--resume", code=2)
-    assert f"was started with init = {trained}, not none" in line
+        flags = ["--filters", 24, *flags]
+    call_main(script, tmp_path, *flags, 1, "--init", "first")
+    shutil.rmtree(tmp_path / "first")
+    assert "steps 2 (was 1)" in call_main(script, tmp_path, *flags, 2, "--init", "first", "--resume")
+    line = call_main(script, tmp_path, *flags, 2, "--resume", code=2)
+    assert "init = first, not none" in line or "was started with filters" in line or "was started with dim" in line
 
 
 def test_other_classes_are_refused_in_a_line(trained, call_main, tmp_path):
@@ -283,7 +291,7 @@ def test_other_classes_are_refused_in_a_line(trained, call_main, tmp_path):
     call_main(train_transformer, tmp_path, *flags)
     make_images(tmp_path / "images", ["emu"])
     line = call_main(train_transformer, tmp_path, *flags, "--resume", code=2)
-    assert "classes" in line and "emu" in line and "--overwrite" in line
+    assert "classes have changed" in line and "(emu)" in line and "--overwrite" in line
 
 
 @pytest.mark.slow
@@ -318,8 +326,8 @@ def test_an_overwritten_run_is_not_resumed(copied):
     """As if the new one had been killed before its first checkpoint."""
     (copied / "vqgan.best.pt").write_text("an old one")
     new = Run("vqgan", Namespace(run=copied, overwrite=True, resume=False), Machine("cpu"))
-    assert (copied / "vqgan.resume.pt").exists()            # until the new one is about to start
     new.restore({})
+    new.discard_former()
     assert {path.name for path in copied.glob("vqgan*.pt")} == {"vqgan.pt"}
     with pytest.raises(UserError, match="no vqgan.resume.pt to resume from"):
         Run("vqgan", Namespace(run=copied, overwrite=False, resume=True), Machine("cpu"))
@@ -413,6 +421,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(copied, capfd):
         assert (copied / name).read_bytes() == before[name]
 
 
+def test_a_log_that_cannot_be_written_ends_in_a_line(tmp_path):
+    log = Log(lock(tmp_path), 0)
+    log._write_row({"step": 1})
+    log.run.log_file.unlink()
+    log.run.log_file.symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot write .*vqgan.log.csv .No space left.*: free some space"):
+        log._write_row({"step": 2})
+
+
 # ---- signals
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -434,7 +451,25 @@ def test_two_signals_within_a_moment_save_before_anything_is_drawn(
     assert not list(folder.glob("*.png"))
 
 
-def test_a_signal_that_is_repeated_after_a_while_ends_the_run_at_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_signal_in_the_last_step_lets_the_run_end(stage, trained, call_main, tmp_path, monkeypatch):
+    at_step(5, functools.partial(os.kill, os.getpid(), signal.SIGTERM), monkeypatch)
+    script, flags = STAGES[stage]
+    folder = folder_for(stage, trained, tmp_path / "run")
+    assert "wrote" in call_main(script, tmp_path, "--run", folder, *flags)
+    assert (folder / f"{stage}.png").exists() and load_state(folder, stage)["step"] == 6
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_is_killed_while_it_draws_has_saved(stage, trained, call_main, tmp_path, monkeypatch):
+    script, flags = STAGES[stage]
+    folder = folder_for(stage, trained, tmp_path / "run")
+    monkeypatch.setattr(script, "save_preview", lambda *arguments: signal.default_int_handler(signal.SIGINT, None))
+    call_main(script, tmp_path, "--run", folder, *flags, code=130)
+    assert load_state(folder, stage)["step"] == 4
+
+
+def test_a_signal_that_is_repeated_after_a_while_ends_the_run_at_once(tmp_path, monkeypatch, capfd):
     assert run_module.REPEAT_SECONDS == 3
     monkeypatch.setattr(run_module, "REPEAT_SECONDS", 0.01)
 
@@ -445,6 +480,7 @@ def test_a_signal_that_is_repeated_after_a_while_ends_the_run_at_once(tmp_path, 
     at_step(3, insist, monkeypatch)
     flags = [*TINY_VQ, "--save-every", 100]
     assert on_ranks(call_script, "train_vq", "--run", tmp_path, *flags, world=1) == [-signal.SIGTERM]
+    assert capfd.readouterr().err.count("stopping at the end of a step") == 1
     assert not list(tmp_path.glob("*.pt"))
 
 
@@ -533,6 +569,15 @@ def test_pictures_and_measurements_have_steps_of_their_own(trained, call_main, t
     assert list(distances) == [3, 6]
     best = load_checkpoint(folder / "transformer.best.pt", "transformer")
     assert best["step"] == min(distances, key=distances.get)
+
+
+def test_the_best_weights_have_the_least_distance_of_one_kind(tmp_path, capsys):
+    """Also after a resumption: each row is a process of its own."""
+    model = VQGAN(VQGANConfig(32, 4, 8, (1, 1, 1), 1, 1))
+    for step, distance, measure, best in ((1, 3.0, "FCD", 1), (2, 4.0, "FCD", 1), (3, 2.0, "FCD", 3), (4, 20.0, "FID", 4)):
+        lock(tmp_path).keep_best(step, distance, measure, model, {})
+        assert load_checkpoint(tmp_path / "vqgan.best.pt", "vqgan")["step"] == best
+    assert capsys.readouterr().out.count("another distance than the FID") == 1
 
 
 def test_a_dry_run_says_how_large_the_files_will_be(trained, call_main, tmp_path):
