@@ -139,7 +139,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         train_set = CachedTokens(
             folder, train_images, args.cache_tokens, config.num_tokens, config.codebook_size)
         train_set.encode(tokenizer.encode, machine, args.workers)
-        machine.wait()
+        machine.wait_for_ranks()
     val_images, val_labels = spread(val, 512)
     val_tokens = tokenizer.encode(val_images).cpu()
 
@@ -160,10 +160,10 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
 
         # The batch: tokens, of which some are masked (§3.1).
         if args.cache_tokens:
-            tokens = machine.put(inputs, own_share=True).long()                     # (B, N)
+            tokens = machine.put(inputs, of_this_rank=True).long()                  # (B, N)
         else:
-            tokens = tokenizer.encode(inputs, own_share=True).long()
-        labels = machine.put(labels, own_share=True)                                # (B,)
+            tokens = tokenizer.encode(inputs, of_this_rank=True).long()
+        labels = machine.put(labels, of_this_rank=True)                             # (B,)
         if config.null_class:
             labels = drop_labels(labels, args.class_dropout, model.null_label, generator)
         if sequential:                  # each position sees those before it; all tokens are targets

@@ -115,7 +115,8 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     args.data = resolve_data(args.data)
     check_run_outside_data(args.run, args.data)
     run = Run("vqgan", args, machine)
-    data, val = open_data(args.data, args.image_size, args.data_dir)
+    with machine.first_rank_first():                        # which fetches cifar10, if needed
+        data, val = open_data(args.data, args.image_size, args.data_dir)
     val_images, _ = spread(val, 512 if args.image_size <= 64 else 64)
     about = {"data": args.data, "image_size": args.image_size, "classes": list(data.classes)}
     run.note_settings({"data": args.data}, FLAGS)
@@ -164,7 +165,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     for step, (images, _) in enumerate(stream, start=run.step):
         # Every random draw is a function of (seed, step, rank).
         generator = machine.seed_step(args.seed, step)
-        images = machine.to_floats(images, own_share=True)                  # (B, 3, S, S) in [0, 1]
+        images = machine.to_floats(images, of_this_rank=True)               # (B, 3, S, S) in [0, 1]
         parts = optim.micro_batches(len(images), num_parts)
         if step == 0 and args.codebook_lr > 1 and not args.init:
             start_quantizer(model, images, parts, generator)

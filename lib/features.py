@@ -150,7 +150,7 @@ def load_classifier(path: Path, train: DataSet, steps: int, machine: Machine) ->
         if any(kept.get(name) != value for name, value in identity.items()):
             model = train_classifier(train, steps, 0, machine, "classifier of real images")
             save_checkpoint(path, {**identity, "model": on_cpu(model.state_dict())})
-    machine.wait()                              # until the file is there
+    machine.wait_for_ranks()                    # until the file is there
     return read_classifier(path, train.classes, train.image_size, machine)
 
 
@@ -184,7 +184,7 @@ def load_inception(path: str | None, machine: Machine) -> nn.Module:
     if path:
         load_tensors(path)          # the package would run code in it; this admits tensors only
     if not machine.leads:
-        machine.wait()                          # until rank 0 has fetched the file
+        machine.wait_for_ranks()                # until rank 0 has fetched the file
     try:
         model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
                                             feature_extractor_weights_path=path)
@@ -195,7 +195,7 @@ def load_inception(path: str | None, machine: Machine) -> nn.Module:
         raise UserError(f"torch-fidelity could not fetch Inception's weights ({error}): name their "
                         f"file with --inception") from error
     if machine.leads:
-        machine.wait()
+        machine.wait_for_ranks()
     return model.to(machine.device)
 
 

@@ -3,6 +3,7 @@ file from the network is fetched once."""
 import contextlib
 import functools
 import hashlib
+import http.client
 import os
 import socket
 import urllib.error
@@ -208,7 +209,7 @@ def download(url: str, name: str, sha256: str | None = None, offline: bool = Fal
     except RuntimeError as error:           # torch.hub raises it for a wrong checksum
         raise UserError(f"{url} has a wrong checksum ({error}): run this again, or put the right "
                         f"file at {path}") from error
-    except OSError as error:                # also urllib's errors
+    except (OSError, http.client.HTTPException) as error:       # also urllib's errors
         raise UserError(f"cannot fetch {url} to {path} ({error}): check the network and the disk, "
                         f"or put the file there yourself") from error
     finally:

@@ -80,8 +80,8 @@ def end_readers():
     """Kills the processes that read images ahead: they ignore SIGTERM, and Python would wait for
     them at exit."""
     readers = multiprocessing.active_children()
-    if readers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)     # torch's handler raises for each reader
+    if readers and hasattr(signal, "SIGCHLD"):              # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler raises for each reader
     for reader in readers:
         reader.kill()
 
@@ -285,7 +285,7 @@ def parse_training_flags(
     for flag, (kind, *_, text) in flags.items():
         add_flags(parser, {flag: (kind, None, f"{text} (default: {shown_default(flag, presets)})")})
     add_flags(parser, {
-        "seed": (whole, 0, "seed of every random draw"),
+        "seed": (number(int, 0, 2 ** 63 - 1), 0, "seed of every random draw"),
         "workers": (whole, None,
                     "processes that read ahead (default: none for data in memory, else up to 16)"),
     })

@@ -107,7 +107,8 @@ def loader(dataset: object, keys: Iterable, workers: int, pin_memory: bool = Fal
         pin_memory=pin_memory, worker_init_fn=ignore_signals)
     try:
         readers = iter(readers)
-        if workers > 0 and threading.current_thread() is threading.main_thread():
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if workers > 0 and in_main_thread and hasattr(signal, "SIGCHLD"):       # not on Windows
             # If a reader died, torch's handler would raise an error anywhere in a training step.
             # Without it the error comes with the next batch, within five seconds.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)

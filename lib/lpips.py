@@ -76,12 +76,8 @@ def load_lpips_at_hand(machine: Machine) -> LPIPS | None:
 
 def fetch_lpips(machine: Machine) -> LPIPS:
     """Returns LPIPS as load_lpips() does, but the first rank alone fetches what is not there."""
-    if not machine.leads:
-        machine.wait()                                  # until they are there
-    model = load_lpips()
-    if machine.leads:
-        machine.wait()
-    return model
+    with machine.first_rank_first():
+        return load_lpips()
 
 
 def load_lpips(offline: bool = False) -> LPIPS:

@@ -269,7 +269,7 @@ class Run:
         if self.machine.world == 1:
             return self.signal is not None
         # The ranks must agree. That costs a little time, so they only ask at every tenth step.
-        return step % 10 == 0 and self.machine.any(self.signal is not None)
+        return step % 10 == 0 and self.machine.true_on_any_rank(self.signal is not None)
 
     def exit(self, step: int) -> NoReturn:
         """Ends the process, and says how to go on."""

@@ -200,25 +200,25 @@ class Machine:
         """Returns a context in which products and convolutions are taken in bfloat16 (--bf16)."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def put(self, batch: Tensor, own_share: bool = False) -> Tensor:
+    def put(self, batch: Tensor, of_this_rank: bool = False) -> Tensor:
         """Returns a tensor (B, ...) on the device; with torch-xla, its rows spread over the chips.
 
-        own_share: True if this process has only its part of the batch, as the data loader gives it
-        in training; otherwise every process has the whole batch. On several TPU hosts the result is
-        the whole batch in either case."""
+        of_this_rank: True if these rows are only this rank's part of the batch, as the data loader
+        gives it in training; otherwise every rank has the whole batch. On several TPU hosts the
+        result is the whole batch in either case."""
         # torch-xla cannot split every operation on rows that do not divide evenly: such a batch is
         # copied to every chip.
-        if self.mesh is None or (not own_share and len(batch) % self.devices):
+        if self.mesh is None or (not of_this_rank and len(batch) % self.devices):
             return batch.to(self.device, non_blocking=True)
         rows = ("data",) + (None,) * (batch.ndim - 1)           # split along the first axis only
-        sharding = self.xla.distributed.spmd.ShardingSpec(self.mesh, rows, minibatch=own_share)
+        sharding = self.xla.distributed.spmd.ShardingSpec(self.mesh, rows, minibatch=of_this_rank)
         return self.xla.core.xla_model.send_cpu_data_to_device(batch, self.device, sharding)[0]
 
-    def to_floats(self, images: Tensor, own_share: bool = False) -> Tensor:
+    def to_floats(self, images: Tensor, of_this_rank: bool = False) -> Tensor:
         """Returns uint8 images (B, 3, S, S) as floats in [0, 1] on the device.
 
-        own_share: see put()."""
-        return self.put(images, own_share).float().div(255).contiguous(memory_format=self.layout)
+        of_this_rank: see put()."""
+        return self.put(images, of_this_rank).float().div(255).contiguous(memory_format=self.layout)
 
     def place(self, model: nn.Module) -> nn.Module:
         """Moves a model to the device, in the memory layout of images, and returns it."""
@@ -290,17 +290,27 @@ class Machine:
             self.xla.manual_seed(number % (1 << 32))                # it takes 32 bits
         return torch.Generator().manual_seed(number)
 
-    def any(self, flag: bool) -> bool:
+    def true_on_any_rank(self, flag: bool) -> bool:
         """Returns True if `flag` is true on any rank. All ranks wait here for each other."""
         if self.world == 1:
             return flag
         devices_here = self.devices // self.world
         flags = torch.full((devices_here,), float(flag))
-        return self.fetch(mean_over_ranks(self.put(flags, own_share=True)).mean()) > 0
+        return self.fetch(mean_over_ranks(self.put(flags, of_this_rank=True)).mean()) > 0
 
-    def wait(self):
+    def wait_for_ranks(self):
         """Waits until all ranks are here."""
-        self.any(False)
+        self.true_on_any_rank(False)
+
+    @contextlib.contextmanager
+    def first_rank_first(self) -> Iterator[None]:
+        """Surrounds what fetches a file: the first rank does it, and then the others find the file.
+        """
+        if not self.leads:
+            self.wait_for_ranks()
+        yield
+        if self.leads:
+            self.wait_for_ranks()
 
     def fetch(self, tensor: Tensor):
         """Returns the values of a tensor as Python numbers. Waits for the device."""

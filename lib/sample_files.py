@@ -57,7 +57,7 @@ def claim_folder(folder: Path, machine: Machine, settings: dict) -> None:
         raise UserError(f"{folder} is not empty, and no {note} says that its images are of these "
                         f"models, seed, sampler and kind of device: name another folder with "
                         f"--files")
-    machine.wait()                                                  # until all ranks have looked
+    machine.wait_for_ranks()                                       # until all ranks have looked
 
     def write(file: BinaryIO) -> None:
         file.write(text.encode())
@@ -87,7 +87,7 @@ def write_missing(
             save_image(path, to_pil(image), compress_level=1)       # fast, and hardly larger
         if machine.leads:
             progress.show((first + len(batch)) * machine.world)
-    machine.wait()                                                  # until all files are there
+    machine.wait_for_ranks()                                       # until all files are there
     return len(missing)
 
 

@@ -56,13 +56,13 @@ class FrozenTokenizer:
         write_atomically(path, lambda file: file.write(content))
 
     @torch.no_grad()
-    def encode(self, images: torch.Tensor, own_share: bool = False) -> torch.Tensor:
+    def encode(self, images: torch.Tensor, of_this_rank: bool = False) -> torch.Tensor:
         """Returns the tokens (n, N) of images (n, 3, S, S) uint8, on the device.
 
-        own_share: see Machine.put()."""
+        of_this_rank: see Machine.put()."""
         tokens = []
         with self.machine.autocast():
-            for part in self.machine.to_floats(images, own_share).split(self.at_once):
+            for part in self.machine.to_floats(images, of_this_rank).split(self.at_once):
                 # Another number of images would be compiled anew.
                 whole = len(part) == self.at_once
                 encode = self.compiled_encode if whole else self.model.encode
@@ -167,7 +167,7 @@ class CachedTokens:
         if machine.mesh is not None:
             numbers = range(len(self.paths))
         missing = [number for number in numbers if not self.paths[number].exists()]
-        machine.wait()                      # nothing is written before all hosts have looked
+        machine.wait_for_ranks()            # nothing is written before all hosts have looked
         return missing
 
     def remove_outdated(self) -> None:

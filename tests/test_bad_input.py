@@ -37,7 +37,7 @@ BAD_NUMBERS = {
         "--disc-lr -0.1", "--beta1 1", "--warmup -1", "--ema 1.5", "--ema -0.1", "--gan-start 2", "--gan-ramp 0",
         "--r1 -1", "--r1-every 0", "--entropy -1", "--adversarial -1", "--reconstruction nan",
         "--perceptual-weight -1", "--codebook-lr -1", "--save-every 0", "--picture-every 0", "--log-every 0",
-        "--workers -1", "--seed -1", "--seed x", "--max-pixels 0", "--dry-run 0", "--multipliers 0", "--levels 2",
+        "--workers -1", "--seed -1", f"--seed {2 ** 63}", "--seed x", "--max-pixels 0", "--dry-run 0", "--multipliers 0", "--levels 2",
     ],
     train_transformer: [
         "--steps 0", "--batch 0", "--dim 0", "--depth 0", "--heads 0", "--dropout 1.5", "--dropout -1",

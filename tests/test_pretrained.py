@@ -477,7 +477,10 @@ def test_lpips(monkeypatch, tmp_path):
 def test_the_first_rank_fetches_lpips(leads, events, monkeypatch):
     happened = []
     monkeypatch.setattr(lpips, "load_lpips", lambda: happened.append("load"))
-    lpips.fetch_lpips(Namespace(leads=leads, wait=lambda: happened.append("wait")))
+    machine = Machine("cpu", bf16=False)
+    machine.leads = leads
+    machine.wait_for_ranks = lambda: happened.append("wait")
+    lpips.fetch_lpips(machine)
     assert happened == events
 
 
@@ -538,9 +541,11 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 class Server(BaseHTTPRequestHandler):
-    """Serves BODY, or with the server's attribute `status` an error; `cut` breaks the connection off.
+    """Serves BODY, or with the server's attribute `status` an error (None: no HTTP); `cut` breaks the connection off.
     `head`: the status of its answers to HEAD."""
     def do_GET(self):
+        if self.server.status is None:
+            return self.wfile.write(b"nonsense\r\n")
         if self.server.status != 200:
             return self.send_error(self.server.status)
         self.send_response(200)
@@ -595,6 +600,9 @@ def test_what_cannot_be_fetched_leaves_no_file(server, monkeypatch, tmp_path):
         download(server.url, "file")
     server.status = 503
     with pytest.raises(UserError, match="cannot fetch http://127.*503.*network"):
+        download(server.url, "file")
+    server.status = None
+    with pytest.raises(UserError, match="(?s)cannot fetch http://127.*nonsense.*network"):
         download(server.url, "file")
     server.status = 200
     with pytest.raises(UserError, match="cannot fetch .*File name too long"):

@@ -207,7 +207,7 @@ def fail_beside_readers(error, failing_rank):
             next(stream)
             if step == 3 and machine.rank == failing_rank:
                 raise error
-            machine.any(False)
+            machine.true_on_any_rank(False)
 
     def main():
         runtime.launch(loop, CPU)
