@@ -6,7 +6,8 @@
     python edit.py PHOTO --extrapolate 128                  # a panorama, 128 pixels wide
     python edit.py PHOTO --reconstruct                      # what the tokenizer alone makes of it
 
-A photo of any size is first cropped or padded to the model's square; --extrapolate then widens it.
+A photo of any size is first cropped or padded to a square, and scaled to the model's resolution.
+The result has this resolution too: 64 x 64 pixels for example/, and wider with --extrapolate.
 """
 import argparse
 import math
@@ -25,6 +26,9 @@ from lib.data import find_class
 from lib.flags import UserError
 from lib.image_files import read_image
 from lib.sampling import (
+    PARALLEL_FLAGS,
+    SEED_FLAG,
+    SHARED_FLAGS,
     add_run_flags,
     add_sampler_flags,
     draw_step,
@@ -60,21 +64,22 @@ def parse_outpaint(text: str) -> tuple[str, float]:
     return match[1], float(match[2])
 
 
-TASKS = {                       # None, not False, where a flag is not given
+TASKS = {                       # each is None if it is not given, --reconstruct too
     "box": ({"type": parse_box, "metavar": "TOP,LEFT,HEIGHT,WIDTH"}, None,
-            "repaint the tokens that this box touches, and as released one more above and on the "
-            "left (below and on the right too if the box begins and ends at borders of tokens)"),
+            "repaint the tokens that this box touches, and one more row above and column to the "
+            "left, as in the released demo (on all four sides if the box is made of whole tokens)"),
     "mask": ({"metavar": "PNG"}, None, "repaint what is white in this image of the photo's size"),
-    "inpaint": (["centre"], None, "repaint the centre, half of the width and of the height"),
+    "inpaint": (["centre"], None,
+                "repaint the centre of the square, half of its width and of its height"),
     "outpaint": ({"type": parse_outpaint, "metavar": "SIDE=FRACTION"}, None,
-                 "repaint this fraction of the photo on its left, right, up or down side"),
+                 "repaint this fraction of the square at its left, right, up or down side"),
     "extrapolate": (flags.count, None,
-                    "extend the photo on both sides to this width, in the model's pixels"),
+                    "extend the square on both sides to this width, in the model's pixels"),
     "reconstruct": ({"action": "store_true"}, None,
                     "write the photo beside its reconstruction; this needs no transformer"),
 }
 FLAGS = {
-    "class": ({"metavar": "NAME_OR_ID", "dest": "class_name"}, None,
+    "class": ({"metavar": "NAME_OR_ID"}, None,
               "class to paint (default: the one that best explains what is kept)"),
     "num": (flags.count, 8, "variants to paint"),
     "fit": (["crop", "pad"], "crop",
@@ -123,7 +128,8 @@ def chosen_region(args: argparse.Namespace, photo: Image.Image, side: int) -> Te
 
 
 def check_flags(args: argparse.Namespace, out: Path, size: int, steps: int) -> None:
-    """Raises UserError for flags that do not suit the model, or pictures too large for a format.
+    """Raises UserError for flags that do not suit the model, for pictures too large for a format or
+    the memory, and for those that would replace the photo or the mask.
 
     size: the side of the model's square. steps: T of the decoder."""
     if args.start_step >= steps:
@@ -136,7 +142,14 @@ def check_flags(args: argparse.Namespace, out: Path, size: int, steps: int) -> N
     rows = math.ceil((args.num + 2) / columns)
     layout = pictures.GridLayout(columns, rows, (size, width), titles=TITLES[:columns])
     pictures.check_picture(out, layout.size, "a lower --num or --extrapolate")
-    check_originals(args, [out, *(variant_path(out, i) for i in range(1, args.num + 1))])
+    frames = steps if args.film else 1
+    floats = 3 * size * width * args.num * frames
+    # The images as floats of 4 bytes, twice while their batches are joined.
+    flags.check_memory(2 * 4 * floats, f"--num {args.num}")
+    outputs = [out, *(variant_path(out, i) for i in range(1, args.num + 1))]
+    if args.film:
+        outputs += pictures.film_paths(out)
+    check_originals(args, outputs)
 
 
 def check_originals(args: argparse.Namespace, outputs: list[Path]) -> None:
@@ -178,7 +191,10 @@ def extrapolate(
 ) -> list[tuple[Tensor, Tensor]]:
     """Extends token grids by `right` columns, and then by `left` columns on the left.
 
-    A window of side x side tokens moves by half its width, so that half of it is always known.
+    A window of side x side tokens moves by half its width, so that half of it is always known:
+        |photo|photo|
+              |known| new |
+                    |known| new |         and so on; then the same to the left
     tokens: (side, side). labels: (B,). options: of decode(). A step is a place of the window; the
     first in the list is the start."""
     side = len(tokens)
@@ -250,19 +266,19 @@ def choose_class(
     args: argparse.Namespace, transformer: MaskGIT, known: Tensor, classes: list[str],
 ) -> tuple[int, str]:
     """Returns the label to paint, and why. Raises UserError if --class names none."""
-    if args.class_name is None:
+    class_name = vars(args)["class"]                                # args.class is no Python
+    if class_name is None:
         label = editing.likeliest_class(transformer, known.flatten(), args.seed)
         return label, "the likeliest, given what is kept"
-    return find_class(args.class_name, classes), "as asked"
+    return find_class(class_name, classes), "as asked"
 
 
 @torch.no_grad()
 def reconstruct(args: argparse.Namespace, machine: runtime.Machine) -> None:
     """Writes the photo, as the model sees it, beside what its tokens keep of it."""
-    painting = {"--class": args.class_name, "--feather": args.feather, "--film": args.film}
-    for flag, value in painting.items():
-        if value is not None:
-            raise UserError(f"{flag} has no effect with --reconstruct: leave it out")
+    useless = ["class", "num", "feather", "start_step", "film", "decoder"]
+    useless += PARALLEL_FLAGS | SHARED_FLAGS | SEED_FLAG
+    flags.refuse_useless(args, useless, "with --reconstruct, which paints nothing")
     folder, tokenizer, checkpoint = load_tokenizer(args.run, machine, args.vqgan)
     size = checkpoint["image_size"]
     titles = ["photo", "restored"]
@@ -277,6 +293,22 @@ def reconstruct(args: argparse.Namespace, machine: runtime.Machine) -> None:
         pictures.save_image(out, pictures.grid([torch.cat([photo, restored])], titles=titles))
         print(f"wrote {out}: {metrics.psnr(photo, restored).item():.1f} dB, with the tokenizer of "
               f"{folder}")
+
+
+def paint_variants(
+    args: argparse.Namespace, machine: runtime.Machine, tokenizer: VQGAN, transformer: MaskGIT,
+    known: Tensor, label: int, margins: tuple[int, int], options: dict,
+) -> list[Tensor]:
+    """Paints --num variants of a class, BATCH at once.
+
+    Returns images (num, 3, S, W) as paint() does, to which the other arguments belong."""
+    batches = []
+    for numbers in torch.arange(args.num).split(BATCH):
+        labels = torch.full_like(numbers, label)
+        options["rand"] = rand_of_images(args.seed, labels, numbers, machine)
+        batches.append(paint(tokenizer, transformer, known, machine.put(labels), margins,
+                             options, args.film))
+    return [torch.cat(frame) for frame in zip(*batches, strict=True)]
 
 
 @torch.no_grad()
@@ -310,13 +342,8 @@ def edit(args: argparse.Namespace, machine: runtime.Machine) -> None:
             print(f"{folder}: {args.photo}, {options['steps']} steps, {args.schedule} schedule, "
                   f"seed {args.seed}, on {machine.device}\nclass: {classes[label]} ({reason})",
                   flush=True)
-        batches = []
-        for numbers in torch.arange(args.num).split(BATCH):
-            labels = torch.full_like(numbers, label)
-            options["rand"] = rand_of_images(args.seed, labels, numbers, machine)
-            batches.append(paint(tokenizer, transformer, known, machine.put(labels), margins,
-                                 options, args.film))
-        frames = [torch.cat(frame) for frame in zip(*batches, strict=True)]
+        frames = paint_variants(args, machine, tokenizer, transformer, known, label, margins,
+                                options)
     if not machine.leads:
         return
     around = F.pad(square, margins, value=1.0)                      # (3, S, W)
@@ -324,8 +351,10 @@ def edit(args: argparse.Namespace, machine: runtime.Machine) -> None:
     feather = editing.default_feather(stride) if args.feather is None else args.feather
     frames = [editing.composite(around, painted, mask, feather) for painted in frames]
     write_pictures(out, around, mask, frames[-1])
-    print(f"wrote {out} and {out.with_suffix('')}.1{out.suffix} to .{args.num}{out.suffix} "
-          f"in {time.time() - started:.1f} s")
+    variants = variant_path(out, 1).name
+    if args.num > 1:
+        variants += f" to {variant_path(out, args.num).name}"
+    print(f"wrote {out} and, beside it, {variants} in {time.time() - started:.1f} s")
     if args.film:
         first = 0 if args.extrapolate else args.start_step + 1
         titles = [f"step {t}" for t in range(first, first + len(frames))]
@@ -342,7 +371,7 @@ def main() -> None:
     add_run_flags(parser)
     add_sampler_flags(parser)
     flags.add_machine_flags(parser, compiles=False)
-    args = parser.parse_args()
+    args = flags.parse(parser)
     runtime.launch(reconstruct if args.reconstruct else edit, args)
 
 

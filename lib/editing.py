@@ -1,5 +1,5 @@
-"""What editing a photo takes: fit it to the model's square, say which tokens are repainted, choose
-the class, and blend the result into the photo."""
+"""Prepares a photo for editing and blends the result into it, for edit.py and demo.py: the model's
+square, the region of tokens that is repainted, the class, and the border."""
 import math
 from fractions import Fraction
 
@@ -87,7 +87,7 @@ def centre_region(side: int) -> Tensor:
 
 
 def outpaint_region(direction: str, fraction: float, side: int) -> Tensor:
-    """Returns the tokens at one side of the photo. direction: left, right, up or down."""
+    """Returns the tokens at one side of the square. direction: left, right, up or down."""
     region = torch.zeros(side, side, dtype=torch.bool)
     count = math.ceil(fraction * side)
     if direction == "left":
@@ -108,7 +108,8 @@ def likeliest_class(model: nn.Module, known: Tensor, seed: int) -> int:
 
     known: (N,) int64, mask_id where a token is not known. The known tokens are split at random into
     four groups, and each group is predicted from the groups before it. After each group, only the
-    likelier quarter of the classes stays in the race. Raises UserError if no token is known."""
+    likelier quarter of the classes stays in the race, but at least 16. Raises UserError if no token
+    is known."""
     places = (known.cpu() != model.mask_id).nonzero()[:, 0]
     if len(places) == 0:
         raise UserError("the region covers the whole image, so nothing tells its class: choose a "

@@ -150,17 +150,21 @@ def save_image(path: Path, image: Image.Image, **options) -> None:
     write_atomically(path, write)
 
 
+def film_paths(path: Path) -> tuple[Path, Path]:
+    """Returns the paths of the strip and the GIF of a film, beside the picture it belongs to."""
+    return path.with_suffix(".film.png"), path.with_suffix(".film.gif")
+
+
 def save_film(path: Path, frames: Sequence[torch.Tensor], titles: Sequence[str]) -> None:
     """Writes the steps of a decoding as a strip, a row for each image, and as a GIF, beside `path`.
 
     path: of the picture that the film belongs to. frames: images (n, 3, H, W), one tensor for each
     step; the strip shows the first eight of the n, the GIF all. titles: of the steps. Prints where
     the files are."""
-    strip_path = path.with_suffix(".film.png")
+    strip_path, gif_path = film_paths(path)
     steps_of_each_image = torch.stack(list(frames), 1)              # (n, steps, 3, H, W)
     save_image(strip_path, grid(list(steps_of_each_image[:8]), titles=titles))
 
-    gif_path = path.with_suffix(".film.gif")
     columns = math.ceil(math.sqrt(len(frames[0])))
     pages = [grid(frame.split(columns)) for frame in frames]
     pages += pages[-1:] * 4                                         # the result stays longer

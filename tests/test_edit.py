@@ -10,6 +10,7 @@ from conftest import ROOT, rand_of, refused, run
 from PIL import Image
 
 import edit
+import lib.flags
 from edit import extrapolate, paint
 from lib import pictures
 from lib.editing import (
@@ -484,17 +485,27 @@ def test_photos_of_any_size_and_mode(call, tmp_path, fit, mode, size, turned):
     (["--inpaint", "centre", "--decoder", "autoregressive"], ["autoregressive", "--decoder parallel"]),
     (["--inpaint", "centre", "--out", "photo.png"], ["photo.png", "overwritten", "--out"]),
     (["--mask", "m.1.png", "--out", "m.png"], ["m.1.png", "overwritten", "--out"]),
-    (["--reconstruct", "--class", "fish"], ["--class", "--reconstruct"]),
+    (["--mask", "m.film.png", "--out", "m.png", "--film"], ["m.film.png", "overwritten", "--out"]),
+    (["--inpaint", "centre", "--num", 10 ** 6, "--film"], ["--num 1000000", "memory", "fewer"]),
 ])
 def test_bad_edits(call, photo, monkeypatch, flags, says):
     """They are refused before anything is painted."""
     monkeypatch.setattr(edit, "decode", None)
+    monkeypatch.setattr(lib.flags, "memory", lambda: 1e11)          # a hundred gigabytes
     Image.new("L", (16, 16), 255).save(photo.parent / "small.png")
     Image.new("L", (32, 32), 0).save(photo.parent / "black.png")
     before = sorted(photo.parent.iterdir())
     line = call(*flags, code=2)
     assert all(word in line for word in says), line
     assert sorted(photo.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("flags", [
+    ["--class", "fish"], ["--num", 8], ["--feather", 0], ["--start-step", 2], ["--film"], ["--steps", 4], ["--top-k", 5],
+    ["--seed", 1], ["--decoder", "parallel"]])
+def test_a_reconstruction_paints_nothing(call_main, photo, flags):
+    line = call_main(edit, photo.parent, "photo.png", "--reconstruct", *flags, code=2)
+    assert line == f"error: {flags[0]} changes nothing with --reconstruct, which paints nothing: leave it out"
 
 
 @pytest.mark.parametrize("name, says", [("broken.png", "not a readable image"), ("none.png", "does not exist")])
