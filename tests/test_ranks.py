@@ -106,7 +106,7 @@ def test_ranks_that_start_at_different_steps_end(trained, tmp_path, capfd):
     def start(args, machine):
         args.run = tmp_path / str(machine.rank)
         Run("transformer", args, machine)
-        machine.wait()
+        machine.wait_for_ranks()
     args = Namespace(**vars(CPU), overwrite=False, resume=True)
     assert on_ranks(flags.command_line, lambda: runtime.launch(start, args)) == [2, 2]
     assert "one process starts at step 0, another at 6" in capfd.readouterr().err
