@@ -11,6 +11,7 @@ peak: that of the fastest square matrix product in the same precision, timed bef
 The images and tokens are random, which takes as long as real ones. Reading images, encoding them
 for stage 2, logging and saving are left out.
 """
+import contextlib
 import gc
 import itertools
 import json
@@ -98,20 +99,26 @@ def matrix_peak(machine: Machine) -> float:
     return max(speeds)
 
 
-def start_afresh(machine: Machine) -> None:
+def free_memory(machine: Machine) -> None:
     """Frees the memory of the row before, and forgets its compiled graphs: after those of eight
     batch sizes torch.compile would go on without compiling."""
     torch.compiler.reset()
     gc.collect()
     if machine.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def reset_peak_memory(machine: Machine) -> None:
+    """Makes peak_memory() count from now on, where the system lets it."""
+    if machine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():                # Linux: 5 resets the peak
-        Path("/proc/self/clear_refs").write_text("5")
+        return
+    with contextlib.suppress(OSError):                      # only on Linux, not in every container
+        Path("/proc/self/clear_refs").write_text("5")       # 5 resets the peak
 
 
 def peak_memory(machine: Machine) -> int:
-    """Returns the most bytes since start_afresh(): allocated on the GPU, or resident in this
+    """Returns the most bytes since reset_peak_memory(): allocated on the GPU, or resident in this
     process; 0 where the system does not tell."""
     if machine.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
@@ -292,11 +299,11 @@ ROWS = {
     "encode": time_encode,
     "restore": time_restore,
 }
-# Images at once: on a GPU, and for `shapes`; on a CPU for the other presets.
-MANY = {"train-transformer": [256], "decode": [1, 16, 64, 256], "sequential": [1, 16, 64],
-        "train-vq": [32], "encode": [64], "restore": [64]}
-FEW = {"train-transformer": [4], "decode": [1, 4, 16], "sequential": [1, 4],
-       "train-vq": [1], "encode": [1], "restore": [1]}
+# Images at once.
+GPU_BATCHES = {"train-transformer": [256], "decode": [1, 16, 64, 256], "sequential": [1, 16, 64],
+               "train-vq": [32], "encode": [64], "restore": [64]}
+CPU_BATCHES = {"train-transformer": [4], "decode": [1, 4, 16], "sequential": [1, 4],
+               "train-vq": [1], "encode": [1], "restore": [1]}
 
 
 # ---- the table
@@ -304,9 +311,9 @@ FEW = {"train-transformer": [4], "decode": [1, 4, 16], "sequential": [1, 4],
 def measure(machine: Machine, preset: str, row: str, batch: int, repeats: int) -> dict | None:
     """Times a row and prints it. Returns its numbers, or None if memory ran out."""
     torch.manual_seed(0)
-    gc.collect()                            # the row before may hold all memory
+    free_memory(machine)
     peak_before = matrix_peak(machine)
-    start_afresh(machine)
+    reset_peak_memory(machine)
     try:
         cost = ROWS[row](machine, sizes_of(preset), batch, repeats)
     except RuntimeError as error:
@@ -335,6 +342,7 @@ def measure(machine: Machine, preset: str, row: str, batch: int, repeats: int) -
 
 
 def write_json(path: str, content: dict) -> None:
+    """Writes the numbers. Raises UserError if that cannot be done."""
     text = json.dumps(content, indent=1).encode()
     write_atomically(path, lambda file: file.write(text))
 
@@ -350,8 +358,10 @@ def bench(args: Namespace, machine: Machine) -> None:
           "memory")
     content = {"device": device, "precision": precision, "torch": torch.__version__, "rows": []}
     for preset, row in itertools.product(args.preset, args.rows):
-        large = machine.device.type == "cuda" or preset == "shapes"
-        for batch in args.batch or (MANY[row] if large else FEW[row]):
+        batches = CPU_BATCHES
+        if machine.device.type == "cuda" or preset == "shapes":     # its models are small
+            batches = GPU_BATCHES
+        for batch in args.batch or batches[row]:
             numbers = measure(machine, preset, row, batch, args.repeats)
             if numbers is not None:
                 content["rows"].append(numbers)
@@ -360,6 +370,7 @@ def bench(args: Namespace, machine: Machine) -> None:
 
 
 def main() -> None:
+    """Runs the script."""
     parser = flags.Parser(__doc__)
     flags.add_flags(parser, {
         "preset": ({"nargs": "+", "choices": PRESETS}, ["imagenet256"], "sizes to measure"),

@@ -101,7 +101,7 @@ def draw(sampler: Sampler, labels: Tensor, numbers: Tensor) -> Tensor:
     for batch in torch.arange(len(labels)).split(BATCH):
         tokens = sampler.draw(labels[batch], numbers[batch])
         images.append(sampler.images(tokens).cpu())
-        if len(labels) > BATCH:
+        if sampler.machine.leads and len(labels) > BATCH:
             progress.show(sum(map(len, images)))
     return torch.cat(images)
 

@@ -823,6 +823,8 @@ def test_features_as_torch_fidelity_measures_them(tmp_path):
     (["--ablate", "--schedule", "cosine"], "--schedule changes nothing where --ablate"),
     (["--sweep", "temperature", "--temperature", 0.9], "--temperature changes nothing where .* --sweep"),
     (["--sweep", "choice_temperature", "--order", "random"], "changes nothing with --order random: leave out --order"),
+    (["--manipulate", "--accept", 0.5], "--accept chooses among whole samples"),
+    (["--accept", 0.5, "--classifier-steps", 0, "--features", "inception"], "leave out --classifier-steps 0"),
     (["--inception", "file.pth"], "add --features inception"),
     (["--features", "inception", "--inception", "nowhere.pth"],
      "pip install torch-fidelity|nowhere.pth does not exist"),
