@@ -65,7 +65,7 @@ def test_any_other_error_ends_the_benchmark(call_main, tmp_path, monkeypatch):
 
 
 def test_the_compiler_is_reset_before_each_row(call_main, tmp_path, monkeypatch):
-    """And the peak of memory, after the large matrices whose product is timed first, where the system lets it be reset."""
+    """And the peak of memory, after the large matrices whose product is timed first. Not all systems can."""
     events = []
 
     def write_text(path, text):

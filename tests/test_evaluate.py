@@ -509,7 +509,8 @@ def test_accuracy_by_mask_ratio():
 # ---- the tables
 
 @pytest.mark.parametrize("flags, left_out", [
-    ([], []), (["--ablate"], ["steps", "schedule"]), (["--sweep", "cfg"], ["cfg"]), (["--ablate", "--sweep", "cfg"], [])])
+    ([], []), (["--ablate"], ["steps", "schedule"]), (["--sweep", "cfg"], ["cfg"]),
+    (["--ablate", "--sweep", "cfg"], [])])
 def test_only_settings_that_were_used_are_written(opened, flags, left_out):
     opened.args = flags_of(opened.folder, "--top-k", 5, *flags)
     settings = evaluate.settings_of(opened)
@@ -646,7 +647,7 @@ def test_an_interrupted_evaluation_keeps_its_results(folder, monkeypatch):
         evaluated(folder)
     conditions = [record["condition"] for record in json.loads((folder / "eval.json").read_text())["records"]]
     assert [condition.split()[0] for condition in conditions] == ["validation", "samples"]
-    monkeypatch.setattr(evaluate, "measure_validation_images", interrupted)                  # these two are not done again
+    monkeypatch.setattr(evaluate, "measure_validation_images", interrupted)         # these two are not done again
     monkeypatch.setattr(evaluate, "draw_tokens", interrupted)
     found = evaluated(folder)
     assert found["rows"] == whole["rows"] and found["stages"] == whole["stages"]
@@ -859,7 +860,8 @@ def test_too_few_training_images(folder, monkeypatch):
         evaluated(folder)
 
 
-@pytest.mark.parametrize("flag, value", [("accept", 0.5), ("order", "random"), ("temperature", 1), ("decoder", "parallel")])
+@pytest.mark.parametrize("flag, value", [
+    ("accept", 0.5), ("order", "random"), ("temperature", 1), ("decoder", "parallel")])
 def test_flags_that_change_nothing_for_a_tokenizer(folder, flag, value):
     arguments = evaluate.parse_flags(["--tokenizer", str(folder), f"--{flag}", str(value), *QUICK])
     with pytest.raises(UserError, match=f"--{flag} changes nothing with --tokenizer"):

@@ -529,7 +529,8 @@ def test_a_run_goes_on_with_the_null_class_it_has_learned(tmp_path):
         "classes": ["a", "b"],
     })
     model = MaskGIT(replace(config, num_classes=3))
-    train_transformer.load_pretrained(Namespace(init=tmp_path, decoder="parallel", resume=False), model, "same", ["x", "y", "z"])
+    args = Namespace(init=tmp_path, decoder="parallel", resume=False)
+    train_transformer.load_pretrained(args, model, "same", ["x", "y", "z"])
     for ours, theirs in ((model.token_embedding.weight, start.token_embedding.weight), (model.head_bias, start.head_bias)):
         assert torch.equal(ours[[0, 7, model.mask_id, -1]], theirs[[0, 7, start.mask_id, -1]])
 

@@ -309,7 +309,7 @@ def test_class_folders_are_read_back_in_the_same_order(tmp_path, classes, folder
     (["--accept", 0], ["--accept", "0.001"]),
     (["--accept", 0.5], ["--accept", "classifier.pt", "evaluate.py --run"]),
     (["--accept", 0.5, "--film"], ["--accept", "--film"]),
-    (["--decoder", "autoregressive", "--choice-temperature", 4.5], ["--choice-temperature changes nothing", "autoregressive"]),
+    (["--decoder", "autoregressive", "--steps", 8], ["--steps changes nothing", "autoregressive"]),
     (["--num", 300, "--out", "wide.webp"], ["wide.webp", "16,383", ".png", "--num"]),
 ])
 def test_bad_flags(untrained, call, tmp_path, monkeypatch, flags, says):
