@@ -188,7 +188,7 @@ class TokenizerTraining:
             fused=machine.fused)
         self.ddp_model = machine.wrap(self.model)
         self.ddp_disc = machine.wrap(self.disc)
-        self.frozen_disc = machine.compile(self.disc)
+        self.compiled_disc = machine.compile(self.disc)
         shape = batch, 3, args.image_size, args.image_size
         self.images = machine.to_floats(torch.randint(256, shape, dtype=torch.uint8))
 
@@ -201,7 +201,7 @@ class TokenizerTraining:
         with machine.micro_batch(self.ddp_model, last=True):
             with machine.autocast():
                 loss, _, restored = train_vq.tokenizer_loss(
-                    args, self.ddp_model, self.frozen_disc, self.lpips, args.adversarial,
+                    args, self.ddp_model, self.compiled_disc, self.lpips, args.adversarial,
                     self.images)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

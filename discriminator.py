@@ -21,10 +21,10 @@ def blur_downsample(x: Tensor) -> Tensor:
     x = x.permute(0, 2, 3, 1)
     upper, lower = x.unflatten(1, (-1, 2)).unbind(2)            # rows 2i and 2i + 1
     outer = F.pad(lower, (0, 0, 0, 0, 1, -1)) + F.pad(upper, (0, 0, 0, 0, -1, 1))   # 2i - 1, 2i + 2
-    x = torch.add(outer, upper + lower, alpha=3)
+    x = torch.add(outer, upper + lower, alpha=3)                                # (B, H / 2, W, C)
     left, right = x.unflatten(2, (-1, 2)).unbind(3)
     outer = F.pad(right, (0, 0, 1, -1)) + F.pad(left, (0, 0, -1, 1))
-    x = torch.add(outer, left + right, alpha=3) / 64
+    x = torch.add(outer, left + right, alpha=3) / 64                        # (B, H / 2, W / 2, C)
     return x.permute(0, 3, 1, 2)
 
 

@@ -245,7 +245,7 @@ class Samples:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def batch(self, indices: np.ndarray, draws: Any = None) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: np.ndarray, seeds: Any = None) -> tuple[Tensor, Tensor]:
         """Returns images uint8 (n, 3, S, S) and the labels (n,) that they were drawn for."""
         images = to_images(self.run, self.tokens[indices].long())
         return images.cpu(), torch.from_numpy(indices) % len(self.classes)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from lib import flags, optim, plans
-from lib.data import DATA_FLAGS, check_run_outside_data, open_data, resolve_data, spread
+from lib.data import DATA_FLAGS, check_run_outside_data, evenly_spaced, open_data, resolve_data
 from lib.features import JUDGE_FLAGS, Judge
 from lib.files import rebuild
 from lib.flags import UserError, count, fraction, non_negative, whole, yes_or_no
 from lib.image_files import admit_pixels
-from lib.loader import batches
+from lib.loader import training_batches
 from lib.pictures import draw_log, grid, save_image, to_uint8
 from lib.run import Log, Run, command, initial_model
 from lib.runtime import Machine, launch
@@ -140,7 +140,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
             folder, train_images, args.cache_tokens, config.num_tokens, config.codebook_size)
         train_set.encode(tokenizer.encode, machine, args.workers)
         machine.wait_for_ranks()
-    val_images, val_labels = spread(val, 512)
+    val_images, val_labels = evenly_spaced(val, 512)
     val_tokens = tokenizer.encode(val_images).cpu()
 
     # All is checked: only now may this run replace another one (--overwrite).
@@ -151,7 +151,8 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     decay_until = args.steps if args.decay else None
     log = Log(run, flops)
     run.catch_signals()
-    stream = batches(train_set, args.batch, args.seed, run.step, args.steps, args.workers, machine)
+    stream = training_batches(
+        train_set, args.batch, args.seed, run.step, args.steps, args.workers, machine)
     for step, (inputs, labels) in enumerate(stream, start=run.step):    # images, or their tokens
         # Every random draw is a function of (seed, step, rank).
         generator = machine.seed_step(args.seed, step)
@@ -363,7 +364,7 @@ def main() -> None:
         **JUDGE_FLAGS,
         **DATA_FLAGS,
     })
-    launch(train, args)
+    launch(train, args, training_steps=args.steps)
 
 
 if __name__ == "__main__":

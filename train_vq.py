@@ -25,11 +25,11 @@ from discriminator import (
     r1_penalty,
 )
 from lib import flags, metrics, optim, plans
-from lib.data import DATA_FLAGS, check_run_outside_data, open_data, resolve_data, spread
+from lib.data import DATA_FLAGS, check_run_outside_data, evenly_spaced, open_data, resolve_data
 from lib.files import rebuild
 from lib.flags import UserError, count, fraction, non_negative, whole, yes_or_no
 from lib.image_files import admit_pixels
-from lib.loader import batches
+from lib.loader import training_batches
 from lib.lpips import fetch_lpips
 from lib.pictures import draw_log, grid, save_image
 from lib.run import Log, Run, command, initial_model
@@ -37,9 +37,8 @@ from lib.runtime import Machine, from_first_rank, launch
 from vqgan import QUANTIZERS, VQGAN, VQGANConfig
 
 COUNTS = {"type": count, "nargs": "+"}
-# Each flag: its type; its value for `shapes` (a CPU), `cifar10` (a GPU), `imagenet` (the paper's);
-# its help.
 FLAGS = {
+    # flag: type, or choices; its value for shapes, cifar10, imagenet (the paper's); help
     "image_size": (count, 32, 32, 256, "pixels along each side; with --init that run's"),
     "filters": (count, 48, 64, 128, "width of the tokenizer at full resolution"),
     "multipliers": (COUNTS, (1, 1, 1), (1, 2), (1, 1, 2, 2, 4),
@@ -88,7 +87,8 @@ PRESETS = flags.presets(FLAGS, {
     "folder": ("shapes", {"codebook_size": 1024, "levels": (8, 5, 5, 5)}),
     "places2": ("imagenet", {}),
 })
-# A resumed run may change every flag but these: its weights have their shapes or come from them.
+# Flags that a resumed run cannot change: they determine the shapes of its weights, or what these
+# were trained on.
 FIXED = {
     "data", "init", "image_size", "filters", "multipliers", "res_blocks", "groups", "quantizer",
     "codebook_size", "codebook_dim", "levels", "disc_width", "disc_max_width",
@@ -117,8 +117,8 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     run = Run("vqgan", args, machine)
     with machine.first_rank_first():                        # which fetches cifar10, if needed
         data, val = open_data(args.data, args.image_size, args.data_dir)
-    val_images, _ = spread(val, 512 if args.image_size <= 64 else 64)
-    about = {"data": args.data, "image_size": args.image_size, "classes": list(data.classes)}
+    val_images, _ = evenly_spaced(val, 512 if args.image_size <= 64 else 64)
+    metadata = {"data": args.data, "image_size": args.image_size, "classes": list(data.classes)}
     run.note_settings({"data": args.data}, FLAGS)
     run.compare_with_saved(FIXED)
     if run.step >= args.steps:
@@ -132,8 +132,10 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         model.load_state_dict(start.state_dict())
     disc = Discriminator(args.image_size, args.disc_width, args.disc_max_width, centred=True)
     lpips = fetch_lpips(machine) if args.perceptual == "lpips" else None
-    flops = plans.tokenizer_flops(model, None, lpips, args.image_size)
-    adversarial_flops = plans.tokenizer_flops(model, disc, lpips, args.image_size)
+    # For the TFLOP/s of the log, counted while the models are still on the CPU: those of a step
+    # before --gan-start and after it.
+    flops_without_disc = plans.tokenizer_flops(model, None, lpips, args.image_size)
+    flops_with_disc = plans.tokenizer_flops(model, disc, lpips, args.image_size)
     model = machine.place(model)
     disc = machine.place(disc)
     if lpips is not None:
@@ -142,36 +144,38 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     optimizer = tokenizer_optimizer(args, model, machine)
     disc_optimizer = torch.optim.Adam(
         disc.parameters(), lr=args.disc_lr, betas=(args.beta1, 0.99), fused=machine.fused)
-    saved = {"model": model, "ema": ema, "disc": disc,
-             "optimizer": optimizer, "disc_optimizer": disc_optimizer}
-    run.restore(saved)
+    resumable = {"model": model, "ema": ema, "disc": disc,
+                 "optimizer": optimizer, "disc_optimizer": disc_optimizer}
+    run.restore(resumable)
     gan_start = start_of_discriminator(args, disc_optimizer, run.step)
     run.say(f"{run.folder}: {optim.count_parameters(model) / 1e6:.2f} M parameters, "
             f"{(args.image_size // config.stride) ** 2} tokens of {config.codebook_size}, "
             f"on {machine.device} x {machine.devices}")
 
-    # What a step calls. The discriminator comes in three guises: ddp_disc learns, with gradients
-    # exchanged among ranks; frozen_disc only teaches the tokenizer; and R1 calls disc itself,
-    # uncompiled, since torch.compile has no second derivatives.
+    # What a step calls. The discriminator is called in three ways:
+    #     ddp_disc         while it learns: compiled, with gradients averaged over the ranks
+    #     compiled_disc    while the tokenizer learns from it: compiled, its own weights fixed
+    #     disc             for R1: not compiled, since torch.compile has no second derivatives
     ddp_model = machine.wrap(model)
     ddp_disc = machine.wrap(disc)
-    frozen_disc = machine.compile(disc)
+    compiled_disc = machine.compile(disc)
 
     decay_until = args.steps if args.decay else None
-    log = Log(run, flops)
+    log = Log(run, flops_without_disc)
     run.discard_former()
     run.catch_signals()
-    stream = batches(data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
+    stream = training_batches(
+        data, args.batch, args.seed, run.step, args.steps, args.workers, machine)
     for step, (images, _) in enumerate(stream, start=run.step):
         # Every random draw is a function of (seed, step, rank).
         generator = machine.seed_step(args.seed, step)
         images = machine.to_floats(images, of_this_rank=True)               # (B, 3, S, S) in [0, 1]
         parts = optim.micro_batches(len(images), num_parts)
-        if step == 0 and args.codebook_lr > 1 and not args.init:
+        if step == 0 and args.codebook_lr > 1 and not args.init:            # see --codebook-lr
             start_quantizer(model, images, parts, generator)
-        # The adversarial loss weighs nothing before --gan-start, then more and more for --gan-ramp.
+        # 0 until --gan-start; then it rises linearly over --gan-ramp steps.
         gan_step = step - gan_start
-        adversarial = args.adversarial * min(1, max(0, gan_step + 1) / args.gan_ramp)
+        adversarial_weight = args.adversarial * min(1, max(0, gan_step + 1) / args.gan_ramp)
 
         # The tokenizer learns, with gradients summed over micro-batches.
         optim.set_learning_rate(optimizer, step, args.warmup, decay_until)
@@ -182,7 +186,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
             with machine.micro_batch(ddp_model, last=part is parts[-1]):
                 with machine.autocast():
                     loss, terms, restored = tokenizer_loss(
-                        args, ddp_model, frozen_disc, lpips, adversarial, images[part])
+                        args, ddp_model, compiled_disc, lpips, adversarial_weight, images[part])
                 (loss / num_parts).backward()
             fakes.append(restored)
             log.add(**terms)
@@ -191,10 +195,10 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         optim.update_average(ema, model, args.ema, step)
         log.add(gradient=gradient)
 
-        # The discriminator learns to tell images from these reconstructions. Without a warm-up of
-        # its own, its first steps would overshoot. It has not needed clipping.
-        if adversarial > 0:
-            log.flops = adversarial_flops
+        # The discriminator learns to tell images from these reconstructions. Without a warm-up over
+        # --gan-ramp, its first steps would overshoot. It has not needed clipping.
+        if adversarial_weight > 0:
+            log.flops = flops_with_disc
             optim.set_learning_rate(disc_optimizer, gan_step, warmup=args.gan_ramp)
             disc.requires_grad_(True)
             ddp_disc.zero_grad(set_to_none=True)
@@ -223,7 +227,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         drawing = run.due(done, args.picture_every)
         if stopping or saving:
             log.check_finite(done)
-            run.save(done, saved, about)
+            run.save(done, resumable, metadata)
         if stopping:
             log.write(done)
             run.exit(done)
@@ -297,8 +301,8 @@ def tokenizer_optimizer(
 def start_of_discriminator(
     args: argparse.Namespace, disc_optimizer: torch.optim.Optimizer, step: int,
 ) -> int:
-    """Returns the step from which the discriminator learns, or has learned in a run that is resumed
-    at `step`: longer training does not put it off again."""
+    """Returns the step at which the discriminator starts: --gan-start; or, in a run that is resumed
+    at `step`, when it did start, since a higher --steps must not stop it again."""
     states = list(disc_optimizer.state.values())
     if states:
         return step - int(states[0]["step"])                        # less the steps it has taken
@@ -320,21 +324,22 @@ def start_quantizer(
 
 def tokenizer_loss(
     args: argparse.Namespace, model: nn.Module, discriminator: nn.Module, lpips: nn.Module | None,
-    adversarial: float, images: Tensor,
+    adversarial_weight: float, images: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Returns the tokenizer's loss, the weighted terms that it is the sum of, by name, and the
-    reconstructions (b, 3, S, S).
+    """Returns the loss of the tokenizer, its terms by name, and the reconstructions (b, 3, S, S).
 
-    It is small if reconstructions equal the images, look the same to `lpips` and pass for real, and
-    if features are near codes that are all in use. images: (b, 3, S, S) in [0, 1]. adversarial: the
-    present weight of the adversarial loss; at 0 the discriminator is not called."""
-    restored, _, terms = model(images)                          # the quantizer's, already weighted
+    The loss is the sum of the terms, which are already weighted. It is small if reconstructions
+    equal the images, look the same to `lpips` and pass for real, and if features are near codes
+    that are all in use. images: (b, 3, S, S) in [0, 1]. adversarial_weight: if 0, the discriminator
+    is not called."""
+    restored, _, quantizer_terms = model(images)
+    terms = dict(quantizer_terms)
     terms["reconstruction"] = args.reconstruction * F.mse_loss(restored.float(), images)
     if lpips is not None:
         terms["perceptual"] = args.perceptual_weight * lpips(restored, images).mean()
-    if adversarial > 0:
+    if adversarial_weight > 0:
         fake_logits = discriminator(restored).float()
-        terms["generator"] = adversarial * generator_loss(fake_logits, args.gan_loss)
+        terms["generator"] = adversarial_weight * generator_loss(fake_logits, args.gan_loss)
     return sum(terms.values()), terms, restored.detach()
 
 
@@ -353,15 +358,16 @@ def reconstruct(
 def validation(
     images: Tensor, restored: Tensor, tokens: Tensor, codebook_size: int,
 ) -> dict[str, float]:
-    """Returns the PSNR in dB, the fraction of codes in use, and the relative sharpness.
+    """Returns the PSNR in dB, the usage of the codebook, and the relative sharpness.
 
-    images: uint8 (n, 3, S, S). restored: floats in [0, 1]. tokens: (n, h, w)."""
+    The usage is the fraction of codes in use, of as many as there are tokens. images: uint8
+    (n, 3, S, S). restored: floats in [0, 1]. tokens: (n, h, w)."""
     images = images.float() / 255
-    used = torch.bincount(tokens.flatten(), minlength=codebook_size) > 0
+    usage = len(tokens.unique()) / min(codebook_size, tokens.numel())
     sharpness = metrics.sharpness(restored).mean() / metrics.sharpness(images).mean()
     return {
         "psnr": metrics.psnr(images, restored).mean().item(),
-        "usage": used.float().mean().item(),
+        "usage": usage,
         "sharpness": sharpness.item(),
     }
 

@@ -57,32 +57,32 @@ class Cifar10(DataSet):
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> ImagesAndLabels:
+    def batch(self, indices: np.ndarray, seeds: np.ndarray | None = None) -> ImagesAndLabels:
         """Returns images (B, 3, 32, 32) uint8 and labels (B,) int64."""
         images = self.images[indices]
-        if draws is not None:
-            flip = hashed_uniform(3, draws, 1)[:, 0, None, None, None] < 0.5
+        if seeds is not None:
+            flip = hashed_uniform(3, seeds, 1)[:, 0, None, None, None] < 0.5
             images = np.where(flip, images[..., ::-1], images)
         return torch.from_numpy(images), torch.from_numpy(self.labels[indices]).long()
 
 
-def open_shapes(size: int | None, folder: str) -> tuple:
+def open_shapes(size: int | None, data_dir: str) -> tuple[DataSet, DataSet]:
     size = size or 32
     return Shapes("train", size), Shapes("val", size)
 
 
-def open_cifar10(size: int | None, folder: str) -> tuple:
+def open_cifar10(size: int | None, data_dir: str) -> tuple[DataSet, DataSet]:
     if size not in (None, 32):
         raise UserError(f"cifar10 has images of 32 pixels, not {size}: give --image-size 32")
-    return Cifar10("train", folder), Cifar10("val", folder)
+    return Cifar10("train", data_dir), Cifar10("val", data_dir)
 
 
-def open_imagenet(size: int | None, folder: str) -> tuple:
-    return open_large("imagenet", size, folder)
+def open_imagenet(size: int | None, data_dir: str) -> tuple[DataSet, DataSet]:
+    return open_large("imagenet", size, data_dir)
 
 
-def open_places2(size: int | None, folder: str) -> tuple:
-    return open_large("places2", size, folder)
+def open_places2(size: int | None, data_dir: str) -> tuple[DataSet, DataSet]:
+    return open_large("places2", size, data_dir)
 
 
 # Each function takes the image size (None: the default of the set) and the folder --data-dir. It
@@ -91,7 +91,7 @@ DATA_SETS = {"shapes": open_shapes, "cifar10": open_cifar10, "imagenet": open_im
              "places2": open_places2}
 
 
-def open_large(name: str, size: int | None, data_dir: str) -> tuple:
+def open_large(name: str, size: int | None, data_dir: str) -> tuple[DataSet, DataSet]:
     """Opens imagenet or places2 without decoding each of its million files first."""
     folders = find_folders(name, os.path.abspath(data_dir))
     splits = [list_images(folder) for folder in folders]
@@ -110,14 +110,16 @@ def name_synsets(train: Folder, val: Folder) -> tuple[Folder, Folder]:
     return train, val
 
 
-def open_data(name: str, size: int | None = None, folder: str = "data") -> tuple:
+def open_data(
+    name: str, size: int | None = None, data_dir: str = "data",
+) -> tuple[DataSet, DataSet]:
     """Returns the training and the validation set.
 
     name: one of DATA_SETS, or the path of a folder of images. size: S; None: the default of the
-    data set, 32 for a folder. folder: where the named data sets are. Raises UserError for an
+    data set, 32 for a folder. data_dir: where the named data sets are. Raises UserError for an
     unknown name or bad data."""
     if name in DATA_SETS:
-        train, val = DATA_SETS[name](size, folder)
+        train, val = DATA_SETS[name](size, data_dir)
         if size not in (None, train.image_size):
             raise UserError(f"{name} has images of {train.image_size} pixels, not {size}: give "
                             f"--image-size {train.image_size}")
@@ -146,7 +148,7 @@ def check_run_outside_data(run: str | Path, data: str) -> None:
                         f"class of it: choose another folder with --run")
 
 
-def spread(data: DataSet, count: int) -> ImagesAndLabels:
+def evenly_spaced(data: DataSet, count: int) -> ImagesAndLabels:
     """Returns up to `count` images and labels, spread evenly over a data set."""
     indices = torch.linspace(0, len(data) - 1, min(count, len(data))).long()
     return data.batch(indices.numpy())

@@ -34,7 +34,9 @@ def prepare_blocks(blocks: nn.ModuleList, bf16: bool, compiled: bool):
 
 
 def to_bfloat16(block: nn.Module, inputs: tuple) -> tuple:
-    """Casts a block's input, before which autocast would cast it for each of its products."""
+    """Casts a block's input to bfloat16 once, where autocast would do so for each product.
+
+    So the sums and the LayerNorms of the block are in bfloat16 too, which on a GPU they are not."""
     return inputs[0].bfloat16(), *inputs[1:]
 
 

@@ -25,7 +25,7 @@ from lib.files import (
     save_checkpoint,
 )
 from lib.flags import UserError, whole
-from lib.loader import DataSet, batches
+from lib.loader import DataSet, training_batches
 from lib.optim import set_learning_rate
 from lib.runtime import Machine
 from lib.sets import (
@@ -104,7 +104,7 @@ def train_classifier(data: DataSet, steps: int, seed: int, machine: Machine,
     model = Classifier(len(data.classes)).to(machine.device, memory_format=machine.layout)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     progress = Progress(title, steps, "steps")
-    for step, (images, labels) in enumerate(batches(data, 128, seed, 0, steps)):
+    for step, (images, labels) in enumerate(training_batches(data, 128, seed, 0, steps)):
         set_learning_rate(optimizer, step, warmup=50, decay_until=steps)
         with machine.autocast():
             logits = model(machine.to_floats(images))

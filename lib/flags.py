@@ -45,25 +45,35 @@ def command_line(main: Callable[[], None], interrupted: str = "stopped by Ctrl-C
     except KeyboardInterrupt as interrupt:
         print(f"\n{str(interrupt) or interrupted}", file=sys.stderr)
         leave(130)
+    except UserError as error:
+        if os.environ.get("TRACEBACK"):
+            crash(error)
+        fail(str(error))
     except Exception as error:
-        message = " ".join(str(error).split())
-        users = isinstance(error, UserError)
-        if not users and out_of_memory(error):
-            message = OUT_OF_MEMORY
-        elif not users and lost_another_rank(error):
-            message = "another process of this run has ended: its own message says why"
-        elif not users or os.environ.get("TRACEBACK"):
-            end_readers()
-            if not dist.is_initialized():
-                raise
-            traceback.print_exception(error)
-            leave(1)
-        end_line()
-        print(f"error: {message}", file=sys.stderr)
-        leave(2)
+        if out_of_memory(error):
+            fail(OUT_OF_MEMORY)
+        if lost_another_rank(error):
+            fail("another process of this run has ended: its own message says why")
+        crash(error)
 
 
-def leave(status: int):
+def fail(message: str) -> NoReturn:
+    """Ends this process with a line on stderr and status 2."""
+    end_line()
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    leave(2)
+
+
+def crash(error: Exception) -> NoReturn:
+    """Ends this process with the error's traceback and status 1."""
+    end_readers()
+    if not dist.is_initialized():
+        raise error
+    traceback.print_exception(error)
+    leave(1)
+
+
+def leave(status: int) -> NoReturn:
     """Ends this process after an error. Nothing that could wait for another process is cleaned up.
 
     The other ranks are in a collective and will not answer; torchrun sees this one end and stops
@@ -180,16 +190,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser: argparse._ActionsContainer, table: dict):
-    """Adds the flags of a table {name: (kind, default, help)}, in its order.
+    """Adds the flags of a table {name: (type, default, help)}, in its order.
 
-    kind: a type, a list of choices, or a dict of argparse's own options."""
-    for name, (kind, default, text) in table.items():
-        if isinstance(kind, dict):
-            options = kind
-        elif isinstance(kind, list):
-            options = {"choices": kind}
+    In place of a type may stand a list of choices, or a dict of argparse's own options."""
+    for name, (type_or_choices, default, text) in table.items():
+        if isinstance(type_or_choices, dict):
+            options = type_or_choices
+        elif isinstance(type_or_choices, list):
+            options = {"choices": type_or_choices}
         else:
-            options = {"type": kind, "metavar": name.split("_")[-1].upper()}
+            options = {"type": type_or_choices, "metavar": name.split("_")[-1].upper()}
         if default is not None:
             text += " (default: %(default)s)"
         flag = "--" + name.replace("_", "-")
@@ -253,18 +263,19 @@ def presets(flags: dict, variants: dict) -> dict[str, dict]:
 
 
 def parse_training_flags(
-        description: str, flags: dict, presets: dict, own_flags: dict) -> argparse.Namespace:
+        description: str, flags: dict, values: dict[str, dict],
+        other_flags: dict) -> argparse.Namespace:
     """Reads the command line of a training script. Raises UserError for a bad flag.
 
-    flags, presets: as above. own_flags: the script's other flags, as for add_flags(). A flag that
-    is not given has the value of the preset: the data set's, `folder` for any folder of images, or
-    the one that --preset names. `given` is as for parse()."""
+    flags: as for presets(), which makes `values`. other_flags: as for add_flags(). A flag that is
+    not given has the value of the preset: the data set's, `folder` for any folder of images, or the
+    one that --preset names. The attribute `given` is that of parse()."""
     parser = Parser(description)
     resume_or_overwrite = parser.add_mutually_exclusive_group()
     add_flags(parser, {
         "data": (str, "shapes",
                  "shapes, cifar10, imagenet, places2, or a folder with a subfolder for each class"),
-        "preset": (list(presets), None,
+        "preset": (list(values), None,
                    "the data set whose settings to take (default: the data's own, or folder)"),
         "run": (str, None, "the run's folder (default: runs/NAME, after the data)"),
         "init": (str, None,
@@ -281,9 +292,10 @@ def parse_training_flags(
         "dry_run": ({"type": number(float, 0.001), "metavar": "TFLOPS"}, None,
                     "print what the run would take at this many TFLOP/s, and exit"),
     })
-    add_flags(parser, own_flags)
-    for flag, (kind, *_, text) in flags.items():
-        add_flags(parser, {flag: (kind, None, f"{text} (default: {shown_default(flag, presets)})")})
+    add_flags(parser, other_flags)
+    for flag, (type_or_choices, *_, text) in flags.items():
+        text += f" (default: {shown_default(flag, values)})"
+        add_flags(parser, {flag: (type_or_choices, None, text)})
     add_flags(parser, {
         "seed": (number(int, 0, 2 ** 63 - 1), 0, "seed of every random draw"),
         "workers": (whole, None,
@@ -292,25 +304,25 @@ def parse_training_flags(
     add_machine_flags(parser)
     args = parse(parser)
     if args.preset is None:
-        args.preset = default_preset(args.data, presets)
+        args.preset = default_preset(args.data, values)
     args.run = Path(args.run or Path("runs", Path(args.data).name))
-    for flag, value in presets[args.preset].items():
+    for flag, value in values[args.preset].items():
         if getattr(args, flag) is None:
             setattr(args, flag, list(value) if isinstance(value, tuple) else value)
     return args
 
 
-def default_preset(data: str, presets: dict) -> str:
-    """Returns the preset of a data set: its own, or `folder`."""
-    return data if data in presets else "folder"
+def default_preset(data: str, values: dict[str, dict]) -> str:
+    """Returns the preset of a data set: its own, or `folder`. values: from presets()."""
+    return data if data in values else "folder"
 
 
-def shown_default(flag: str, presets: dict) -> str:
+def shown_default(flag: str, values: dict[str, dict]) -> str:
     """Returns what --help says of a default: its value, or that of each preset if they differ."""
-    values = {name: value_as_typed(preset[flag]) for name, preset in presets.items()}
-    if len(set(values.values())) == 1:
-        return values["shapes"]
-    return ", ".join(f"{name}: {value}" for name, value in values.items())
+    defaults = {preset: value_as_typed(of_preset[flag]) for preset, of_preset in values.items()}
+    if len(set(defaults.values())) == 1:
+        return defaults["shapes"]
+    return ", ".join(f"{preset}: {default}" for preset, default in defaults.items())
 
 
 def value_as_typed(value: object) -> str:

@@ -14,14 +14,14 @@ from lib.loader import ImagesAndLabels
 from lib.runtime import cores, hashed_uniform
 from lib.scan import (
     MOST_BROKEN,
-    as_people_count,
-    check_all,
-    decode_all,
+    decode_readable,
+    find_readable,
     hash_of,
     holds_images,
     is_folder,
     list_folder,
     list_images,
+    natural_order,
     size_and_time,
 )
 
@@ -30,7 +30,7 @@ SPLITS = ["train", "val", "valid", "validation", "test"]      # the first of the
 
 
 class Folder:
-    """Images of a folder: random crops, half of them flipped, if a batch is given draws; otherwise
+    """Images of a folder: random crops, half of them flipped, if a batch is given seeds; otherwise
     the centres.
 
     root: the folder, for messages. classes: names by label. by_class: {class: paths}. size: S.
@@ -70,19 +70,19 @@ class Folder:
         """Returns the path of the image at an index."""
         return os.fsdecode(self.files[index])
 
-    def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> ImagesAndLabels:
-        """Returns images (B, 3, S, S) uint8 and labels (B,) int64. draws: (B,) ints seed the crops.
+    def batch(self, indices: np.ndarray, seeds: np.ndarray | None = None) -> ImagesAndLabels:
+        """Returns images (B, 3, S, S) uint8 and labels (B,) int64. seeds: (B,) ints, of the crops.
 
         A broken file is named on stderr and replaced by the next readable one. Raises UserError
         once more than 1% of the files have turned out to be broken."""
-        if draws is not None:
-            uniform = hashed_uniform(3, draws, 5).astype(float)
+        if seeds is not None:
+            uniform = hashed_uniform(3, seeds, 5).astype(float)
         squares = []
         used = []
         for place, wanted in enumerate(indices):
             image, index = self.read(wanted)
             used.append(index)
-            if draws is None:
+            if seeds is None:
                 squares.append(self.centre(image))
             else:
                 squares.append(self.augment(image, uniform[place]))
@@ -173,7 +173,7 @@ def open_splits(root: str, folders: list[str], splits: list[dict[str, list[str]]
         train, val = hold_out(root, splits[0])
 
     classes = []
-    for name in sorted(train, key=as_people_count):
+    for name in sorted(train, key=natural_order):
         if train[name]:
             classes.append(name)
         else:
@@ -212,7 +212,7 @@ def is_flat(folder: str, by_class: dict[str, list[str]]) -> bool:
 
 def leave_out_broken(root: str, splits: list[dict[str, list[str]]],
                      size: int) -> tuple[list[dict[str, list[str]]], dict[str, np.ndarray]]:
-    """Decodes all images -> (splits without broken files, {path: pixels}).
+    """Decodes all images. Returns (splits without broken files, {path: pixels}).
 
     splits: {class: paths} of one or two folders. The pixels are {} unless the size is at most
     SMALL and they fit in memory. Raises UserError if too many are broken."""
@@ -221,11 +221,11 @@ def leave_out_broken(root: str, splits: list[dict[str, list[str]]],
         for paths in by_class.values():
             files += paths
     if size <= SMALL and fits_in_memory(root, len(files), 2 * size):
-        pixels = decode_all(root, files, 2 * size)
+        pixels = decode_readable(root, files, 2 * size)
         readable = set(pixels)
     else:
         pixels = {}
-        readable = set(check_all(root, files, size))
+        readable = set(find_readable(root, files, size))
     whole = []
     for by_class in splits:
         whole.append({})

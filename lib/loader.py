@@ -29,10 +29,10 @@ class DataSet(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> ImagesAndLabels:
+    def batch(self, indices: np.ndarray, seeds: np.ndarray | None = None) -> ImagesAndLabels:
         """Returns a batch as a pure function of the arguments.
 
-        draws: an integer for each image, which seeds its augmentation; None: no augmentation."""
+        seeds: an integer for each image, which chooses its augmentation; None: no augmentation."""
 
     def signatures(self) -> np.ndarray:
         """Returns a number (uint64) for each image that changes if the image or its label does.
@@ -47,19 +47,19 @@ def shuffled(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(length)
 
 
-def augmentation_draws(seed: int, places: np.ndarray) -> np.ndarray:
-    """Returns an integer for each place in the stream, which seeds the augmentation of its image.
+def augmentation_seeds(seed: int, places: np.ndarray) -> np.ndarray:
+    """Returns a seed for each place in the stream, for the augmentation of its image.
 
     The lower 40 bits are the place; the 22 bits above come from the seed."""
     return places + (seed % (1 << 22) << 40)
 
 
-# Draws of the views that are encoded in advance, above the bits of augmentation_draws(). They do
-# not depend on --seed, so that runs can share a cache.
-VIEW_DRAWS = 1 << 62
+# Where the seeds of the views that are encoded in advance start: above the bits of
+# augmentation_seeds(). They do not depend on --seed, so that runs can share a cache.
+VIEW_SEEDS = 1 << 62
 
 
-class Steps:
+class ShuffledBatches:
     """Batch number `step` of an endless stream of shuffled epochs: a pure function of (seed, step).
 
     size: B. Each of `world` ranks gets B / world images of every batch; together they get the batch
@@ -77,12 +77,13 @@ class Steps:
         places = range(first, first + self.size_of_rank)             # in the stream of all epochs
         length = len(self.data)
         indices = [shuffled(self.seed, place // length, length)[place % length] for place in places]
-        return self.data.batch(np.array(indices), augmentation_draws(self.seed, np.array(places)))
+        return self.data.batch(np.array(indices), augmentation_seeds(self.seed, np.array(places)))
 
 
-def batches(data: DataSet, size: int, seed: int, first: int, last: int,
-            workers: int | None = None,
-            machine: Machine | None = None) -> Iterator[ImagesAndLabels]:
+def training_batches(
+    data: DataSet, size: int, seed: int, first: int, last: int, workers: int | None = None,
+    machine: Machine | None = None,
+) -> Iterator[ImagesAndLabels]:
     """Iterates over the batches of steps first .. last - 1 of the stream.
 
     size: B, over all ranks. workers: processes that read ahead; None: data.workers. machine: whose
@@ -91,13 +92,13 @@ def batches(data: DataSet, size: int, seed: int, first: int, last: int,
     if workers is None:
         workers = data.workers
     if machine is None:
-        return loader(Steps(data, size, seed), range(first, last), workers)
-    steps = Steps(data, size, seed, machine.rank, machine.world)
+        return read_ahead(ShuffledBatches(data, size, seed), range(first, last), workers)
+    shuffled_batches = ShuffledBatches(data, size, seed, machine.rank, machine.world)
     on_cuda = machine.device.type == "cuda"
-    return loader(steps, range(first, last), workers, pin_memory=on_cuda)
+    return read_ahead(shuffled_batches, range(first, last), workers, pin_memory=on_cuda)
 
 
-def loader(dataset: object, keys: Iterable, workers: int, pin_memory: bool = False) -> Iterator:
+def read_ahead(dataset: object, keys: Iterable, workers: int, pin_memory: bool = False) -> Iterator:
     """Iterates over dataset[key] for every key. If workers > 0, so many processes read ahead.
 
     Raises UserError if dataset[key] does, or if one of these processes dies."""

@@ -20,8 +20,8 @@ from lib.tokens import CachedTokens
 from maskgit import MaskGIT
 from vqgan import VQGAN, VQGANConfig
 
-# Of an H100 or H200 (SXM), in FLOP/s: dense products in bfloat16 by its data sheet, and what the
-# stages are expected to sustain at the paper's size. It was not measured.
+# FLOP/s of an H100 or H200 (SXM): its peak in bfloat16, by its data sheet; and what the stages are
+# expected to sustain at the paper's size, which was not measured.
 PEAK = 989e12
 STAGE_1 = 0.23 * PEAK
 STAGE_2 = 0.33 * PEAK
@@ -95,7 +95,7 @@ def mean_tokenizer_flops(
         return alone
     adversarial = tokenizer_flops(model, disc, lpips, args.image_size) - alone
     if args.r1 > 0:
-        # The gradient of a gradient: six forward passes in all. An eighth of `adversarial` is one.
+        # R1 is the gradient of a gradient: six forward passes. `adversarial` is eight of them.
         adversarial += 6 / 8 * adversarial / args.r1_every
     return alone + adversarial * (1 - int(args.gan_start * args.steps) / args.steps)
 

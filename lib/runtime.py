@@ -96,8 +96,8 @@ class Machine:
     """The device of this process, and the ranks beside it.
 
     name: auto, cpu, cuda or xla. bf16: autocast to bfloat16. compiled: use torch.compile. None
-    stands for what suits the device. steps: of the training, if any. Raises UserError if the device
-    is missing.
+    stands for what suits the device. training_steps: of a transformer, whose blocks a CPU compiles
+    if they are many. Raises UserError if the device is missing.
 
     Attributes:
         device, layout    the torch device, and the memory layout of images on it
@@ -112,7 +112,7 @@ class Machine:
 
     def __init__(
         self, name: str = "auto", bf16: bool | None = None, compiled: bool | None = None,
-        steps: int = 0,
+        training_steps: int = 0,
     ):
         self.mesh = None
         if name == "xla":
@@ -124,7 +124,7 @@ class Machine:
         self.bf16 = self._default_bf16() if bf16 is None else bf16
         self.compiled = self._default_compiled() if compiled is None else compiled
         self.compiles_blocks = self.device.type == "cpu" and self.compiled
-        if self.device.type == "cpu" and compiled is None and steps >= LONG_TRAINING:
+        if self.device.type == "cpu" and compiled is None and training_steps >= LONG_TRAINING:
             self.compiles_blocks = sys.platform == "linux" and shutil.which("g++") is not None
         if on_xla:                                          # torch-xla compiles everything anyway
             self.compiled = False
@@ -327,14 +327,16 @@ class Machine:
 
 # ---- ranks and seeds
 
-def launch(function: Callable[[Namespace, Machine], None], args: Namespace):
+def launch(
+    function: Callable[[Namespace, Machine], None], args: Namespace, training_steps: int = 0,
+):
     """Calls function(args, machine) on the device that the flags name.
 
     Raises UserError if the device is missing, and whatever the function raises. After an error
     command_line() ends this rank at once, since the other ranks wait for it and know nothing."""
-    # Scripts that do not train have no --compile.
+    # Only the training scripts and bench.py have --compile.
     compiled = getattr(args, "compile", False)
-    machine = Machine(args.device, args.bf16, compiled, getattr(args, "steps", None) or 0)
+    machine = Machine(args.device, args.bf16, compiled, training_steps)
     try:
         function(args, machine)
     except SystemExit:                          # after a signal, of which all ranks know

@@ -16,7 +16,7 @@ from lib.image_files import read_image
 from lib.pictures import save_image, to_pil
 from lib.runtime import Machine
 from lib.sampling import Sampler
-from lib.scan import as_people_count, list_folder
+from lib.scan import list_folder, natural_order
 from lib.terminal import Progress
 
 BATCH = 64                      # images decoded at once
@@ -26,13 +26,13 @@ def class_folders(folder: Path, classes: list[str]) -> list[Path]:
     """Returns the folder of each class, by label.
 
     It has the name of the class, if --data would read all these folders back as the same classes in
-    the same order, which is as_people_count()'s; otherwise the label stands before the name."""
+    the same order, which is natural_order()'s; otherwise the label stands before the name."""
     names = [re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", name)[:100] for name in classes]
     hidden = any(name == "" or name.startswith(".") for name in names)
     cut = any(name.endswith((".", " ")) for name in names)                  # by Windows
     lowered = {name.casefold() for name in names}       # Windows and macOS take Cat and cat for one
     special = hidden or cut or len(lowered) < len(names) or not lowered.isdisjoint(SPLITS)
-    if special or sorted(names, key=as_people_count) != list(classes):
+    if special or sorted(names, key=natural_order) != list(classes):
         digits = len(str(len(names) - 1))
         names = [f"{label:0{digits}} {name}".strip() for label, name in enumerate(names)]
     return [folder / name for name in names]

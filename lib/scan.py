@@ -108,7 +108,7 @@ def is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def as_people_count(name: str) -> tuple:
+def natural_order(name: str) -> tuple:
     """Returns a key that sorts names with their numbers by value: 2 before 10."""
     pieces = re.split(r"(\d+)", name)
     pieces[1::2] = [int(digits) for digits in pieces[1::2]]
@@ -122,8 +122,8 @@ def printable(name: str) -> str:
 
 # ---- broken files
 
-def decode_all(root: str, files: list[str], side: int) -> dict[str, np.ndarray]:
-    """Decodes every file -> {path: pixels (H, W, 3) uint8} of the readable ones.
+def decode_readable(root: str, files: list[str], side: int) -> dict[str, np.ndarray]:
+    """Returns {path: pixels (H, W, 3) uint8} of every file that can be decoded.
 
     side: larger images are reduced to this shorter side. Raises UserError as report() does."""
     def decode(path: str) -> np.ndarray:
@@ -139,11 +139,11 @@ def decode_all(root: str, files: list[str], side: int) -> dict[str, np.ndarray]:
     return pixels
 
 
-def check_all(root: str, files: list[str], size: int) -> list[str]:
-    """Decodes every file to size S -> the readable ones. Raises UserError as report() does.
+def find_readable(root: str, files: list[str], size: int) -> list[str]:
+    """Returns the files that can be decoded to size S. Raises UserError as report() does.
 
-    Which files were readable is kept in the cache folder, so that only those that are new or have
-    changed are decoded the next time."""
+    They are noted in the cache folder, so that only files that are new or have changed are decoded
+    the next time."""
     def check(path: str) -> None:
         read_image(path, size)
 

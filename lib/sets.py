@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lib.loader import DataSet, loader
+from lib.loader import DataSet, read_ahead
 from lib.terminal import Progress
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def batch(self, indices: np.ndarray, draws: Any = None) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: np.ndarray, seeds: Any = None) -> tuple[Tensor, Tensor]:
         """Returns images uint8 (n, 3, S, S) and labels (n,)."""
         return self.data.batch(self.indices[indices])
 
@@ -59,7 +59,7 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, indices: np.ndarray, draws: Any = None) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: np.ndarray, seeds: Any = None) -> tuple[Tensor, Tensor]:
         """Returns images uint8 (n, 3, S, S) and labels (n,)."""
         return self.images[indices], self.labels[indices]
 
@@ -88,7 +88,7 @@ class Batches:
 def read_batches(data: DataSet, size: int, numbers: range) -> Iterator[Batch]:
     """Iterates over the batches of these numbers; reader processes read ahead, if the data has any.
     """
-    return iter(loader(Batches(data, size), numbers, data.workers))
+    return iter(read_ahead(Batches(data, size), numbers, data.workers))
 
 
 def samples_in_turn(number: int, size: int, count: int, classes: int) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ class Shapes(DataSet):
     def __len__(self) -> int:
         return self.length
 
-    def batch(self, indices: np.ndarray, draws: np.ndarray | None = None) -> ImagesAndLabels:
+    def batch(self, indices: np.ndarray, seeds: np.ndarray | None = None) -> ImagesAndLabels:
         """Returns images (B, 3, S, S) uint8 and labels (B,) int64. Nothing is augmented."""
         labels = np.asarray(indices) % len(SHAPES)
         uniform = hashed_uniform(self.key, indices, 13)

@@ -11,7 +11,7 @@ import torch
 
 from lib.files import fingerprint, rebuild, write_atomically
 from lib.flags import UserError, check_image_size
-from lib.loader import VIEW_DRAWS, DataSet, ImagesAndLabels, interruptible, loader
+from lib.loader import VIEW_SEEDS, DataSet, ImagesAndLabels, interruptible, read_ahead
 from lib.runtime import Machine, hashed_uniform
 from lib.terminal import Progress
 
@@ -78,7 +78,7 @@ class Views:
 
     def __getitem__(self, rows: range) -> ImagesAndLabels:
         numbers = np.array(rows)
-        return self.data.batch(numbers % len(self.data), numbers + VIEW_DRAWS)
+        return self.data.batch(numbers % len(self.data), numbers + VIEW_SEEDS)
 
 
 class CachedTokens:
@@ -136,7 +136,7 @@ class CachedTokens:
         if workers is None:
             workers = self.data.workers
         on_cuda = machine.device.type == "cuda"
-        stream = loader(Views(self.data), batches, workers, pin_memory=on_cuda)
+        stream = read_ahead(Views(self.data), batches, workers, pin_memory=on_cuda)
         total = sum(map(len, batches))
         progress = Progress(f"encoding views into {self.folder}", total, stream=sys.stderr)
         done = 0
@@ -189,9 +189,9 @@ class CachedTokens:
         """The chunks, which the system reads from the disk as they are needed."""
         return [np.load(path, mmap_mode="r") for path in self.paths]
 
-    def batch(self, indices: np.ndarray, draws: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns tokens (B, N) int32 and labels (B,) int64, in the views that the draws choose."""
-        views = (hashed_uniform(5, draws, 1)[:, 0] * self.views).astype(np.int64)
+    def batch(self, indices: np.ndarray, seeds: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns tokens (B, N) int32 and labels (B,) int64, in the views that the seeds choose."""
+        views = (hashed_uniform(5, seeds, 1)[:, 0] * self.views).astype(np.int64)
         chunks, places = np.divmod(views * len(self.data) + indices, self.chunk_rows)
         pairs = zip(chunks, places, strict=True)
         rows = np.stack([self.arrays[chunk][place] for chunk, place in pairs])

@@ -51,13 +51,13 @@ def copy_log(path, log):
     shutil.copy(log, path)
 
 
-def spread_fewer(images, count):
-    return data.spread(images, min(count, 128))
+def evenly_spaced_but_fewer(images, count):
+    return data.evenly_spaced(images, min(count, 128))
 
 
 for script in (train_vq, train_transformer):
     script.draw_log = copy_log
-    script.spread = spread_fewer
+    script.evenly_spaced = evenly_spaced_but_fewer
 
 
 def pytest_collection_finish():

@@ -27,7 +27,7 @@ from lib.files import load_tensors, write_atomically
 from lib.flags import UserError, command_line
 from lib.image_files import random_crop, read_image, to_rgb
 from lib.imagenet import SYNSETS, label_flat
-from lib.loader import Steps, batches
+from lib.loader import ShuffledBatches, training_batches
 from lib.shapes import Shapes, draw_scenes, hsv_to_rgb
 
 RED = (220, 20, 30)
@@ -142,29 +142,29 @@ def test_batches_visit_every_image_once_an_epoch_and_start_anywhere():
     class Indices:
         workers = 0
         def __len__(self): return 10
-        def batch(self, indices, draws): return torch.tensor(indices), torch.tensor(draws)
-    whole = list(batches(Indices(), 4, 7, 0, 10))
+        def batch(self, indices, seeds): return torch.tensor(indices), torch.tensor(seeds)
+    whole = list(training_batches(Indices(), 4, 7, 0, 10))
     order = torch.cat([indices for indices, _ in whole])
     for epoch in order.view(4, 10):
         assert sorted(epoch.tolist()) == list(range(10))
     assert not torch.equal(order[:10], order[10:20])
-    assert len(set(torch.cat([draws for _, draws in whole]).tolist())) == 40
-    later = list(batches(Indices(), 4, 7, 6, 10))
+    assert len(set(torch.cat([seeds for _, seeds in whole]).tolist())) == 40
+    later = list(training_batches(Indices(), 4, 7, 6, 10))
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(whole[6:], later, strict=True))
-    other = list(batches(Indices(), 4, 8, 0, 10))
+    other = list(training_batches(Indices(), 4, 8, 0, 10))
     assert not torch.equal(order, torch.cat([indices for indices, _ in other]))
-    draws, others = (set(torch.cat([draws for _, draws in stream]).tolist()) for stream in (whole, other))
-    assert not draws & others
+    seeds, others = (set(torch.cat([seeds for _, seeds in stream]).tolist()) for stream in (whole, other))
+    assert not seeds & others
 
 
 @pytest.mark.parametrize("world", [2, 3, 6])
 def test_ranks_divide_each_batch(world):
-    """Side by side, what the ranks get is the batch of one process: images and draws, also over the end of an epoch."""
+    """Side by side, what the ranks get is the batch of one process: images and seeds, also over the end of an epoch."""
     class Indices:
         workers = 0
         def __len__(self): return 10
-        def batch(self, indices, draws): return np.stack([indices, draws])
-    whole, shares = Steps(Indices(), 6, 7), [Steps(Indices(), 6, 7, rank, world) for rank in range(world)]
+        def batch(self, indices, seeds): return np.stack([indices, seeds])
+    whole, shares = ShuffledBatches(Indices(), 6, 7), [ShuffledBatches(Indices(), 6, 7, rank, world) for rank in range(world)]
     for step in (0, 1, 2, 5):
         assert np.array_equal(np.concatenate([share[step] for share in shares], 1), whole[step])
 
@@ -201,7 +201,7 @@ def test_cifar_is_flipped_in_training_only(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="wrong checksum.*delete it"):
         Cifar10("train", tmp_path)
     monkeypatch.setattr(data, "CIFAR_MD5", hashlib.md5(path.read_bytes()).hexdigest())
-    train, val = open_data("cifar10", folder=tmp_path)
+    train, val = open_data("cifar10", data_dir=tmp_path)
     assert (len(train), len(val), train.image_size) == (25, 5, 32)
     indices = np.arange(100) % 25
     plain, labels = train.batch(indices)
@@ -388,8 +388,8 @@ def test_a_lack_of_memory_is_no_broken_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", [(5, 400), (400, 5), (1, 1), (33, 32)])
 def test_odd_sizes(size, tmp_path):
     make_folder(tmp_path, {"a": 3}, size=size)
-    for draws in (None, np.array([3])):
-        images, _ = open_data(str(tmp_path), 32)[0].batch(np.array([0]), draws)
+    for seeds in (None, np.array([3])):
+        images, _ = open_data(str(tmp_path), 32)[0].batch(np.array([0]), seeds)
         assert images.shape == (1, 3, 32, 32) and (images.float().mean((0, 2, 3)).round() == torch.tensor(RED)).all()
 
 
@@ -525,8 +525,8 @@ def test_large_images_are_read_from_their_files(tmp_path):
     make_folder(tmp_path, {"a": 3}, size=(300, 200))
     train, _ = open_data(str(tmp_path), 128)
     assert not train.pixels and train.batch(np.array([1]), np.array([1]))[0].shape == (1, 3, 128, 128)
-    stream = batches(train, 2, 0, 0, 3, workers=1)
-    assert torch.equal(next(stream)[0], next(batches(train, 2, 0, 0, 3, workers=0))[0])
+    stream = training_batches(train, 2, 0, 0, 3, workers=1)
+    assert torch.equal(next(stream)[0], next(training_batches(train, 2, 0, 0, 3, workers=0))[0])
 
 
 # ---- which files, which classes
@@ -540,7 +540,7 @@ def test_classes_sort_as_people_count(tmp_path):
     train, _ = open_data(str(tmp_path), 16)
     assert train.classes == [str(i) for i in range(1, 13)]
     assert [train.classes[label] for label in train.labels] == [Path(path).parent.name for path in paths(train)]
-    assert sorted(["b10", "b2", "a", "b2x", "B", "2", "10"], key=scan.as_people_count) == [
+    assert sorted(["b10", "b2", "a", "b2x", "B", "2", "10"], key=scan.natural_order) == [
         "2", "10", "B", "a", "b2", "b2x", "b10"]
 
 
@@ -793,7 +793,7 @@ def test_a_file_that_nobody_checked_is_replaced_by_its_neighbour(tmp_path, capfd
     streams = []
     for workers in (0, 1, 2, 4):
         train, _ = open_data("imagenet", 8, tmp_path)
-        streams.append(list(batches(train, 8, 0, 0, 50, workers)))
+        streams.append(list(training_batches(train, 8, 0, 0, 50, workers)))
         said = capfd.readouterr().err
         assert said.count("passed over") == 1 and "100.JPEG" in said
     shades = torch.cat([images[:, 0, 4, 4] for images, _ in streams[0]]).tolist()
@@ -833,7 +833,7 @@ def test_too_many_broken_files_end_the_run(workers, tmp_path, capfd):
 
     def main():
         train, _ = open_data("imagenet", 32, tmp_path)
-        for _ in batches(train, 4, 0, 0, 1000, workers):
+        for _ in training_batches(train, 4, 0, 0, 1000, workers):
             print("a batch")
     assert_ends(start(main), 15, code=2)
     said = capfd.readouterr()
@@ -847,7 +847,7 @@ def test_an_error_beside_readers_is_one_line(workers, tmp_path, capfd):
     coloured(tmp_path / "imagenet", 50)
 
     def main():
-        stream = batches(open_data("imagenet", 32, tmp_path)[0], 4, 0, 0, 10**6, workers)
+        stream = training_batches(open_data("imagenet", 32, tmp_path)[0], 4, 0, 0, 10**6, workers)
         next(stream)
         raise UserError("the disk is full: free some space")
     assert_ends(start(main), 15, code=2)
@@ -858,7 +858,7 @@ def test_a_reader_that_dies_is_an_error_of_one_line(tmp_path, capfd):
     coloured(tmp_path / "imagenet", 50)
 
     def main():
-        stream = batches(open_data("imagenet", 32, tmp_path)[0], 4, 0, 0, 10**6, 1)
+        stream = training_batches(open_data("imagenet", 32, tmp_path)[0], 4, 0, 0, 10**6, 1)
         next(stream)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         time.sleep(0.5)                                     # as in a training step
@@ -873,7 +873,7 @@ def read_for_ever(folder, batch_came, ignored):
     """Reads with two workers; signals do not end it, as in training."""
     for number in ignored:
         signal.signal(number, lambda number, frame: None)
-    for _ in batches(open_data("imagenet", 32, folder)[0], 4, 0, 0, 10**9, 2):
+    for _ in training_batches(open_data("imagenet", 32, folder)[0], 4, 0, 0, 10**9, 2):
         batch_came.set()
 
 
@@ -923,10 +923,10 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 from lib.data import open_data
 from lib.flags import command_line
-from lib.loader import batches
+from lib.loader import training_batches
 
 def main():
-    for _ in batches(open_data("imagenet", 32, {str(tmp_path)!r})[0], 4, 0, 0, 10**9, 2):
+    for _ in training_batches(open_data("imagenet", 32, {str(tmp_path)!r})[0], 4, 0, 0, 10**9, 2):
         sys.exit(143)
 
 command_line(main)

@@ -23,7 +23,7 @@ from lib import features, metrics, pictures, runtime, sets
 from lib.features import Classifier, Judge, Measurements, Networks, Reference
 from lib.files import fingerprint, load_checkpoint, load_weights, save_checkpoint
 from lib.flags import UserError
-from lib.loader import batches
+from lib.loader import training_batches
 from lib.results import Results
 from lib.sampling import rand_of_images
 from lib.shapes import Shapes
@@ -67,7 +67,7 @@ DRAW_ACCURACY = pictures.draw_accuracy
 def faster(monkeypatch):
     """Spares evaluations the picture at their end, and trains classifiers on 16 images a step instead of 128."""
     monkeypatch.setattr(pictures, "draw_accuracy", lambda path, points: None)
-    monkeypatch.setattr(features, "batches", lambda data, batch, *others: batches(data, 16, *others))
+    monkeypatch.setattr(features, "training_batches", lambda data, batch, *others: training_batches(data, 16, *others))
 
 
 @pytest.fixture
@@ -296,7 +296,7 @@ def test_figures_of_images_beside_real_ones():
 
 
 def test_training_a_classifier(capsys, monkeypatch):
-    monkeypatch.setattr(features, "batches", batches)
+    monkeypatch.setattr(features, "training_batches", training_batches)
     machine = runtime.Machine("cpu")
     model = features.train_classifier(Greys(), 40, 0, machine, "classifier of greys")
     assert not model.training and "classifier of greys: 40 of 40 steps" in capsys.readouterr().out
@@ -722,7 +722,7 @@ def evaluated_by_a_rank(rank, folder, port):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    features.batches = lambda data, batch, *others: batches(data, 16, *others)      # as `faster` does in the other process
+    features.training_batches = lambda data, batch, *others: training_batches(data, 16, *others)      # as `faster` does in the other process
     runtime.launch(evaluate.evaluate, flags_of(folder, "--manipulate"))
     os.environ["MASTER_PORT"] = str(port + 1)
     runtime.launch(evaluate.evaluate, flags_of(folder))

@@ -17,7 +17,7 @@ from discriminator import Discriminator, discriminator_loss, generator_loss, r1_
 from lib import optim
 from lib.data import open_data
 from lib.files import rebuild
-from lib.loader import batches
+from lib.loader import training_batches
 from lib.orders import halton_order
 from lib.runtime import Machine, step_seed
 from maskgit import MaskGIT, MaskGITConfig, drop_labels, mask_tokens, mvtm_loss
@@ -397,7 +397,7 @@ def test_stage_1_is_four_steps_written_out(call_main, exchanges, tmp_path):
     parameters = [*model.encoder.parameters(), *model.decoder.parameters(), *model.quantizer.parameters()]
     adam = torch.optim.Adam(parameters, betas=(0.5, 0.99))
     disc_adam = torch.optim.Adam(disc.parameters(), betas=(0.5, 0.99))
-    stream = batches(open_data("shapes", 32)[0], 4, 0, 0, 4)
+    stream = training_batches(open_data("shapes", 32)[0], 4, 0, 0, 4)
     for step, (images, _) in enumerate(stream):
         halves = (images / 255).chunk(2)
         adversarial = [0, 4, 8, 8][step]
@@ -443,7 +443,7 @@ def test_the_codebook_has_a_learning_rate_of_its_own_and_starts_from_the_first_i
     saved = torch.load(tmp_path / "run" / "vqgan.resume.pt", weights_only=True)
     torch.manual_seed(0)
     model = VQGAN(VQGANConfig(32, 4, 8, (1, 1, 1), 1, 1))
-    (images, _), = batches(open_data("shapes", 32)[0], 4, 0, 0, 1)
+    (images, _), = training_batches(open_data("shapes", 32)[0], 4, 0, 0, 1)
     with torch.no_grad():
         features = model.encoder(images / 255)
     model.quantizer.start_from(features, torch.Generator().manual_seed(step_seed(0, 0)))
@@ -472,7 +472,7 @@ def test_stage_2_is_four_steps_written_out(untrained, call_main, exchanges, tmp_
     adamw = torch.optim.AdamW([{"params": matrices, "weight_decay": 3}, {"params": vectors, "weight_decay": 0}],
                               betas=(0.9, 0.96))
     dropped = 0
-    for step, (images, labels) in enumerate(batches(open_data("shapes", 32)[0], 4, 0, 0, 4)):
+    for step, (images, labels) in enumerate(training_batches(open_data("shapes", 32)[0], 4, 0, 0, 4)):
         tokens = tokenizer.encode(images / 255).flatten(1)                                   # (4, 64)
         generator = torch.Generator().manual_seed(step_seed(0, step))
         without_class = torch.rand(4, generator=generator) < 0.5

@@ -23,7 +23,7 @@ from conftest import (
 from torch import nn
 
 from lib import devices, flags, runtime
-from lib.loader import loader
+from lib.loader import read_ahead
 from lib.run import Run
 from maskgit import MaskGIT, MaskGITConfig
 
@@ -202,7 +202,7 @@ def fail_beside_readers(error, failing_rank):
     def loop(args, machine):
         if machine.world > 1:
             threading.Thread(target=threading.Event().wait).start()     # never ends, as NCCL's may not
-        stream = iter(loader(Zeros(), range(10_000), workers=2))
+        stream = iter(read_ahead(Zeros(), range(10_000), workers=2))
         for step in range(1000):
             next(stream)
             if step == 3 and machine.rank == failing_rank:
@@ -252,7 +252,7 @@ def test_a_stop_that_all_ranks_agree_on_ends_the_readers(world):
 
 def stop_beside_readers():
     def loop(args, machine):
-        stream = iter(loader(Zeros(), range(10_000), workers=2))
+        stream = iter(read_ahead(Zeros(), range(10_000), workers=2))
         next(stream)
         sys.exit(143)
 
@@ -395,10 +395,10 @@ def test_blocks_prepared_for_a_cpu_compute_the_same():
 def test_blocks_are_compiled_in_long_trainings(compiled, steps, expected, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(runtime.shutil, "which", lambda name: f"/usr/bin/{name}")
-    machine = runtime.Machine("cpu", bf16=False, compiled=compiled, steps=steps)
+    machine = runtime.Machine("cpu", bf16=False, compiled=compiled, training_steps=steps)
     assert machine.compiles_blocks == expected
     model = MaskGIT(MaskGITConfig(codebook_size=16, num_classes=2, num_tokens=9, dim=16, depth=2, heads=2, mlp_dim=32))
     machine.wrap(model, model.blocks)
     assert all((block._compiled_call_impl is not None) == expected for block in model.blocks)
     monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
-    assert runtime.Machine("cpu", compiled=compiled, steps=steps).compiles_blocks == (compiled is True)
+    assert runtime.Machine("cpu", compiled=compiled, training_steps=steps).compiles_blocks == (compiled is True)

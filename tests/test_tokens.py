@@ -16,7 +16,7 @@ from lib import tokens
 from lib.data import open_data
 from lib.files import load_checkpoint, save_checkpoint
 from lib.flags import UserError
-from lib.loader import VIEW_DRAWS, loader
+from lib.loader import VIEW_SEEDS, read_ahead
 from lib.runtime import Machine, hashed_uniform
 from lib.shapes import Shapes
 from lib.tokens import CachedTokens, FrozenTokenizer, Views
@@ -35,8 +35,8 @@ class Images:
     def __len__(self):
         return self.count
 
-    def batch(self, indices, draws):
-        return torch.tensor(np.stack([indices, draws % 1000], 1)), torch.tensor(indices % 2)
+    def batch(self, indices, seeds):
+        return torch.tensor(np.stack([indices, seeds % 1000], 1)), torch.tensor(indices % 2)
 
     def signatures(self):
         return np.arange(self.count, dtype=np.uint64)
@@ -95,7 +95,7 @@ def test_cached_tokens_are_those_encoded_on_the_fly(tmp_path, monkeypatch):
     tokens, labels = cached.batch(indices, [3, 4, 5])
     assert torch.equal(labels, train.batch(indices)[1]) and tokens.shape == (3, 12)
     view = int(hashed_uniform(5, [3], 1)[0, 0] * 3)
-    again = train.batch([0], [view * len(train) + VIEW_DRAWS])[0]
+    again = train.batch([0], [view * len(train) + VIEW_SEEDS])[0]
     assert torch.equal(tokens[0].long(), Tokenize()(again)[0])
     os.remove(cached.paths[1])                              # a half-written cache goes on: what is there stays
     assert encode(CachedTokens(tmp_path / "tokens", train, 3, 12, 256)) == 16
@@ -120,7 +120,7 @@ def test_as_many_readers_encode_as_are_asked_for(given, used, tmp_path, monkeypa
 
     def loader_here(dataset, keys, workers, pin_memory):
         told.append(workers)
-        return loader(dataset, keys, 0)
+        return read_ahead(dataset, keys, 0)
     monkeypatch.setattr(tokens, "loader", loader_here)
     CachedTokens(tmp_path, Images(), 1, 2, 1000).encode(lambda images: images, Machine("cpu"), given)
     assert told == [used]

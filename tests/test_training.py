@@ -74,6 +74,12 @@ def test_validation_weighs_images_alike():
     assert losses == pytest.approx(dict.fromkeys(("val_loss", "val_nll"), math.log(2) / 65))
 
 
+@pytest.mark.parametrize("tokens, codes, usage", [([0, 1, 2, 3], 1024, 1), ([0, 0, 5, 5], 1024, 0.5), ([0, 1, 1, 1], 2, 1)])
+def test_usage_is_of_the_codes_that_so_many_tokens_can_use(tokens, codes, usage):
+    images = torch.randint(256, (1, 3, 8, 8), dtype=torch.uint8)
+    assert train_vq.validation(images, images / 255, torch.tensor(tokens).view(1, 2, 2), codes)["usage"] == usage
+
+
 def test_a_preview_has_the_captions_of_its_rows(monkeypatch, tmp_path):
     captions = []
 
