@@ -95,6 +95,8 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     tokenizer = FrozenTokenizer(
         args.vqgan or run_tokenizer, VQGAN, args.image_size, encode_batch, machine)
     run = Run(stage, args, machine)
+    if args.vqgan and not args.overwrite and machine.leads:
+        tokenizer.check_same_as(run_tokenizer)
     train_images, val = open_data(args.data, tokenizer.image_size, args.data_dir)
     classes = list(train_images.classes)
     config = configuration(args, tokenizer.codebook_size, tokenizer.num_tokens, len(classes))
@@ -126,8 +128,6 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     run.say(f"{run.folder}: {optim.count_parameters(model) / 1e6:.2f} M parameters, "
             f"{config.num_tokens} tokens of {config.codebook_size}, {len(classes)} classes, "
             f"on {machine.device} x {machine.devices}")
-    if args.vqgan and not args.overwrite and machine.leads:
-        tokenizer.check_same_as(run_tokenizer)
     judge = None
     if args.evaluate_every:
         judge = Judge(args, machine, train_images, val, run.folder)

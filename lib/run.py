@@ -186,7 +186,7 @@ class Run:
         """Deletes what a former run left that this one does not resume: its state and best weights.
 
         Otherwise --resume would go on with that run, if this one ends before it is first saved.
-        To be called when all else is checked, since that run is lost then."""
+        Call this last: an error before it leaves the former run as it was."""
         if self.step == 0 and self.machine.leads:
             self.resume_file.unlink(missing_ok=True)
             self.best_file.unlink(missing_ok=True)
@@ -253,9 +253,9 @@ class Run:
         if self.signal is None:
             self.signal = number
             self.signal_time = now
-            if self.machine.leads:      # print() might be at work just now, so it is passed by
-                os.write(2, b"\nstopping at the end of a step, which is saved first; "
-                            b"a second signal ends at once\n")
+            if self.machine.leads:      # not by print(), which the signal may have interrupted
+                os.write(2, b"\nstopping at the end of a step, which is then saved; to stop at "
+                            b"once, repeat the signal after some seconds\n")
         elif now - self.signal_time > REPEAT_SECONDS:               # someone insists: end at once
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
