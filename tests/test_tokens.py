@@ -118,10 +118,10 @@ def test_all_tpu_hosts_encode_all_chunks_and_the_first_writes_them(tmp_path, mon
 def test_as_many_readers_encode_as_are_asked_for(given, used, tmp_path, monkeypatch):
     told = []
 
-    def loader_here(dataset, keys, workers, pin_memory):
+    def read_in_this_process(dataset, keys, workers, pin_memory):
         told.append(workers)
         return read_ahead(dataset, keys, 0)
-    monkeypatch.setattr(tokens, "loader", loader_here)
+    monkeypatch.setattr(tokens, "read_ahead", read_in_this_process)
     CachedTokens(tmp_path, Images(), 1, 2, 1000).encode(lambda images: images, Machine("cpu"), given)
     assert told == [used]
 
