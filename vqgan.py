@@ -25,9 +25,10 @@ class VQGANConfig:
     codebook_size: int = 1024
     codebook_dim: int = 256
     filters: int = 128                          # width at full resolution, a multiple of `groups`
-    multipliers: tuple = (1, 1, 2, 2, 4)        # of `filters`: the widths, finest resolution first
+    multipliers: tuple = (1, 1, 2, 2, 4)        # widths in units of `filters`, finest first
     res_blocks: int = 2                         # at each resolution
-    groups: int = 32                            # of GroupNorm; under 4 channels, colours wash out
+    groups: int = 32                            # of each GroupNorm; under 4 channels a group,
+                                                # colours wash out
     commitment: float = 0.25                    # beta of VQ-VAE (van den Oord et al. 2017, Eq. 3)
     entropy: float = 0.1                        # weight of the codebook entropy loss
     entropy_temperature: float = 0.01
@@ -108,7 +109,8 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.filters * multiplier for multiplier in reversed(config.multipliers)]
         layers = [conv3x3(config.codebook_dim, widths[0])]
-        # At the coarsest resolution two groups, as in the released model: the middle, then its own.
+        # The coarsest resolution has two sets of blocks, as in the released model: the middle's and
+        # its own.
         layers += res_blocks(config, widths[0], widths[0])
         layers += res_blocks(config, widths[0], widths[0])
         for width, next_width in pairwise(widths):
@@ -239,11 +241,10 @@ class FiniteScalarQuantizer(Quantizer):
                              f"of {config.codebook_dim} numbers")
         if min(levels) < 3:
             raise ValueError(f"levels {levels} must be at least 3 each")
-        levels = torch.tensor(levels).view(-1, 1, 1)                                # (D, 1, 1)
         # An index is a number whose digits are the levels: their place values are 1, L1, L1 L2, ...
-        place_values = levels.flatten().cumprod(0).view(-1, 1, 1) // levels
-        self.register_buffer("levels", levels)
-        self.register_buffer("place_values", place_values)
+        place_values = [math.prod(levels[:place]) for place in range(len(levels))]
+        self.register_buffer("levels", torch.tensor(levels).view(-1, 1, 1))             # (D, 1, 1)
+        self.register_buffer("place_values", torch.tensor(place_values).view(-1, 1, 1))
 
     def bound(self, features: Tensor) -> Tensor:
         """Squeezes each number so that rounding gives L integers, from -(L // 2) upwards."""
