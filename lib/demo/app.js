@@ -890,8 +890,7 @@ function showMode() {
   showEditor();
   pause();
   if (result) byId('time').max = lastTime();        // the browser lowers its value, if need be
-  showStep();
-  look();
+  goTo(isRacing() ? lastTime() : shownTime());
 }
 
 // Draws when nothing has changed for a moment.
