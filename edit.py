@@ -144,7 +144,8 @@ def check_flags(args: argparse.Namespace, out: Path, size: int, steps: int) -> N
     pictures.check_picture(out, layout.size, "a lower --num or --extrapolate")
     frames = steps if args.film else 1
     floats = 3 * size * width * args.num * frames
-    # The images as floats of 4 bytes, twice while their batches are joined.
+    # The images as floats of 4 bytes, twice while their batches are joined. (A film of a panorama
+    # has a frame for each window instead, about as many.)
     flags.check_memory(2 * 4 * floats, f"--num {args.num}")
     outputs = [out, *(variant_path(out, i) for i in range(1, args.num + 1))]
     if args.film:
@@ -266,7 +267,7 @@ def choose_class(
     args: argparse.Namespace, transformer: MaskGIT, known: Tensor, classes: list[str],
 ) -> tuple[int, str]:
     """Returns the label to paint, and why. Raises UserError if --class names none."""
-    class_name = vars(args)["class"]                                # args.class is no Python
+    class_name = vars(args)["class"]                                # Python has no args.class
     if class_name is None:
         label = editing.likeliest_class(transformer, known.flatten(), args.seed)
         return label, "the likeliest, given what is kept"
@@ -301,7 +302,8 @@ def paint_variants(
 ) -> list[Tensor]:
     """Paints --num variants of a class, BATCH at once.
 
-    Returns images (num, 3, S, W) as paint() does, to which the other arguments belong."""
+    known, margins, options: as for paint(). Returns what paint() does, for all variants: a list of
+    images (num, 3, S, W)."""
     batches = []
     for numbers in torch.arange(args.num).split(BATCH):
         labels = torch.full_like(numbers, label)
