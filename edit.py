@@ -144,8 +144,8 @@ def check_flags(args: argparse.Namespace, out: Path, size: int, steps: int) -> N
     pictures.check_picture(out, layout.size, "a lower --num or --extrapolate")
     frames = steps if args.film else 1
     floats = 3 * size * width * args.num * frames
-    # The images as floats of 4 bytes, twice while their batches are joined. (A film of a panorama
-    # has a frame for each window instead, about as many.)
+    # The images as floats of 4 bytes, twice while their batches are joined. A panorama's film has a
+    # frame for each window instead of each step: it is not counted exactly.
     flags.check_memory(2 * 4 * floats, f"--num {args.num}")
     outputs = [out, *(variant_path(out, i) for i in range(1, args.num + 1))]
     if args.film:
