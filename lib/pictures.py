@@ -162,8 +162,8 @@ def save_film(path: Path, frames: Sequence[torch.Tensor], titles: Sequence[str])
     step; the strip shows the first eight of the n, the GIF all. titles: of the steps. Prints where
     the files are."""
     strip_path, gif_path = film_paths(path)
-    steps_of_each_image = torch.stack(list(frames), 1)              # (n, steps, 3, H, W)
-    save_image(strip_path, grid(list(steps_of_each_image[:8]), titles=titles))
+    steps_of_each_image = torch.stack([frame[:8] for frame in frames], 1)   # (8, steps, 3, H, W)
+    save_image(strip_path, grid(list(steps_of_each_image), titles=titles))
 
     columns = math.ceil(math.sqrt(len(frames[0])))
     pages = [grid(frame.split(columns)) for frame in frames]
