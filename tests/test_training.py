@@ -459,11 +459,11 @@ def test_two_signals_within_a_moment_save_before_anything_is_drawn(
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_signal_in_the_last_step_lets_the_run_end(stage, trained, call_main, tmp_path, monkeypatch):
-    at_step(5, functools.partial(os.kill, os.getpid(), signal.SIGTERM), monkeypatch)
+    at_step(1, functools.partial(os.kill, os.getpid(), signal.SIGTERM), monkeypatch)
     script, flags = STAGES[stage]
     folder = folder_for(stage, trained, tmp_path / "run")
-    assert "wrote" in call_main(script, tmp_path, "--run", folder, *flags)
-    assert (folder / f"{stage}.png").exists() and load_state(folder, stage)["step"] == 6
+    assert "wrote" in call_main(script, tmp_path, "--run", folder, *flags, "--steps", 2)
+    assert (folder / f"{stage}.png").exists() and load_state(folder, stage)["step"] == 2
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -471,8 +471,8 @@ def test_a_run_that_is_killed_while_it_draws_has_saved(stage, trained, call_main
     script, flags = STAGES[stage]
     folder = folder_for(stage, trained, tmp_path / "run")
     monkeypatch.setattr(script, "save_preview", lambda *arguments: signal.default_int_handler(signal.SIGINT, None))
-    call_main(script, tmp_path, "--run", folder, *flags, code=130)
-    assert load_state(folder, stage)["step"] == 4
+    call_main(script, tmp_path, "--run", folder, *flags, "--save-every", 1, "--picture-every", 1, code=130)
+    assert load_state(folder, stage)["step"] == 1
 
 
 def test_a_signal_that_is_repeated_after_a_while_ends_the_run_at_once(tmp_path, monkeypatch, capfd):
