@@ -209,7 +209,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
                         real_logits, fake_logits = ddp_disc(both).float().chunk(2)
                         disc_loss = discriminator_loss(real_logits, fake_logits, args.gan_loss)
                     total = disc_loss
-                    if args.r1 > 0 and step % args.r1_every == 0:           # StyleGAN2's lazy R1
+                    if args.r1 > 0 and step % args.r1_every == 0:   # StyleGAN2's lazy R1; float32
                         penalty = args.r1 * r1_penalty(disc, images[part])
                         total = total + args.r1_every * penalty
                         log.add(r1=penalty)

@@ -215,7 +215,8 @@ def leave_out_broken(root: str, splits: list[dict[str, list[str]]],
     """Decodes all images. Returns (splits without broken files, {path: pixels}).
 
     splits: {class: paths} of one or two folders. The pixels are {} unless the size is at most
-    SMALL and they fit in memory. Raises UserError if too many are broken."""
+    SMALL and they fit in memory; as they are reduced first, crops of them differ a little from
+    crops of the files. Raises UserError if too many are broken."""
     files = []
     for by_class in splits:
         for paths in by_class.values():
