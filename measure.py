@@ -377,12 +377,12 @@ def likelihood_names(run: Evaluation) -> list[str]:
 def summarise(run: Evaluation, measured: ImageMeasurements, restored: Measurements) -> dict:
     """Returns the figures of measure_validation_images(), from the measurements of all images."""
     entries = run.tokenizer.config.codebook_size
-    used = torch.bincount(measured.tokens.flatten(), minlength=entries).double()
-    used /= measured.tokens.numel()
+    num_tokens = measured.tokens.numel()
+    frequencies = torch.bincount(measured.tokens.flatten(), minlength=entries).double() / num_tokens
     figures = {
         "PSNR, dB": measured.psnr.mean().item(),
-        "codebook usage": (used > 0).double().mean().item(),
-        "codebook perplexity": torch.exp(-torch.xlogy(used, used).sum()).item(),
+        "codebook usage": (frequencies > 0).sum().item() / min(entries, num_tokens),
+        "codebook perplexity": torch.exp(-torch.xlogy(frequencies, frequencies).sum()).item(),
         "NLL": dict(zip(likelihood_names(run), measured.nll.mean(0).tolist(), strict=True)),
     }
     if run.lpips is not None:
