@@ -97,7 +97,8 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     run = Run(stage, args, machine)
     if args.vqgan and not args.overwrite and machine.leads:
         tokenizer.check_same_as(run_tokenizer)
-    train_images, val = open_data(args.data, tokenizer.image_size, args.data_dir)
+    with machine.first_rank_first():                        # which fetches cifar10, if needed
+        train_images, val = open_data(args.data, tokenizer.image_size, args.data_dir)
     classes = list(train_images.classes)
     config = configuration(args, tokenizer.codebook_size, tokenizer.num_tokens, len(classes))
     metadata = {                                            # stored beside the weights for use
@@ -198,8 +199,9 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         saving = run.due(done, args.save_every)
         drawing = run.due(done, args.picture_every)
         judging = run.due(done, args.evaluate_every)
-        if stopping or saving:
+        if stopping or saving or judging:
             log.check_finite(done)
+        if stopping or saving:
             run.save(done, resumable, metadata)
         if stopping:
             log.write(done)

@@ -160,8 +160,8 @@ def read_classifier(path: Path, classes: list[str], image_size: int,
     these classes and this size."""
     kept = load_checkpoint(path, "classifier")
     if kept["classes"] != list(classes) or kept.get("image_size") != image_size:
-        raise UserError(f"{path} is a classifier of other images than the run's, of {image_size} "
-                        f"pixels: delete it, and evaluate.py will train it again")
+        raise UserError(f"{path} is not known to be a classifier of the run's images, of "
+                        f"{image_size} pixels: delete it, and evaluate.py will train it again")
     model = load_weights(Classifier(len(classes)), kept["model"], path)
     model.eval().requires_grad_(False)
     return model.to(machine.device, memory_format=machine.layout)

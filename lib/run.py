@@ -238,7 +238,7 @@ class Run:
             if best.get("measure") != measure:
                 self.say(f"{self.best_file} was chosen by another distance than the {measure}: it "
                          f"is replaced")
-            elif distance >= best["distance"]:
+            elif not distance < best["distance"]:               # nor if it is not a number
                 return
         measured = {"measure": measure, "distance": distance}
         self.save_model(self.best_file, step, model, about | measured)

@@ -3,6 +3,7 @@ import functools
 import hashlib
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,9 +86,9 @@ class CachedTokens:
     """All training images as tokens, encoded once in several augmented views: a data set of tokens.
 
     A row is the N tokens and the label of one view of one image; the first views of all images come
-    first. The rows are stored in chunks, files FIRST-LAST-HASH.npy of uint16 in `folder`. The hash
-    is of DataSet.signatures(), so chunks of images that have changed are encoded anew. Both
-    decoders of a run share the folder, also with other numbers of views.
+    first. The rows are stored in chunks, files IMAGES-FIRST-LAST-HASH.npy of uint16 in `folder`.
+    The hash is of DataSet.signatures(), so chunks of images that have changed are encoded anew.
+    Both decoders of a run share the folder, also with other numbers of views.
     data: the images. num_tokens: N. Raises UserError if tokens or labels do not fit."""
 
     FILES = 256              # most chunks; each stays open (file descriptors)
@@ -112,9 +113,10 @@ class CachedTokens:
         signatures = data.signatures()
         self.paths = []
         for chunk in self.chunks:
+            name = f"{len(data)}-{chunk[0]}-{chunk[-1]}"
             digest = hashlib.md5(f"{num_tokens} {chunk} {len(data)}".encode())
             digest.update(signatures[np.array(chunk) % len(data)].tobytes())
-            self.paths.append(self.folder / f"{chunk[0]}-{chunk[-1]}-{digest.hexdigest()[:16]}.npy")
+            self.paths.append(self.folder / f"{name}-{digest.hexdigest()[:16]}.npy")
 
     def __len__(self) -> int:
         return len(self.data)
@@ -171,18 +173,25 @@ class CachedTokens:
         return missing
 
     def remove_outdated(self) -> None:
-        """Deletes chunks of the same rows with another hash: their images have changed.
+        """Deletes the chunks of images as they were before, and what killed encodings left.
 
-        Chunks of other rows stay, as another decoder of the run may use other numbers of views."""
-        outdated = []
-        for path in self.paths:
+        Chunks of other rows of as many images stay: the run's other decoder may use them."""
+        our_rows = {path.name.rsplit("-", 1)[0] for path in self.paths}
+        outdated = set()
+        for path in set(self.folder.glob("*.npy")) - set(self.paths):
             rows, _ = path.name.rsplit("-", 1)
-            outdated += set(self.folder.glob(f"{rows}-*.npy")) - {path}
+            if rows in our_rows or not rows.startswith(f"{len(self.data)}-"):
+                outdated.add(path)
         if outdated:
-            print(f"{len(outdated)} files in {self.folder} hold tokens of images that have "
-                  f"changed: they are removed, and these images are encoded anew", file=sys.stderr)
+            print(f"{len(outdated)} files in {self.folder} hold tokens of images that have since "
+                  f"changed, or of more or fewer images: they are removed, and what is missing is "
+                  f"encoded anew", file=sys.stderr)
+        a_day_ago = time.time() - 24 * 3600
+        for leftover in self.folder.glob(".*.tmp"):
+            if leftover.stat().st_mtime < a_day_ago:        # a younger one may be in the making
+                outdated.add(leftover)
         for path in outdated:
-            path.unlink(missing_ok=True)            # another process may do the same
+            path.unlink(missing_ok=True)                    # another process may do the same
 
     @functools.cached_property
     def arrays(self) -> list[np.ndarray]:

@@ -361,7 +361,7 @@ def test_a_classifier_of_other_images_is_trained_again(classifier_file, tmp_path
         assert (path.read_bytes() == before) == (checkpoint is kept)
     for checkpoint, size in ((kept, 64), (nameless, 32), (kept | {"classes": NAMES}, 32)):
         save_checkpoint(path, checkpoint)
-        with pytest.raises(UserError, match=f"of other images than the run's, of {size} pixels: delete it"):
+        with pytest.raises(UserError, match=f"not known to be a classifier of the run's images, of {size} pixels: delete it"):
             features.read_classifier(path, Shapes.classes, size, machine)
 
 

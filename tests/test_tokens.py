@@ -177,6 +177,11 @@ def test_images_that_change_are_encoded_anew(tmp_path, monkeypatch, capsys):
     assert more - rows <= count < more - rows + 16          # the views that are there stay
     assert encoded(num_tokens=13)[0] == 0                   # also the chunk that is not full: another decoder's
     told = True
+    files = set((tmp_path / "tokens").glob("*.npy"))
+    (root / "b" / "005.png").rename(tmp_path / "005.png")   # one image fewer: all chunks are others
+    count, rows, _ = encoded(num_tokens=13)
+    assert count == rows and not files & set((tmp_path / "tokens").glob("*.npy"))
+    (tmp_path / "005.png").rename(root / "b" / "005.png")
     os.utime(root / "b" / "005.png")
     assert encoded(views=3, num_tokens=13)[0] >= 48
 
@@ -245,11 +250,11 @@ def test_training_from_cached_tokens(trained, tmp_path):
     make_folder(tmp_path / "images", {"a": 12, "b": 9})
     flags = ["--data", tmp_path / "images", "--vqgan", trained / "vqgan.pt", *TINY_TRANSFORMER]
     run("train_transformer.py", "--run", tmp_path / "cached", *flags, "--cache-tokens", 2)
-    assert len(list((tmp_path / "cached" / "tokens").glob("*/0-*.npy"))) == 1
+    assert len(list((tmp_path / "cached" / "tokens").glob("*/20-0-*.npy"))) == 1
     shutil.copytree(tmp_path / "cached" / "tokens", tmp_path / "other" / "tokens")
     output = run("train_transformer.py", "--run", tmp_path / "other", *flags, "--cache-tokens", 3)
     assert "encoded anew" not in output
-    assert len(list((tmp_path / "other" / "tokens").glob("*/0-*.npy"))) == 2
+    assert len(list((tmp_path / "other" / "tokens").glob("*/20-0-*.npy"))) == 2
 
 
 def test_a_tokenizer_that_is_not_trained_to_its_end_is_named(untrained, tmp_path, capsys):

@@ -580,7 +580,8 @@ def test_pictures_and_measurements_have_steps_of_their_own(trained, call_main, t
 def test_the_best_weights_have_the_least_distance_of_one_kind(tmp_path, capsys):
     """Also after a resumption: each row is a process of its own."""
     model = VQGAN(VQGANConfig(32, 4, 8, (1, 1, 1), 1, 1))
-    for step, distance, measure, best in ((1, 3.0, "FCD", 1), (2, 4.0, "FCD", 1), (3, 2.0, "FCD", 3), (4, 20.0, "FID", 4)):
+    for step, distance, measure, best in ((1, 3.0, "FCD", 1), (2, 4.0, "FCD", 1), (3, 2.0, "FCD", 3),
+                                          (4, math.nan, "FCD", 3), (5, 20.0, "FID", 5)):
         lock(tmp_path).keep_best(step, distance, measure, model, {})
         assert load_checkpoint(tmp_path / "vqgan.best.pt", "vqgan")["step"] == best
     assert capsys.readouterr().out.count("another distance than the FID") == 1
