@@ -244,7 +244,7 @@ def draw_accuracy(job: Job) -> None:
 
 def draw_ablation(job: Job) -> None:
     """Draws Figure 8."""
-    run_script("evaluate.py", job.run, *LESS_NOISE, "--ablate", "--ablate-steps", 8, 12, 16,
+    run_script("evaluate.py", job.run, *LESS_NOISE, "--ablate", "--ablate-steps", 8, 16,
                "--num", 400)
     write_picture(job.out / "ablation.png", (job.run / "eval.ablation.png").read_bytes())
 
