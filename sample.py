@@ -7,8 +7,7 @@
     torchrun --nproc_per_node 8 -- sample.py --run runs/imagenet --files DIR --num 50
 
 On one kind of device, image k of a class depends on the seed, the class and k alone, not on what
-is drawn beside it. edit.py repaints a part of a photo; demo.py shows the
-decoding in a browser.
+is drawn beside it. edit.py repaints a part of a photo; demo.py shows the decoding in a browser.
 """
 import argparse
 import math
@@ -213,6 +212,7 @@ def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
         frames, titles = draw_film(sampler, torch.tensor(classes))
         if machine.leads:
             pictures.save_film(out, frames, titles)
+    machine.sync()
 
 
 def main() -> None:
