@@ -907,7 +907,7 @@ def test_readers_do_not_outlive_a_process_that_is_killed(tmp_path):
     wait_for_another(batch_came)
     process.kill()
     process.join()
-    for _ in range(100):
+    for _ in range(300):                        # each looks every five seconds whether its parent lives
         if not readers_of(process):
             break
         time.sleep(0.1)
