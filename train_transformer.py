@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from lib import flags, optim, plans
-from lib.data import DATA_FLAGS, check_run_outside_data, evenly_spaced, open_data, resolve_data
+from lib.data import (
+    DATA_FLAGS,
+    check_run_outside_data,
+    evenly_spaced,
+    fetch_data,
+    open_data,
+    resolve_data,
+)
 from lib.features import JUDGE_FLAGS, Judge
 from lib.files import rebuild
 from lib.flags import UserError, count, fraction, non_negative, whole, yes_or_no
@@ -97,8 +104,9 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     run = Run(stage, args, machine)
     if args.vqgan and not args.overwrite and machine.leads:
         tokenizer.check_same_as(run_tokenizer)
-    with machine.first_rank_first():                        # which fetches cifar10, if needed
-        train_images, val = open_data(args.data, tokenizer.image_size, args.data_dir)
+    with machine.first_rank_first():
+        fetch_data(args.data, tokenizer.image_size, args.data_dir)
+    train_images, val = open_data(args.data, tokenizer.image_size, args.data_dir)
     classes = list(train_images.classes)
     config = configuration(args, tokenizer.codebook_size, tokenizer.num_tokens, len(classes))
     metadata = {                                            # stored beside the weights for use

@@ -25,7 +25,14 @@ from discriminator import (
     r1_penalty,
 )
 from lib import flags, metrics, optim, plans
-from lib.data import DATA_FLAGS, check_run_outside_data, evenly_spaced, open_data, resolve_data
+from lib.data import (
+    DATA_FLAGS,
+    check_run_outside_data,
+    evenly_spaced,
+    fetch_data,
+    open_data,
+    resolve_data,
+)
 from lib.files import rebuild
 from lib.flags import UserError, count, fraction, non_negative, whole, yes_or_no
 from lib.image_files import admit_pixels
@@ -115,8 +122,9 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     args.data = resolve_data(args.data)
     check_run_outside_data(args.run, args.data)
     run = Run("vqgan", args, machine)
-    with machine.first_rank_first():                        # which fetches cifar10, if needed
-        data, val = open_data(args.data, args.image_size, args.data_dir)
+    with machine.first_rank_first():
+        fetch_data(args.data, args.image_size, args.data_dir)
+    data, val = open_data(args.data, args.image_size, args.data_dir)
     val_images, _ = evenly_spaced(val, 512 if args.image_size <= 64 else 64)
     metadata = {"data": args.data, "image_size": args.image_size, "classes": list(data.classes)}
     run.note_settings({"data": args.data}, FLAGS)

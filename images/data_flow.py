@@ -1,6 +1,5 @@
 """Draws the README's picture of the method: image -> tokens -> masked -> predicted -> image."""
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -9,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from lib.files import write_atomically
+from lib.pictures import save_figure
 from maskgit import MaskGIT, mask_tokens
 from vqgan import VQGAN, as_grid
 
@@ -62,11 +61,7 @@ def draw(
     draw_arrow(axes[2], "mask_tokens")
     draw_arrow(axes[3], "MaskGIT")
     draw_arrow(axes[4], "VQGAN.decode")
-
-    def write(file: BinaryIO) -> None:
-        figure.savefig(file, format="png", dpi=100)
-
-    write_atomically(path, write)
+    save_figure(path, figure, dpi=100)
 
 
 def draw_image(axis: Axes, image: Tensor, title: str) -> None:

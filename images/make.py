@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -112,10 +112,7 @@ def edit(job: Job, photo: str, *words: object) -> Image.Image:
 
 def write_picture(path: Path, picture: bytes) -> None:
     """Writes the bytes of a picture file, whole or not at all."""
-    def write(file: BinaryIO) -> None:
-        file.write(picture)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda file: file.write(picture))
 
 
 def stack(images: Sequence[Image.Image]) -> Image.Image:

@@ -110,6 +110,14 @@ def name_synsets(train: Folder, val: Folder) -> tuple[Folder, Folder]:
     return train, val
 
 
+def fetch_data(name: str, size: int | None, data_dir: str) -> None:
+    """Downloads what open_data() with these arguments would download, before all ranks call it.
+
+    Raises UserError as open_data() does."""
+    if name == "cifar10":
+        open_cifar10(size, data_dir)
+
+
 def open_data(
     name: str, size: int | None = None, data_dir: str = "data",
 ) -> tuple[DataSet, DataSet]:

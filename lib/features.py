@@ -183,19 +183,16 @@ def load_inception(path: str | None, machine: Machine) -> nn.Module:
                         f"weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases")
     if path:
         load_tensors(path)          # the package would run code in it; this admits tensors only
-    if not machine.leads:
-        machine.wait_for_ranks()                # until rank 0 has fetched the file
     try:
-        model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
-                                            feature_extractor_weights_path=path)
+        with machine.first_rank_first():                        # which fetches the file
+            model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
+                                                feature_extractor_weights_path=path)
     except RuntimeError:
         raise UserError(f"{path or 'the fetched file'} does not hold the weights of "
                         f"torch-fidelity's Inception: name another file with --inception") from None
     except OSError as error:
         raise UserError(f"torch-fidelity could not fetch Inception's weights ({error}): name their "
                         f"file with --inception") from error
-    if machine.leads:
-        machine.wait_for_ranks()
     return model.to(machine.device)
 
 

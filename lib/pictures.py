@@ -193,9 +193,13 @@ def new_figure(path: Path, width: float = 6, height: float = 4, count: int = 1,
     for axis in axes:
         axis.grid(alpha=0.3)
     yield figure, axes
+    save_figure(path, figure, 110)
 
+
+def save_figure(path: Path, figure: "Figure", dpi: int) -> None:  # noqa: F821 (imported late)
+    """Writes a matplotlib figure as a PNG. Raises UserError if it cannot."""
     def write(file: BinaryIO) -> None:
-        figure.savefig(file, format="png", dpi=110)
+        figure.savefig(file, format="png", dpi=dpi)
 
     write_atomically(path, write)
 
