@@ -36,6 +36,7 @@ from lib.runtime import Machine
 from lib.sampling import (
     STAGES,
     add_sampler_flags,
+    decoding_settings,
     load_run,
     load_sequential,
     rand_of_images,
@@ -132,10 +133,8 @@ class Demo:
         """Tells what the page must know before it asks anything else."""
         model = self.models["parallel"]
         settings = self.read_settings({})
-        options = sampler_options(settings, model)          # defaults that depend on the model
-        settings.steps = options["steps"]
-        settings.cfg = options["cfg"]
-        defaults = {name.replace("_", "-"): value for name, value in vars(settings).items()}
+        settings = vars(settings) | decoding_settings(settings, model)
+        defaults = {name.replace("_", "-"): value for name, value in settings.items()}
         tell({
             "run": str(self.folder),
             "run_id": self.run_id,
@@ -206,7 +205,7 @@ class Demo:
                 "seconds": time.perf_counter() - started,       # .cpu() has waited for a GPU
                 **steps_in_numbers(decoded_steps, settings.schedule, int(region.sum())),
                 "unknown": region.tolist(),
-                "settings": vars(settings),
+                "settings": vars(settings) | decoding_settings(settings, model),
                 "labels": labels.tolist(),
             })
             tokens_of_steps = [sampled for sampled, _, _ in decoded_steps]

@@ -36,6 +36,7 @@ from maskgit import (
     SCHEDULES,
     MaskGIT,
     MaskGITConfig,
+    by_confidence,
     decode,
     drop_labels,
     mask_tokens,
@@ -55,6 +56,9 @@ FLAGS = {
     "schedule": (SCHEDULES, "cosine", "cosine", "cosine", "mask schedule in training"),
     "label_smoothing": (fraction, 0.0, 0.0, 0.1, "label smoothing of the loss"),
     "class_dropout": (fraction, 0.1, 0.1, 0.0, "fraction of labels to drop, for guided decoding"),
+    "choice_temperature": (non_negative, 1.0, 4.5, 4.5,
+                           "noise in the choice of which tokens to keep, in previews and as the "
+                           "default of sample.py"),
     "steps": (count, 4000, 60_000, 1_501_000, "training steps"),             # imagenet: 300 epochs
     "batch": (count, 64, 256, 256, "images in a step, over all devices"),
     "micro_batch": (count, None, None, 64, "images in memory at once on each device"),
@@ -72,7 +76,7 @@ FLAGS = {
     "save_every": (count, 500, 1000, 5000, "steps between checkpoints"),
 }
 PRESETS = flags.presets(FLAGS, {
-    "folder": ("shapes", {"cache_tokens": 10}),
+    "folder": ("shapes", {"cache_tokens": 10, "choice_temperature": 4.5}),
     "places2": ("imagenet", {"steps": 1_409_000}),
 })
 # A resumed run may change every flag but these: weights and tokens depend on them.
@@ -249,7 +253,8 @@ def configuration(
     if args.init:
         pretrained, _ = open_pretrained(args)
         return replace(pretrained.config, num_classes=num_classes, num_tokens=num_tokens,
-                       dropout=args.dropout, null_class=guided)
+                       dropout=args.dropout, null_class=guided,
+                       choice_temperature=args.choice_temperature)
     if args.dim % args.heads:
         raise UserError(f"--dim {args.dim} is not divisible by --heads {args.heads}: choose a "
                         f"multiple")
@@ -263,6 +268,7 @@ def configuration(
         mlp_dim=4 * args.dim,
         dropout=args.dropout,
         null_class=guided,
+        choice_temperature=args.choice_temperature,
     )
 
 
@@ -347,7 +353,9 @@ def draw(
             tokens = decode_sequential(model, labels, rand=rand)
         else:
             steps = model.config.default_steps
-            tokens = decode(model, labels, steps, cfg=default_guidance(model), rand=rand)
+            order = by_confidence(model.config.choice_temperature)
+            tokens = decode(
+                model, labels, steps, order=order, cfg=default_guidance(model), rand=rand)
         # Eight at a time: at full resolution the decoder needs more memory than the transformer.
         images = [to_uint8(tokenizer.model.decode(part)) for part in as_grid(tokens).split(8)]
     return torch.cat(images)

@@ -44,7 +44,6 @@ ACCURACY_IMAGES = 5000
 PAGE_SIZE = {"width": 1240, "height": 900}
 TIMEOUT = 600_000                   # milliseconds that the page may take
 GAP = 12                            # white pixels between pictures that are put side by side
-LESS_NOISE = ["--choice-temperature", 1]        # best for the models in example/ (LOG.md)
 
 
 class Job(NamedTuple):
@@ -171,12 +170,12 @@ def open_page(job: Job, link: str = "") -> Iterator:
 
 def draw_example(job: Job) -> None:
     """Draws eight samples of each class."""
-    run_script("sample.py", job.run, *LESS_NOISE, "--out", job.out / "example.png")
+    run_script("sample.py", job.run, "--out", job.out / "example.png")
 
 
 def draw_film(job: Job) -> None:
     """Draws the decoding steps of one image of each class."""
-    run_script("sample.py", job.run, *LESS_NOISE, "--film", "--out", job.scratch / "samples.png")
+    run_script("sample.py", job.run, "--film", "--out", job.scratch / "samples.png")
     write_picture(job.out / "film.png", (job.scratch / "samples.film.png").read_bytes())
 
 
@@ -226,7 +225,7 @@ def draw_boundary(job: Job) -> None:
 
 def draw_symmetry(job: Job) -> None:
     """Draws samples of symmetric classes."""
-    run_script("sample.py", job.run, *LESS_NOISE, "--class", "cross", "box", "tree", "--num", 10,
+    run_script("sample.py", job.run, "--class", "cross", "box", "tree", "--num", 10,
                "--out", job.out / "limit-symmetry.png")
 
 
@@ -241,8 +240,7 @@ def draw_accuracy(job: Job) -> None:
 
 def draw_ablation(job: Job) -> None:
     """Draws Figure 8."""
-    run_script("evaluate.py", job.run, *LESS_NOISE, "--ablate", "--ablate-steps", 8, 16,
-               "--num", 400)
+    run_script("evaluate.py", job.run, "--ablate", "--ablate-steps", 8, 16, "--num", 400)
     write_picture(job.out / "ablation.png", (job.run / "eval.ablation.png").read_bytes())
 
 

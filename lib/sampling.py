@@ -48,7 +48,9 @@ SHARED_FLAGS = {
 PARALLEL_FLAGS = {
     "steps": (count, None, "T, decoding steps (default: 8; 12 for 32 x 32 tokens)"),
     "schedule": (SCHEDULES, "cosine", "mask schedule"),
-    "choice_temperature": (non_negative, 4.5, "noise in the choice of which tokens to keep"),
+    "choice_temperature": (non_negative, None,
+                           "noise in the choice of which tokens to keep (default: the run's, "
+                           "from --choice-temperature of train_transformer.py)"),
     "cfg": (non_negative, None,
             "weight of classifier-free guidance (default: 1 if the run was trained with "
             "--class-dropout, else 0)"),
@@ -84,28 +86,38 @@ def sampler_options(args: argparse.Namespace, model: MaskGIT) -> dict:
     options = {"temperature": args.temperature, "top_k": args.top_k}
     if isinstance(model, CausalTransformer):
         return options
-    options["steps"] = args.steps or config.default_steps
-    options["schedule"] = args.schedule
-    options["cfg"] = default_guidance(model) if args.cfg is None else args.cfg
+    settings = decoding_settings(args, model)
+    for name in ("steps", "schedule", "cfg"):
+        options[name] = settings[name]
     try:
         check_decoding(model, options["steps"], cfg=options["cfg"])
         options["order"] = make_order(
-            args.order, config.num_tokens, args.choice_temperature, model.head_bias.device)
+            settings["order"], config.num_tokens, settings["choice_temperature"],
+            model.head_bias.device)
     except ValueError as error:
         raise UserError(str(error)) from error
     return options
 
 
 def sampler_settings(args: argparse.Namespace, model: MaskGIT) -> dict:
-    """Returns the settings of the model's sampler as plain values, defaults filled in."""
+    """Returns decoding_settings(), and those of --accept, which edit.py does not have."""
+    return {"accept": args.accept} | decoding_settings(args, model)
+
+
+def decoding_settings(args: argparse.Namespace, model: MaskGIT) -> dict:
+    """Returns the settings of the model's decoding function as plain values, defaults filled in."""
     names = list(SHARED_FLAGS)
     if not isinstance(model, CausalTransformer):
         names += PARALLEL_FLAGS
-    options = sampler_options(args, model)
-    settings = {"accept": args.accept}
+    defaults = {                                            # those that depend on the model
+        "steps": model.config.default_steps,
+        "choice_temperature": model.config.choice_temperature,
+        "cfg": default_guidance(model),
+    }
+    settings = {}
     for name in names:
         value = getattr(args, name)
-        settings[name] = options[name] if value is None else value
+        settings[name] = defaults.get(name) if value is None else value
     return settings
 
 

@@ -214,7 +214,7 @@ def test_an_edit_changes_the_region_alone(models, ask, draw, monkeypatch):
     known = torch.where(torch.tensor(CENTRE), model.mask_id, tokens)
     labels = torch.full((3,), 6)
     rand = rand_of_images(0, labels, torch.arange(3), Machine("cpu"))
-    painted = decode(model, labels, known=known.expand(3, -1), cfg=1.0, rand=rand)
+    painted = decode(model, labels, known=known.expand(3, -1), cfg=1.0, order=by_confidence(1.0), rand=rand)
     assert steps["sampled"][-1] == painted.tolist() and steps["counts"] == [16, *mask_counts("cosine", 8, 16)]
     assert steps["unknown"] == CENTRE
     now = [0]
@@ -325,7 +325,7 @@ def test_max_pixels_holds_for_uploads_from_the_start(monkeypatch):
 def test_defaults_come_from_the_flags(ask):
     about, = ask("/about")
     assert about["defaults"] == {
-        "num": 10, "decoder": "parallel", "feather": 3, "steps": 8, "schedule": "cosine", "choice-temperature": 4.5,
+        "num": 10, "decoder": "parallel", "feather": 3, "steps": 8, "schedule": "cosine", "choice-temperature": 1.0,
         "temperature": 1.0, "top-k": None, "cfg": 1.0, "order": "confidence", "seed": 0}
     assert about["schedules"] == maskgit.SCHEDULES and about["orders"] == lib.orders.ORDERS
     assert about["decoders"] == ["parallel", "autoregressive"]

@@ -143,6 +143,24 @@ def test_guidance(untrained, call, tmp_path):
     assert "--class-dropout" in call("--run", untrained, "--cfg", 2, "--out", "d.png", code=2)
 
 
+def test_the_choice_temperature_of_the_run(call, tmp_path):
+    """It is the default of sampling; models without one, as the released, have the released one."""
+    shutil.copytree(ROOT / "example", tmp_path / "without")
+    checkpoint = torch.load(tmp_path / "without" / "transformer.pt")
+    del checkpoint["config"]["choice_temperature"]
+    torch.save(checkpoint, tmp_path / "without" / "transformer.pt")
+    for name, flags in {
+        "default": ["--run", ROOT / "example"],
+        "1": ["--run", ROOT / "example", "--choice-temperature", 1],
+        "without": ["--run", "without"],
+        "4.5": ["--run", ROOT / "example", "--choice-temperature", 4.5],
+    }.items():
+        call("--class", "heart", "--num", 1, "--out", f"{name}.png", *flags)
+    default, one, without, released = (
+        (tmp_path / f"{name}.png").read_bytes() for name in ("default", "1", "without", "4.5"))
+    assert default == one != released == without
+
+
 def test_nothing_trained_yet(call, tmp_path):
     """The models in example/ draw, into the working folder; example/ stays as it is."""
     before = sorted((ROOT / "example").iterdir())
