@@ -16,6 +16,7 @@ import gc
 import itertools
 import json
 import platform
+import re
 import statistics
 import timeit
 from argparse import Namespace
@@ -32,7 +33,7 @@ from discriminator import Discriminator, discriminator_loss, r1_penalty
 from lib import costs, flags, optim, plans
 from lib.files import write_atomically
 from lib.lpips import LPIPS
-from lib.runtime import Machine, launch
+from lib.runtime import LONG_TRAINING, Machine, launch
 from maskgit import MaskGIT, MaskGITConfig, decode, drop_labels, mask_tokens, mvtm_loss
 from sequential import CausalTransformer, KeyValueCache, decode_sequential
 from vqgan import VQGAN, VQGANConfig
@@ -80,10 +81,9 @@ class Cost(NamedTuple):
 def seconds(machine: Machine, repeats: int, function: Callable[[], object]) -> float:
     """Returns the median time of a call, after two calls that compile and warm up."""
     def call() -> None:
-        function()
-        machine.sync()
-        if machine.device.type == "cuda":
-            torch.cuda.synchronize()
+        result = function()                     # kept until it is computed: see Machine.wait()
+        machine.wait()
+        del result
     return statistics.median(timeit.repeat(call, number=1, repeat=repeats + 2)[2:])
 
 
@@ -125,7 +125,8 @@ def peak_memory(machine: Machine) -> int:
     status = Path("/proc/self/status")
     if not status.exists():
         return 0
-    return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    sizes = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+    return int(sizes[1]) * 1024 if sizes else 0
 
 
 # ---- the rows
@@ -353,10 +354,15 @@ def bench(args: Namespace, machine: Machine) -> None:
     if machine.device.type == "cuda":
         device = torch.cuda.get_device_name()
     precision = "bfloat16" if machine.bf16 else "float32"
-    print(f"{device}, {precision}, torch {torch.__version__}, compiled: {machine.compiled}")
+    compiled = machine.compiled
+    if machine.compiles_blocks and not machine.compiled:
+        compiled = "the transformer's blocks, in training"
+    print(f"{device}, {precision}, torch {torch.__version__}, compiled: {compiled}")
     print("preset       row                batch   seconds  images/s  TFLOP/s    peak  share   "
           "memory")
     content = {"device": device, "precision": precision, "torch": torch.__version__, "rows": []}
+    if args.json:
+        write_json(args.json, content)          # a path that cannot be written ends this at once
     for preset, row in itertools.product(args.preset, args.rows):
         batches = CPU_BATCHES
         if machine.device.type == "cuda" or preset == "shapes":     # its models are small
@@ -381,7 +387,8 @@ def main() -> None:
         "json": (str, None, "also write the numbers to this file"),
     })
     flags.add_machine_flags(parser)
-    launch(bench, parser.parse_args())
+    # As long as a training that compiles its blocks on a CPU.
+    launch(bench, parser.parse_args(), training_steps=LONG_TRAINING)
 
 
 if __name__ == "__main__":

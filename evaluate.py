@@ -157,13 +157,16 @@ def table3(run: Evaluation) -> dict:
     Returns {schedule: row at its best T}, the best schedule first."""
     distance = run.networks.distance
     nll = validation_figures(run)["NLL"]
+    num_tokens = run.transformer.config.num_tokens
+    numbers_of_steps = sorted({steps for steps in run.args.ablate_steps if steps <= num_tokens})
+    if run.machine.leads and max(run.args.ablate_steps) > num_tokens:
+        print(f"note: T is at most the number of tokens, {num_tokens}: more steps are left out")
     curves = {}
     rows = []
     for schedule in SCHEDULES:
         curve = {}
-        for steps in sorted(set(run.args.ablate_steps)):
-            if steps <= run.transformer.config.num_tokens:
-                curve[steps] = mean_over_seeds(run, schedule=schedule, steps=steps)
+        for steps in numbers_of_steps:
+            curve[steps] = mean_over_seeds(run, schedule=schedule, steps=steps)
         curves[schedule] = curve
         best = min(curve, key=lambda steps, curve=curve: curve[steps][distance])
         rows.append((schedule, {"T": best, **curve[best], "NLL": nll[schedule]}))

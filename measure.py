@@ -117,6 +117,7 @@ def open_evaluation(args: argparse.Namespace, machine: runtime.Machine) -> Evalu
         "generated images": args.num,
         "real images": len(real),
         "their signatures": zlib.crc32(real.signatures().tobytes()),
+        "signatures of the training images": zlib.crc32(train.signatures().tobytes()),
         "batch": args.batch,
         "classifier steps": args.classifier_steps,
         "device": machine.device.type,

@@ -280,9 +280,10 @@ PICTURES = {
 
 
 def draw(args: argparse.Namespace) -> None:
-    """Draws the pictures that the flags name. One that cannot be drawn is left out, and said why.
+    """Draws the pictures that the flags name. Leaves out one that cannot be drawn, and says why.
 
-    Raises UserError if the run cannot be opened."""
+    Raises UserError if the run cannot be opened, and at the end if a picture was left out."""
+    left_out = []
     with tempfile.TemporaryDirectory() as scratch:
         job = open_job(args, scratch)
         for name in args.pictures:
@@ -292,7 +293,10 @@ def draw(args: argparse.Namespace) -> None:
                 PICTURES[name](job)
                 print(f"    {time.time() - started:.0f} s", flush=True)
             except UserError as error:
-                print(f"    left out: {error}", flush=True)
+                print(f"    left out: {error}", file=sys.stderr, flush=True)
+                left_out.append(name)
+    if left_out:
+        raise UserError(f"left out for the reasons above: {', '.join(left_out)}")
 
 
 def main() -> None:

@@ -183,16 +183,16 @@ def load_inception(path: str | None, machine: Machine) -> nn.Module:
                         f"weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases")
     if path:
         load_tensors(path)          # the package would run code in it; this admits tensors only
-    try:
-        with machine.first_rank_first():                        # which fetches the file
+    with machine.first_rank_first():                            # which fetches the file
+        try:
             model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
                                                 feature_extractor_weights_path=path)
-    except RuntimeError:
-        raise UserError(f"{path or 'the fetched file'} does not hold the weights of "
-                        f"torch-fidelity's Inception: name another file with --inception") from None
-    except OSError as error:
-        raise UserError(f"torch-fidelity could not fetch Inception's weights ({error}): name their "
-                        f"file with --inception") from error
+        except RuntimeError:
+            raise UserError(f"{path or 'the fetched file'} does not hold the weights of torch-"
+                            f"fidelity's Inception: name another file with --inception") from None
+        except OSError as error:
+            raise UserError(f"torch-fidelity could not fetch Inception's weights ({error}): name "
+                            f"their file with --inception") from error
     return model.to(machine.device)
 
 
@@ -346,8 +346,10 @@ class Judge:
         self.num_classes = len(train.classes)
         self.networks = open_networks(args, machine, train, folder)
         self.name = self.networks.distance
-        self.measure = f"{self.name} of {args.evaluate_num} samples, {self.networks.name}"
         real = random_subset(val, args.evaluate_num)
+        signature = zlib.crc32(real.signatures().tobytes())
+        self.measure = (f"{self.name} of {args.evaluate_num} samples to {len(real)} real images "
+                        f"({signature:08x}), {self.networks.name}")
         if len(real) < 2:
             raise UserError("--evaluate-every needs at least 2 validation images, and there is "
                             f"{len(real)}: add images, or leave it out")

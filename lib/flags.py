@@ -153,9 +153,10 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     def parse(text: str) -> float:
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or not low <= value <= high:
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):         # not a number; a whole number of 400 digits
+            finite = False
+        if not finite or not low <= value <= high:
             raise argparse.ArgumentTypeError(f"it must be {name} {bounds}, not {text}")
         return value
     return parse
@@ -165,6 +166,7 @@ count = number(int, 1)
 whole = number(int, 0)
 non_negative = number(float, 0)
 fraction = number(float, 0, 1)
+seed = number(int, 0, 2 ** 63 - 1)                  # what torch's generators take
 
 
 def yes_or_no(text: str) -> bool:
@@ -297,7 +299,7 @@ def parse_training_flags(
         text += f" (default: {shown_default(flag, values)})"
         add_flags(parser, {flag: (type_or_choices, None, text)})
     add_flags(parser, {
-        "seed": (number(int, 0, 2 ** 63 - 1), 0, "seed of every random draw"),
+        "seed": (seed, 0, "seed of every random draw"),
         "workers": (whole, None,
                     "processes that read ahead (default: none for data in memory, else up to 16)"),
     })

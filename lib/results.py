@@ -63,7 +63,11 @@ class Results:
     def _put_aside(self):
         if self.writes:
             damaged = self.path.with_suffix(f".damaged{self.path.suffix}")
-            self.path.replace(damaged)
+            try:
+                self.path.replace(damaged)
+            except OSError as error:
+                raise UserError(f"{self.path} is damaged, and cannot be renamed "
+                                f"({error.strerror}): delete it") from error
             print(f"note: {self.path} is damaged, or not a file of results: it was renamed "
                   f"{damaged.name}, and results begin anew", flush=True)
 

@@ -324,6 +324,15 @@ class Machine:
         if self.mesh is not None:
             self.xla.sync()
 
+    def wait(self):
+        """Waits until the device has computed all that it was asked for, as a clock must.
+
+        torch-xla computes only what a variable still holds."""
+        if self.mesh is not None:
+            self.xla.sync(wait=True)
+        elif self.device.type == "cuda":
+            torch.cuda.synchronize()
+
 
 # ---- ranks and seeds
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.files import fingerprint, rebuild
-from lib.flags import UserError, add_flags, count, non_negative, number, whole
+from lib.flags import UserError, add_flags, count, non_negative, number, seed
 from lib.orders import ORDERS, make_order
 from lib.pictures import grey_out
 from lib.runtime import Machine, step_seed
@@ -56,7 +56,7 @@ PARALLEL_FLAGS = {
             "--class-dropout, else 0)"),
     "order": (ORDERS, "confidence", "which tokens are revealed first"),
 }
-SEED_FLAG = {"seed": (whole, 0, "seed of every random draw")}
+SEED_FLAG = {"seed": (seed, 0, "seed of every random draw")}
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:

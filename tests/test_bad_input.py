@@ -46,16 +46,16 @@ BAD_NUMBERS = {
     ],
     sample: [
         "--num 0", "--num -2", "--num 1e3", "--steps 0", "--temperature -1", "--choice-temperature nan", "--top-k 0",
-        "--cfg -1", "--seed -1",
+        "--cfg -1", "--seed -1", f"--seed {2 ** 63}", f"--num 1{400 * '0'}",
     ],
     evaluate: [
-        "--num -1", "--batch 0", "--seeds 0", "--ablate-steps 0", "--classifier-steps -1", "--steps 0",
+        "--num -1", "--batch 0", "--seeds 0", "--ablate-steps 0", "--classifier-steps -1", "--steps 0", f"--seed {2 ** 63}",
     ],
     bench: [
         "--batch 0", "--repeats 0",
     ],
     edit: [
-        "--num 0", "--extrapolate 0", "--feather -1", "--start-step -1",
+        "--num 0", "--extrapolate 0", "--feather -1", "--start-step -1", f"--seed {2 ** 63}",
     ],
 }
 # The script, the whole command line, and a word that the line must hold.
@@ -120,6 +120,7 @@ OTHERS = [
     (evaluate, "--run RUN --sweep nothing", "cfg"),
     (bench, "--preset gigantic", "imagenet256"),
     (bench, "--rows everything", "decode"),
+    (bench, "--preset shapes --json EMPTY", "cannot write EMPTY"),
     (pretrained, "imagenet1024", "imagenet256"),
     (pretrained, "", "no model"),
     (pretrained, "--half RUN RUN", "already there"),

@@ -64,6 +64,45 @@ def test_any_other_error_ends_the_benchmark(call_main, tmp_path, monkeypatch):
         call_main(bench, tmp_path, "--preset", "shapes", "--rows", "decode", "--batch", 1)
 
 
+def test_results_are_kept_until_they_are_computed(monkeypatch):
+    """torch-xla computes only what a variable still holds, and a clock must wait for it."""
+    events = []
+
+    class Result:
+        def __del__(self):
+            events.append("dropped")
+    machine = Machine("cpu")
+    monkeypatch.setattr(machine, "wait", lambda: events.append("waited"))
+    bench.seconds(machine, 1, Result)
+    assert events == 3 * ["waited", "dropped"]
+
+
+def test_the_waiting_of_each_device(monkeypatch):
+    calls = []
+    machine = Machine("cpu")
+    machine.wait()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("cuda"))
+    machine.device = torch.device("cuda")
+    machine.wait()
+    machine.mesh = "chips"
+    machine.xla = Namespace(sync=lambda wait: calls.append(f"xla, {wait}"))
+    machine.wait()
+    assert calls == ["cuda", "xla, True"]
+
+
+def test_blocks_are_compiled_as_in_a_long_training(call_main, tmp_path, monkeypatch):
+    compiled = []
+
+    def row(machine, *arguments):
+        compiled.append(machine.compiles_blocks)
+        return enough(machine, *arguments)
+    monkeypatch.setattr(bench, "matrix_peak", lambda machine: 1e12)
+    monkeypatch.setitem(bench.ROWS, "train-transformer", row)
+    for flags in ([], ["--compile", "no"]):
+        call_main(bench, tmp_path, "--preset", "shapes", "--rows", "train-transformer", "--batch", 1, *flags)
+    assert compiled == [Machine("cpu", training_steps=1000).compiles_blocks, False]
+
+
 def test_the_compiler_is_reset_before_each_row(call_main, tmp_path, monkeypatch):
     """And the peak of memory, after the large matrices whose product is timed first. Not all systems can."""
     events = []

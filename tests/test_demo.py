@@ -467,8 +467,9 @@ def test_pictures_of_a_run(call_main, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(make, "TIMEOUT", 1)                                  # or playwright or Chromium are missing
     printed = call_main(make, ROOT, "samples", "compare", "data-flow", "limit-boundary", "--out", tmp_path,
-                        "--first-run", tmp_path / "none")
+                        "--first-run", tmp_path / "none", code=2)
     assert "left out: there is no " in printed and "--first-run" in printed and printed.count("left out: ") == 2
+    assert "error: left out for the reasons above: samples, compare" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data-flow.png", "limit-boundary.png"]
     with Image.open(tmp_path / "limit-boundary.png") as rows:
         assert rows.size == (530, 258)                                              # three grids, each with its titles

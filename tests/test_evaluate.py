@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, rand_of
+from conftest import ROOT, on_ranks, rand_of
 from PIL import Image
 from test_metrics import frechet_by_singular_values, inception_score_in_numpy
 
@@ -213,6 +213,15 @@ def test_a_damaged_file_is_kept_aside(content, tmp_path, capsys):
     assert Results(path, {}, writes=True).known == {"x": {"FCD": 1.0}}
 
 
+def test_a_damaged_file_that_cannot_be_renamed_is_named(tmp_path, monkeypatch):
+    def replace(path, target):
+        raise PermissionError(13, "Permission denied")
+    (tmp_path / "eval.json").write_text("damaged")
+    monkeypatch.setattr("pathlib.Path.replace", replace)
+    with pytest.raises(UserError, match=r"eval.json is damaged, .* renamed \(Permission denied\): delete it"):
+        Results(tmp_path / "eval.json", {}, writes=True)
+
+
 def test_results_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="cannot read .* Is a directory"):
         Results(tmp_path, {}, writes=True)
@@ -334,6 +343,7 @@ def test_the_judge_measures_drawn_images(tmp_path):
         images, _ = Shapes("train").batch(np.arange(len(classes)) + 1000 * len(drawn))
         drawn.append(images)
         return images
+    assert judge.measure != Judge(args, machine, Shapes("train"), Shapes("train"), tmp_path).measure
     found = judge.distance(draw)
     assert judge.name == "FCD" and labels == [i % 10 for i in range(230)]
     assert numbers == [i // 10 for i in range(230)]
@@ -544,6 +554,7 @@ def test_table_3_takes_each_schedule_at_its_best(opened, monkeypatch, capsys):
         assert rows[name]["FCD"] == pytest.approx(10 - place + 0.05)
         assert rows[name]["± over seeds"] == pytest.approx(0.1 / 2 ** 0.5)
     printed = capsys.readouterr().out
+    assert "note: T is at most the number of tokens, 64: more steps are left out" in printed
     assert "11.05 ± 0.071" in printed and (opened.folder / "eval.ablation.png").exists()
     assert "seeds 0 to 1; each schedule" in printed and "seed 0" not in printed
 
@@ -808,6 +819,28 @@ def test_features_as_torch_fidelity_measures_them(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth does not hold the weights"):
         features.load_inception(str(tmp_path / "other.pth"), machine)
+
+
+def fetch_no_inception(path):
+    """On each rank, without network: loads Inception, and writes what is said to path.RANK."""
+    def no_network(*arguments, **options):
+        raise OSError("no network")
+    package = SimpleNamespace(FeatureExtractorInceptionV3=no_network)
+    sys.modules["torch_fidelity"] = SimpleNamespace(feature_extractor_inceptionv3=package)
+    sys.modules["torch_fidelity.feature_extractor_inceptionv3"] = package
+    machine = runtime.Machine("cpu")
+    try:
+        features.load_inception(None, machine)
+    except Exception as error:
+        path.with_suffix(f".{machine.rank}").write_text(f"{type(error).__name__}: {error}")
+    os._exit(machine.rank)
+
+
+def test_only_the_rank_that_fetches_blames_the_network(tmp_path):
+    """The others have lost it, which command_line() says."""
+    assert on_ranks(fetch_no_inception, tmp_path / "said") == [0, 1]
+    assert "could not fetch Inception's weights (no network)" in (tmp_path / "said.0").read_text()
+    assert (tmp_path / "said.1").read_text().startswith("RuntimeError")
 
 
 @pytest.mark.parametrize("flags, says", [
