@@ -90,6 +90,11 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     """Trains the transformer, from the flags to the finished run."""
     stage = STAGES[args.decoder]
     sequential = args.decoder == "autoregressive"
+    if sequential:
+        useless = ["schedule", "choice_temperature"]
+        flags.refuse_useless(args, useless, "with --decoder autoregressive")
+    if args.optimizer == "adamw":
+        flags.refuse_useless(args, ["muon_lr"], "with --optimizer adamw")
     num_micro_batches = optim.count_micro_batches(args.batch, args.micro_batch, machine.devices)
     if args.dry_run:
         codebook_size, num_tokens, num_classes = plans.planned_tokens(args)

@@ -104,6 +104,7 @@ FIXED = {
 
 def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (long, but flat)
     """Trains the tokenizer. Raises UserError for a mistake of the user."""
+    refuse_useless_flags(args)
     start = None                                            # the tokenizer of --init
     if args.init:
         start, checkpoint = rebuild(initial_model(args, "vqgan"), "vqgan", VQGAN)
@@ -112,9 +113,9 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     if args.perceptual == "auto":
         args.perceptual = "lpips" if args.image_size >= 128 else "none"
     config = configuration(args, start)
-    num_parts = optim.count_micro_batches(args.batch, args.micro_batch, machine.devices)
+    num_micro_batches = optim.count_micro_batches(args.batch, args.micro_batch, machine.devices)
     if args.dry_run:
-        plans.print_tokenizer_plan(args, machine, config, num_parts)
+        plans.print_tokenizer_plan(args, machine, config, num_micro_batches)
         return
 
     # The run's folder and the data.
@@ -132,6 +133,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     if run.step >= args.steps:
         run.say(f"{run.folder} is already at step {run.step}: raise --steps to train on")
         return
+    check_no_transformer_is_lost(run)
 
     # The tokenizer, its average, the discriminator, the perceptual loss, the optimizers.
     torch.manual_seed(args.seed)
@@ -178,7 +180,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         # Every random draw is a function of (seed, step, rank).
         generator = machine.seed_step(args.seed, step)
         images = machine.to_floats(images, of_this_rank=True)               # (B, 3, S, S) in [0, 1]
-        parts = optim.micro_batches(len(images), num_parts)
+        parts = optim.micro_batches(len(images), num_micro_batches)
         if step == 0 and args.codebook_lr > 1 and not args.init:            # see --codebook-lr
             start_quantizer(model, images, parts, generator)
         # 0 until --gan-start; then it rises linearly over --gan-ramp steps.
@@ -195,7 +197,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
                 with machine.autocast():
                     loss, terms, restored = tokenizer_loss(
                         args, ddp_model, compiled_disc, lpips, adversarial_weight, images[part])
-                (loss / num_parts).backward()
+                (loss / num_micro_batches).backward()
             fakes.append(restored)
             log.add(**terms)
         gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -221,7 +223,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
                         penalty = args.r1 * r1_penalty(disc, images[part])
                         total = total + args.r1_every * penalty
                         log.add(r1=penalty)
-                    (total / num_parts).backward()
+                    (total / num_micro_batches).backward()
                 log.add(discriminator=disc_loss)
             disc_gradients = [parameter.grad for parameter in disc.parameters()]
             log.add(disc_gradient=nn.utils.get_total_norm(disc_gradients))
@@ -291,6 +293,27 @@ def configuration(args: argparse.Namespace, start: VQGAN | None = None) -> VQGAN
                             f"choose a multiple")
     flags.check_image_size(args.image_size, config.stride)
     return config
+
+
+def refuse_useless_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for flags of the quantizer that is not used."""
+    if args.quantizer == "fsq":
+        useless = ["codebook_size", "codebook_dim", "codebook_lr", "entropy"]
+        flags.refuse_useless(args, useless, "with --quantizer fsq, which has --levels")
+    else:
+        flags.refuse_useless(args, ["levels"], "without --quantizer fsq")
+
+
+def check_no_transformer_is_lost(run: Run) -> None:
+    """Raises UserError if this run goes on with a tokenizer that a transformer beside it needs."""
+    if run.step == 0:                       # it begins anew: the user gave --overwrite
+        return
+    for stage in ("transformer", "autoregressive"):
+        path = run.folder / f"{stage}.pt"
+        if path.exists():
+            raise UserError(f"{path} was trained on the tokens of {run.model_file}, and would be "
+                            f"lost if that were trained on: copy the folder without {path.name}, "
+                            f"and name the copy with --run")
 
 
 def tokenizer_optimizer(

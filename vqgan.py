@@ -27,8 +27,8 @@ class VQGANConfig:
     filters: int = 128                          # width at full resolution, a multiple of `groups`
     multipliers: tuple = (1, 1, 2, 2, 4)        # widths in units of `filters`, finest first
     res_blocks: int = 2                         # at each resolution
-    groups: int = 32                            # of each GroupNorm; under 4 channels a group,
-                                                # colours wash out
+    groups: int = 32                            # of each GroupNorm; with fewer than 4 channels in
+                                                # a group, colours wash out
     commitment: float = 0.25                    # beta of VQ-VAE (van den Oord et al. 2017, Eq. 3)
     entropy: float = 0.1                        # weight of the codebook entropy loss
     entropy_temperature: float = 0.01

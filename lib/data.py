@@ -132,12 +132,17 @@ def open_data(
             raise UserError(f"{name} has images of {train.image_size} pixels, not {size}: give "
                             f"--image-size {train.image_size}")
         return train, val
+    check_folder(name)
+    return name_synsets(*open_folder(name, size or 32))
+
+
+def check_folder(name: str) -> None:
+    """Raises UserError if --data names neither a data set nor a folder."""
     if not os.path.isdir(name):
         refuse_archive(name, "--data")
         names = ", ".join(DATA_SETS)
         raise UserError(f"'{name}' is no data set and no folder: --data takes {names} or a folder "
                         f"of images")
-    return name_synsets(*open_folder(name, size or 32))
 
 
 def resolve_data(name: str) -> str:

@@ -111,17 +111,20 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
                         f"or fetch it again if it was fetched") from error
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path | str) -> nn.Module:
+def load_weights(
+    model: nn.Module, weights: dict[str, Tensor], path: Path | str, remedy: str = "train it again",
+) -> nn.Module:
     """Loads weights of any precision into a model, and returns it.
 
-    Raises UserError, which names the first parameter that does not fit. path: for that message."""
+    Raises UserError, which names the first parameter that does not fit. path, remedy: for that
+    message."""
     expected = model.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
         actual = shape_in_words(weights, name)
         needed = shape_in_words(expected, name)
         if actual != needed:
             raise UserError(f"{path} does not fit its own configuration: parameter {name} is "
-                            f"{actual}, but should be {needed}: train it again")
+                            f"{actual}, but should be {needed}: {remedy}")
     typed = {name: value.to(expected[name].dtype) for name, value in weights.items()}
     model.load_state_dict(typed, assign=True)
     return model

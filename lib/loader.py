@@ -37,7 +37,7 @@ class DataSet(Protocol):
     def signatures(self) -> np.ndarray:
         """Returns a number (uint64) for each image that changes if the image or its label does.
 
-        Here: for images that never change."""
+        This default is for images that never change."""
         return np.arange(len(self), dtype=np.uint64)
 
 

@@ -1,5 +1,6 @@
 """The perceptual loss of stage 1: LPIPS with VGG16 (Zhang et al. 2018), with the public weights."""
 import os
+import re
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,7 @@ def load_lpips(offline: bool = False) -> LPIPS:
         if name.startswith("features."):
             weights[name] = value
     for name, value in load_tensors(linear).items():    # lin0.model.1.weight (1, 64, 1, 1), ...
-        stage = name[len("lin")]
-        weights[f"linear.{stage}"] = value.squeeze(0)
-    return load_weights(LPIPS(), weights, f"{vgg16} or {linear}")
+        stage = re.fullmatch(r"lin(\d)\.model\.1\.weight", name)
+        if stage:
+            weights[f"linear.{stage[1]}"] = value.squeeze(0)
+    return load_weights(LPIPS(), weights, f"{vgg16} or {linear}", "delete it, to fetch it again")

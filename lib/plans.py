@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from discriminator import Discriminator, r1_penalty
 from lib import costs, optim
-from lib.data import DATA_SETS, open_data
+from lib.data import DATA_SETS, check_folder, open_data
 from lib.files import rebuild
 from lib.flags import check_image_size
 from lib.folders import SMALL, open_folder
@@ -129,6 +129,7 @@ def planned_data(name: str, data_dir: str) -> tuple[int, int]:
     if name in DATA_SETS:
         train, _ = open_data(name, None, data_dir)
     else:
+        check_folder(name)
         train, _ = open_folder(name, 32, check=False)
     return len(train.classes), len(train)
 
@@ -143,11 +144,11 @@ def planned_tokens(args: argparse.Namespace) -> tuple[int, int, int]:
 # ---- plans
 
 def print_transformer_plan(
-    args: argparse.Namespace, machine: Machine, model: MaskGIT, num_parts: int,
+    args: argparse.Namespace, machine: Machine, model: MaskGIT, num_micro_batches: int,
 ) -> None:
     """Prints what the training of this transformer would take. Raises UserError for a bad image
     size or folder."""
-    micro_batch = args.batch // machine.devices // num_parts
+    micro_batch = args.batch // machine.devices // num_micro_batches
     num_tokens = model.config.num_tokens
     for block in model.blocks:
         block.attention.dropout = 0.0       # else a CPU would keep N x N matrices; a GPU does not
@@ -188,10 +189,10 @@ def print_transformer_plan(
 
 
 def print_tokenizer_plan(
-    args: argparse.Namespace, machine: Machine, config: VQGANConfig, num_parts: int,
+    args: argparse.Namespace, machine: Machine, config: VQGANConfig, num_micro_batches: int,
 ) -> None:
     """Prints what the training of a tokenizer would take, before any file is read."""
-    micro_batch = args.batch // machine.devices // num_parts
+    micro_batch = args.batch // machine.devices // num_micro_batches
     model = VQGAN(config)
     lpips = LPIPS() if args.perceptual == "lpips" else None
     disc = None

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lib.files import load_checkpoint, on_cpu, save_checkpoint, write_atomically
 from lib.flags import UserError, value_as_typed
 from lib.optim import load_optimizer
-from lib.runtime import Machine, from_first_rank, mean_over_ranks
+from lib.runtime import Machine, mean_over_ranks
 from lib.terminal import show_line, time_left
 
 REPEAT_SECONDS = 3      # torchrun and a scheduler may each forward the same SIGTERM
@@ -129,11 +129,10 @@ class Run:
         self.state = state
 
     def _check_ranks_agree(self) -> None:
-        """Raises UserError if this rank starts at another step than the first rank."""
-        step = torch.tensor(self.step, device=self.machine.device)
-        first_step = from_first_rank(step).item()
-        if self.step != first_step:
-            raise UserError(f"one process starts at step {first_step}, another at {self.step}: "
+        """Raises UserError if ranks start at different steps."""
+        least, most = self.machine.range_over_ranks(self.step)
+        if least != most:
+            raise UserError(f"one process starts at step {least}, another at {most}: "
                             f"{self.folder} must be on a disk that all computers share")
 
     def note_settings(self, settings: dict, flags: Iterable[str]) -> None:
@@ -164,9 +163,12 @@ class Run:
             typed = value_as_typed(value)
             typed_before = value_as_typed(before)
             if name in fixed:
+                moved = ""
+                if name == "data":
+                    moved = "put a link at the former path if the images have only moved; else "
                 raise UserError(f"{self.folder} was started with {name} = {typed_before}, not "
-                                f"{typed}, and its weights depend on that: resume with the same, "
-                                f"or use --overwrite or another --run")
+                                f"{typed}, and its weights depend on that: {moved}resume with the "
+                                f"same, or use --overwrite or another --run")
             changes.append(f"{name} {typed} (was {typed_before})")
         if changes:
             self.say("resuming with " + ", ".join(changes))
@@ -206,23 +208,28 @@ class Run:
         In this order, wherever there is a state there is a model. saved: models and optimizers by
         name; "ema" is for use. about: plain values to store beside the weights of the model.
         Raises UserError if a file cannot be written; the one before it then stays."""
-        if not self.machine.leads:
-            return
         self.save_model(self.model_file, step, saved["ema"], about)
         state = {name: part.state_dict() for name, part in saved.items()}
-        save_checkpoint(self.resume_file, on_cpu({
+        self._write(self.resume_file, {
             "kind": f"{self.stage} training state", "step": step,
             "settings": self.settings, **state,
-        }))
+        })
 
     def save_model(self, path: Path, step: int, model: nn.Module, about: dict) -> None:
         """Writes one model for use, with its configuration. The other arguments: see save()."""
-        if not self.machine.leads:
-            return
-        save_checkpoint(path, on_cpu({
+        self._write(path, {
             "kind": self.stage, "step": step, "settings": self.settings,
             "config": asdict(model.config), "model": model.state_dict(), **about,
-        }))
+        })
+
+    def _write(self, path: Path, checkpoint: dict) -> None:
+        """Writes a file, on the first rank.
+
+        All hosts of a TPU fetch the tensors together, since their chips may hold parts of them."""
+        if self.machine.leads or self.machine.mesh is not None:
+            checkpoint = on_cpu(checkpoint)
+        if self.machine.leads:
+            save_checkpoint(path, checkpoint)
 
     def keep_best(
         self, step: int, distance: float, measure: str, model: nn.Module, about: dict,
@@ -231,14 +238,12 @@ class Run:
 
         measure: which distance it is, in words. The file is also replaced, and this is said, if its
         distance is another one. The other arguments: see save()."""
-        if not self.machine.leads:
-            return
         if self.best_file.exists():
             best = load_checkpoint(self.best_file, self.stage)
             if best.get("measure") != measure:
                 self.say(f"{self.best_file} was chosen by another distance than the {measure}: it "
                          f"is replaced")
-            elif not distance < best["distance"]:               # nor if it is not a number
+            elif not is_better(distance, best["distance"]):
                 return
         measured = {"measure": measure, "distance": distance}
         self.save_model(self.best_file, step, model, about | measured)
@@ -297,7 +302,7 @@ class Log:
         """Collects scalar tensors on the device until write(), so that no step waits for them."""
         for name, value in values.items():
             self.pending.setdefault(name, []).append(value.detach().float())
-        if not self.times:          # the clock starts after the first forward pass, which compiles
+        if not self.times:      # the clock starts after the first micro-batch, which compiles
             self.times = [(self.run.step + 1, time.time())]
 
     def check_finite(self, step: int) -> dict[str, float]:
@@ -368,7 +373,8 @@ class Log:
             reader = csv.DictReader(path.read_text().splitlines())
             old_columns = reader.fieldnames or []
             for row in reader:
-                kept = row["step"].isdigit() and int(row["step"]) <= self.run.step
+                cut_off = row[old_columns[-1]] is None              # by a full disk
+                kept = row["step"].isdigit() and int(row["step"]) <= self.run.step and not cut_off
                 if self.started or kept:
                     rows.append(row)
         self.columns = list(dict.fromkeys([*self.columns, *new_names, *old_columns]))
@@ -379,6 +385,13 @@ class Log:
         content = text.getvalue().encode()
         write_atomically(path, lambda file: file.write(content))
         self.started = True
+
+
+def is_better(distance: float, best: float) -> bool:
+    """Returns True if a distance is less than the best one. Any number is better than NaN."""
+    if math.isnan(best):
+        return not math.isnan(distance)
+    return distance < best
 
 
 def initial_model(args: argparse.Namespace, stage: str) -> Path:

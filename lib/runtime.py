@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import sys
+import sysconfig
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -96,8 +97,8 @@ class Machine:
     """The device of this process, and the ranks beside it.
 
     name: auto, cpu, cuda or xla. bf16: autocast to bfloat16. compiled: use torch.compile. None
-    stands for what suits the device. training_steps: of a transformer, whose blocks a CPU compiles
-    if they are many. Raises UserError if the device is missing.
+    stands for what suits the device. training_steps: how long a transformer is trained; a CPU
+    compiles its blocks if that is long. Raises UserError if the device is missing.
 
     Attributes:
         device, layout    the torch device, and the memory layout of images on it
@@ -184,10 +185,11 @@ class Machine:
         if self.device.type != "cuda":
             return False
         c_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-        if c_compiler and torch.cuda.get_device_capability() >= (7, 0):
+        headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+        if c_compiler and headers and torch.cuda.get_device_capability() >= (7, 0):
             return True
-        self._note("torch.compile needs a C compiler (gcc) and a GPU of compute capability 7.0 or "
-                   "more: going on without it")
+        self._note("torch.compile needs a C compiler (gcc), Python's headers (python3-dev) and a "
+                   "GPU of compute capability 7.0 or more: going on without it")
         return False
 
     def _note(self, text: str) -> None:
@@ -297,6 +299,19 @@ class Machine:
         devices_here = self.devices // self.world
         flags = torch.full((devices_here,), float(flag))
         return self.fetch(mean_over_ranks(self.put(flags, of_this_rank=True)).mean()) > 0
+
+    def range_over_ranks(self, value: int) -> tuple[int, int]:
+        """Returns the least and the greatest value of all ranks, exact below 2^24."""
+        if self.world == 1:
+            return value, value
+        devices_here = self.devices // self.world
+        values = self.put(torch.full((devices_here,), float(value)), of_this_rank=True)
+        if dist.is_initialized():
+            gathered = [torch.empty_like(values) for _ in range(self.world)]
+            dist.all_gather(gathered, values)
+            values = torch.cat(gathered)
+        least, most = self.fetch(torch.stack([values.min(), values.max()]))
+        return int(least), int(most)
 
     def wait_for_ranks(self):
         """Waits until all ranks are here."""

@@ -1,4 +1,5 @@
 """Images as tokens: encoded as they come, or once in several augmented views (--cache-tokens)."""
+import contextlib
 import functools
 import hashlib
 import math
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.files import fingerprint, rebuild, write_atomically
+from lib.files import fingerprint, rebuild, save_checkpoint, write_atomically
 from lib.flags import UserError, check_image_size
 from lib.loader import VIEW_SEEDS, DataSet, ImagesAndLabels, interruptible, read_ahead
 from lib.runtime import Machine, hashed_uniform
@@ -28,6 +29,7 @@ class FrozenTokenizer:
                  machine: Machine):
         self.path = Path(path)
         model, checkpoint = rebuild(path, "vqgan", model_class)
+        self.checkpoint = checkpoint
         stride = model.config.stride
         self.image_size = image_size or checkpoint["image_size"]
         check_image_size(self.image_size, stride)
@@ -52,9 +54,10 @@ class FrozenTokenizer:
                                 f"another --run, or add --overwrite")
 
     def copy_to(self, path: Path) -> None:
-        """Copies the tokenizer's file into a run, which then holds all that sampling needs."""
-        content = self.path.read_bytes()
-        write_atomically(path, lambda file: file.write(content))
+        """Writes the tokenizer into a run, which then holds all that sampling needs.
+
+        It is written as it was read: its file may have been trained on since then."""
+        save_checkpoint(path, self.checkpoint)
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, of_this_rank: bool = False) -> torch.Tensor:
@@ -87,7 +90,8 @@ class CachedTokens:
 
     A row is the N tokens and the label of one view of one image; the first views of all images come
     first. The rows are stored in chunks, files IMAGES-FIRST-LAST-HASH.npy of uint16 in `folder`.
-    The hash is of DataSet.signatures(), so chunks of images that have changed are encoded anew.
+    The hash is of the classes and DataSet.signatures(), so chunks of images that have changed, or
+    of another data set, are encoded anew.
     Both decoders of a run share the folder, also with other numbers of views.
     data: the images. num_tokens: N. Raises UserError if tokens or labels do not fit."""
 
@@ -114,7 +118,7 @@ class CachedTokens:
         self.paths = []
         for chunk in self.chunks:
             name = f"{len(data)}-{chunk[0]}-{chunk[-1]}"
-            digest = hashlib.md5(f"{num_tokens} {chunk} {len(data)}".encode())
+            digest = hashlib.md5(f"{num_tokens} {chunk} {len(data)} {data.classes}".encode())
             digest.update(signatures[np.array(chunk) % len(data)].tobytes())
             self.paths.append(self.folder / f"{name}-{digest.hexdigest()[:16]}.npy")
 
@@ -188,8 +192,9 @@ class CachedTokens:
                   f"encoded anew", file=sys.stderr)
         a_day_ago = time.time() - 24 * 3600
         for leftover in self.folder.glob(".*.tmp"):
-            if leftover.stat().st_mtime < a_day_ago:        # a younger one may be in the making
-                outdated.add(leftover)
+            with contextlib.suppress(FileNotFoundError):    # another process has just finished it
+                if leftover.stat().st_mtime < a_day_ago:    # a younger one may be in the making
+                    outdated.add(leftover)
         for path in outdated:
             path.unlink(missing_ok=True)                    # another process may do the same
 

@@ -67,6 +67,7 @@ OTHERS = [
     (train_vq, "--run NEW --data imagenet --groups 1", "n01440764"),
     (train_vq, "--run NEW --data places2 --groups 1", "365"),
     (train_vq, "--run NEW --data EMPTY", "no images"),
+    (train_transformer, "--run NEW --data nowhere --dry-run 1", "'nowhere' is no data set and no folder"),
     (train_vq, "--run NEW --data TEXT", "TEXT"),
     (train_vq, "--run NEW --data cifar10 --image-size 64", "32 pixels"),
     (train_vq, "--run NEW --multipliers 1 1 1 1 1 1 1", "stride"),

@@ -449,7 +449,7 @@ def save_lpips_weights(folder):
 def test_lpips(monkeypatch, tmp_path):
     """Distances and gradients are those of the package lpips 0.1.4 with the same weights (tests/data/lpips.npz)."""
     monkeypatch.setenv("MASKGIT_CACHE", str(tmp_path))
-    vgg16, _ = save_lpips_weights(tmp_path)
+    vgg16, linear = save_lpips_weights(tmp_path)
     random = np.random.RandomState(0)
     model, ref = load_lpips(offline=True), np.load(DATA / "lpips.npz")
     assert not model.training and not any(p.requires_grad for p in model.parameters())
@@ -467,6 +467,10 @@ def test_lpips(monkeypatch, tmp_path):
     gradient, = torch.autograd.grad(distance.sum(), a)
     assert torch.equal(distance, torch.zeros(4)) and gradient.isfinite().all()
 
+    torch.save({"w": torch.zeros(2)}, linear)
+    with pytest.raises(UserError, match="parameter linear.0 is not there.* delete it, to fetch it again"):
+        load_lpips(offline=True)
+    save_lpips_weights(tmp_path)
     torch.save({"features.0.weight": torch.zeros(2)}, vgg16)
     with pytest.raises(ValueError) as error:
         load_lpips(offline=True)

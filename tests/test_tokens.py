@@ -14,7 +14,7 @@ from test_data import assert_ends, make_folder, start
 
 from lib import tokens
 from lib.data import open_data
-from lib.files import load_checkpoint, save_checkpoint
+from lib.files import fingerprint, load_checkpoint, rebuild, save_checkpoint
 from lib.flags import UserError
 from lib.loader import VIEW_SEEDS, read_ahead
 from lib.runtime import Machine, hashed_uniform
@@ -137,6 +137,15 @@ def change_colour(path):
     status = os.stat(path)
     Image.new("RGB", (40, 30), "blue").save(path)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+
+
+def test_the_tokens_of_another_data_set_are_not_taken(tmp_path):
+    """Both have 50,000 images that never change, and ten classes."""
+    shapes = Shapes("train")
+    others = Shapes("train")
+    others.classes = list("abcdefghij")
+    ours, theirs = (CachedTokens(tmp_path, data, 1, 64, 256).paths for data in (shapes, others))
+    assert len(ours) == len(theirs) and not set(ours) & set(theirs)
 
 
 def test_images_that_change_are_encoded_anew(tmp_path, monkeypatch, capsys):
@@ -264,6 +273,17 @@ def test_a_tokenizer_that_is_not_trained_to_its_end_is_named(untrained, tmp_path
         FrozenTokenizer(tmp_path / "vqgan.pt", VQGAN, None, 8, Machine("cpu"))
         printed = capsys.readouterr().err
         assert words in printed and bool(printed) == bool(words)
+
+
+def test_the_tokenizer_is_kept_as_it_was_read(untrained, tmp_path):
+    """Its file may be trained on while images are encoded."""
+    shutil.copy(untrained / "vqgan.pt", tmp_path / "other.pt")
+    tokenizer = FrozenTokenizer(tmp_path / "other.pt", VQGAN, None, 8, Machine("cpu", bf16=True))
+    (tmp_path / "other.pt").write_text("another")
+    tokenizer.copy_to(tmp_path / "vqgan.pt")
+    copy, checkpoint = rebuild(tmp_path / "vqgan.pt", "vqgan", VQGAN)
+    assert fingerprint(copy) == tokenizer.fingerprint
+    assert checkpoint.keys() == load_checkpoint(untrained / "vqgan.pt", "vqgan").keys()
 
 
 def test_a_run_keeps_the_tokenizer_it_has(untrained, tmp_path):

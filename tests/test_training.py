@@ -208,6 +208,7 @@ def test_step_counts_are_where_the_optimizer_needs_them(fused, place):
 @pytest.mark.slow
 def test_stage_1_resumes_with_another_length_batch_and_rates(copied, call_main, tmp_path):
     """At rates of 0 no weight moves: the new ones are used."""
+    (copied / "transformer.pt").unlink()
     before = load_state(copied, "vqgan")
     command = ["--run", copied, *TINY_VQ, "--resume", "--steps", 8, "--lr", 0, "--disc-lr", 0, "--batch", 2,
                "--decay", "no", "--multipliers", 1, 1, 1]
@@ -229,6 +230,7 @@ def test_stage_1_resumes_with_another_length_batch_and_rates(copied, call_main, 
 
 def test_longer_training_does_not_stop_the_discriminator(copied, call_main, tmp_path):
     """It started at half of 6 steps. Half of 20 steps are step 10."""
+    (copied / "transformer.pt").unlink()
     call_main(train_vq, tmp_path, "--run", copied, *TINY_VQ, "--resume", "--steps", 20, "--gan-ramp", 1)
     rows = read_log(copied / "vqgan.log.csv")
     assert [row["step"] for row in rows if row["generator"]] == [str(step) for step in range(4, 21)]
@@ -241,6 +243,24 @@ def test_a_run_that_has_its_steps_says_so(steps, script, flags, copied, call_mai
     output = call_main(script, tmp_path, "--run", copied, *flags, "--resume", "--steps", steps)
     assert "already at step 6: raise --steps" in output and "wrote" not in output
     assert contents(copied) == before
+
+
+def test_a_tokenizer_whose_transformer_is_trained_is_not_trained_on(copied, call_main, tmp_path):
+    before = contents(copied)
+    line = call_main(train_vq, tmp_path, "--run", copied, *TINY_VQ, "--resume", "--steps", 20, code=2)
+    assert "transformer.pt was trained on the tokens of" in line and "copy the folder without transformer.pt" in line
+    assert contents(copied) == before
+
+
+@pytest.mark.parametrize("script, flags, says", [
+    (train_vq, ["--quantizer", "fsq", "--codebook-size", 4096], "--codebook-size changes nothing with --quantizer fsq"),
+    (train_vq, ["--levels", 5, 5], "--levels changes nothing without --quantizer fsq"),
+    (train_transformer, ["--decoder", "autoregressive", "--schedule", "cosine"], "--schedule changes nothing with --decoder"),
+    (train_transformer, ["--optimizer", "adamw", "--muon-lr", 1], "--muon-lr changes nothing with --optimizer adamw"),
+])
+def test_flags_that_change_nothing_are_refused(script, flags, says, call_main, tmp_path):
+    assert says in call_main(script, tmp_path, "--run", "new", *flags, code=2)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("flag", ["--lr", "--muon-lr"])
@@ -302,6 +322,7 @@ def test_other_classes_are_refused_in_a_line(trained, call_main, tmp_path):
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_and_a_lower_rate_goes_on(copied, call_main, tmp_path):
+    (copied / "transformer.pt").unlink()
     before = contents(copied)
     line = call_main(train_vq, tmp_path, "--run", copied, *TINY_VQ, "--resume", "--steps", 12, "--lr", 1e30, code=2)
     for word in ("became nan", "last good checkpoint", "vqgan.resume.pt", "--resume and a lower --lr"):
@@ -522,6 +543,16 @@ def test_a_run_holds_its_files_and_is_validated_now_and_then(trained):
         assert (trained / f"{stage}.curve.png").read_text() == (trained / f"{stage}.log.csv").read_text()
 
 
+def test_a_row_that_a_full_disk_cut_off_is_dropped(tmp_path):
+    flags = Namespace(run=tmp_path, overwrite=False, resume=False)
+    run = Run("vqgan", flags, Machine("cpu"))
+    run.log_file.write_text("step,images/s,TFLOP/s,loss\n15,1,1,2.5\n16")
+    run.step = 1600
+    log = Log(run, 0)
+    log._write_row({"step": 1700, "loss": 3.0})
+    assert [row["step"] for row in read_log(run.log_file)] == ["15", "1700"]
+
+
 def test_the_log_is_never_cut_short(tmp_path):
     """A new column and a resumption replace the file: what another process reads is whole."""
     log = Log(Run("vqgan", Namespace(run=tmp_path, overwrite=False, resume=False), Machine("cpu")), 0)
@@ -581,7 +612,7 @@ def test_the_best_weights_have_the_least_distance_of_one_kind(tmp_path, capsys):
     """Also after a resumption: each row is a process of its own."""
     model = VQGAN(VQGANConfig(32, 4, 8, (1, 1, 1), 1, 1))
     for step, distance, measure, best in ((1, 3.0, "FCD", 1), (2, 4.0, "FCD", 1), (3, 2.0, "FCD", 3),
-                                          (4, math.nan, "FCD", 3), (5, 20.0, "FID", 5)):
+                                          (4, math.nan, "FCD", 3), (5, math.nan, "FID", 5), (6, 20.0, "FID", 6)):
         lock(tmp_path).keep_best(step, distance, measure, model, {})
         assert load_checkpoint(tmp_path / "vqgan.best.pt", "vqgan")["step"] == best
     assert capsys.readouterr().out.count("another distance than the FID") == 1
