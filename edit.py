@@ -23,13 +23,14 @@ from torch import Tensor
 
 from lib import editing, flags, metrics, pictures, runtime
 from lib.data import find_class
+from lib.editing import MOST_FEATHER
 from lib.flags import UserError
 from lib.image_files import read_image
 from lib.sampling import (
     PARALLEL_FLAGS,
+    RUN_FLAGS,
     SEED_FLAG,
     SHARED_FLAGS,
-    add_run_flags,
     add_sampler_flags,
     draw_step,
     load_run,
@@ -38,7 +39,6 @@ from lib.sampling import (
     sampler_options,
 )
 from maskgit import MaskGIT, decode
-from sequential import CausalTransformer
 from vqgan import VQGAN, as_grid, to_pixels
 
 BATCH = 64                      # variants that are painted at once
@@ -66,8 +66,8 @@ def parse_outpaint(text: str) -> tuple[str, float]:
 
 TASKS = {                       # each is None if it is not given, --reconstruct too
     "box": ({"type": parse_box, "metavar": "TOP,LEFT,HEIGHT,WIDTH"}, None,
-            "repaint the tokens that this box touches, and one more row above and column to the "
-            "left, as in the released demo (on all four sides if the box is made of whole tokens)"),
+            "repaint the tokens that this box touches, the row above and the column to the left "
+            "(as in the released demo; on all four sides if the box ends at borders of tokens)"),
     "mask": ({"metavar": "PNG"}, None, "repaint what is white in this image of the photo's size"),
     "inpaint": (["centre"], None,
                 "repaint the centre of the square, half of its width and of its height"),
@@ -84,7 +84,7 @@ FLAGS = {
     "num": (flags.count, 8, "variants to paint"),
     "fit": (["crop", "pad"], "crop",
             "how to make the photo square: crop it, or pad it by repeating its borders"),
-    "feather": (flags.non_negative, None,
+    "feather": (flags.number(float, 0, MOST_FEATHER), None,
                 "blur of the border in pixels, 0 for none (default: a token's width less one)"),
     "start_step": (flags.whole, 0,
                    "decoding steps to skip, since much is known (the released demo skips 2 of 12)"),
@@ -128,8 +128,8 @@ def chosen_region(args: argparse.Namespace, photo: Image.Image, side: int) -> Te
 
 
 def check_flags(args: argparse.Namespace, out: Path, size: int, steps: int) -> None:
-    """Raises UserError for flags that do not suit the model, for pictures too large for a format or
-    the memory, and for those that would replace the photo or the mask.
+    """Raises UserError if a flag does not suit the model, if a picture would be too large for its
+    format or the memory, or if it would replace the photo or the mask.
 
     size: the side of the model's square. steps: T of the decoder."""
     if args.start_step >= steps:
@@ -142,10 +142,13 @@ def check_flags(args: argparse.Namespace, out: Path, size: int, steps: int) -> N
     rows = math.ceil((args.num + 2) / columns)
     layout = pictures.GridLayout(columns, rows, (size, width), titles=TITLES[:columns])
     pictures.check_picture(out, layout.size, "a lower --num or --extrapolate")
-    frames = steps if args.film else 1
+    frames = 1
+    if args.film and args.extrapolate:      # the start, each window, a last one on either side
+        frames = 1 + math.ceil((width - size) / (size // 2)) + 2
+    elif args.film:
+        frames = steps
     floats = 3 * size * width * args.num * frames
-    # The images as floats of 4 bytes, twice while their batches are joined. A panorama's film has a
-    # frame for each window instead of each step: it is not counted exactly.
+    # The images as floats of 4 bytes, twice while their batches are joined.
     flags.check_memory(2 * 4 * floats, f"--num {args.num}")
     outputs = [out, *(variant_path(out, i) for i in range(1, args.num + 1))]
     if args.film:
@@ -277,7 +280,7 @@ def choose_class(
 @torch.no_grad()
 def reconstruct(args: argparse.Namespace, machine: runtime.Machine) -> None:
     """Writes the photo, as the model sees it, beside what its tokens keep of it."""
-    useless = ["class", "num", "feather", "start_step", "film", "decoder"]
+    useless = ["class", "num", "feather", "start_step", "film"]
     useless += PARALLEL_FLAGS | SHARED_FLAGS | SEED_FLAG
     flags.refuse_useless(args, useless, "with --reconstruct, which paints nothing")
     folder, tokenizer, checkpoint = load_tokenizer(args.run, machine, args.vqgan)
@@ -307,9 +310,9 @@ def paint_variants(
     batches = []
     for numbers in torch.arange(args.num).split(BATCH):
         labels = torch.full_like(numbers, label)
-        options["rand"] = rand_of_images(args.seed, labels, numbers, machine)
+        rand = rand_of_images(args.seed, labels, numbers, machine)
         batches.append(paint(tokenizer, transformer, known, machine.put(labels), margins,
-                             options, args.film))
+                             options | {"rand": rand}, args.film))
     return [torch.cat(frame) for frame in zip(*batches, strict=True)]
 
 
@@ -317,10 +320,7 @@ def paint_variants(
 def edit(args: argparse.Namespace, machine: runtime.Machine) -> None:
     """Paints --num variants. Every rank paints the same, and the first one writes them."""
     folder, tokenizer, transformer, checkpoint = load_run(
-        args.run, machine, args.vqgan, args.decoder or "parallel")
-    if isinstance(transformer, CausalTransformer):
-        raise UserError(f"{folder} holds an autoregressive transformer, which can only continue in "
-                        f"raster order: use a run trained with --decoder parallel")
+        args.run, machine, args.vqgan, decoder="parallel")
     classes = checkpoint["classes"]
     size = checkpoint["image_size"]
     stride = tokenizer.config.stride
@@ -370,7 +370,7 @@ def main() -> None:
     tasks = parser.add_argument_group("the task", "one of these; pixels are those of the photo")
     flags.add_flags(tasks.add_mutually_exclusive_group(required=True), TASKS)
     flags.add_flags(parser, FLAGS)
-    add_run_flags(parser)
+    flags.add_flags(parser, RUN_FLAGS)
     add_sampler_flags(parser)
     flags.add_machine_flags(parser, compiles=False)
     args = flags.parse(parser)

@@ -25,7 +25,13 @@ from lib.editing import centre_region, outpaint_region
 from lib.features import BY_CLASS, PRECISION_IMAGES, RECOGNISED, SHARPNESS, Measurements
 from lib.files import cache_folder
 from lib.loader import DataSet
-from lib.sampling import ACCEPT_FLAG, add_run_flags, add_sampler_flags, sampler_settings
+from lib.sampling import (
+    ACCEPT_FLAG,
+    DECODER_FLAG,
+    RUN_FLAGS,
+    add_sampler_flags,
+    sampler_settings,
+)
 from lib.sets import random_subset, read_batches_of_rank
 from lib.terminal import print_table
 from maskgit import SCHEDULES
@@ -308,7 +314,7 @@ def describe(title: str, settings: dict, seed: int) -> str:
 def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line, or other words in its place."""
     parser = flags.Parser(__doc__)
-    add_run_flags(parser)
+    flags.add_flags(parser, RUN_FLAGS | DECODER_FLAG)
     add_sampler_flags(parser)
     switch = {"action": "store_true"}
     several = {"type": flags.count, "nargs": "+"}

@@ -179,16 +179,22 @@ SCHEDULES = list(GAMMAS)
 
 
 def gamma(r: float | Tensor, schedule: str, total: int | Tensor) -> Tensor:
-    """Returns the mask scheduling function γ(r), from 1 at r = 0 (all masked) to almost 0 at r = 1.
+    """Returns the mask scheduling function γ(r), from about 1 at r = 0 (all masked) to almost 0 at
+    r = 1.
 
     r: in [0, 1]. schedule: one of SCHEDULES. total: the number of tokens N in training; in decoding
     M, those that were unknown at its start. Raises ValueError for an unknown schedule. Base 2, the
     cut at 1e-6 and float32 are as in the released code."""
-    if schedule not in GAMMAS:
-        raise ValueError(f"unknown schedule '{schedule}'; choose one of: {', '.join(SCHEDULES)}")
+    check_schedule(schedule)
     r = torch.as_tensor(r, dtype=torch.float32)
     total = torch.as_tensor(total, dtype=torch.float32)
     return GAMMAS[schedule](r, total.clamp(min=1)).clamp(1e-6, 1)
+
+
+def check_schedule(schedule: str) -> None:
+    """Raises ValueError for an unknown schedule."""
+    if schedule not in GAMMAS:
+        raise ValueError(f"unknown schedule '{schedule}'; choose one of: {', '.join(SCHEDULES)}")
 
 
 def masked_after(
@@ -339,7 +345,7 @@ def decode(
                   infinite where known
 
     Raises ValueError for arguments that do not suit the model."""
-    check_decoding(model, steps, start_step, cfg)
+    check_decoding(model, steps, schedule, start_step, cfg)
     tokens = all_masked(model, labels) if known is None else known
     masked = tokens == model.mask_id                                            # (B, N)
     unknown = masked.sum(1)                                                  # (B,): M of each image
@@ -371,8 +377,11 @@ def all_masked(model: MaskGIT, labels: Tensor) -> Tensor:
     return torch.full((len(labels), model.config.num_tokens), model.mask_id, device=labels.device)
 
 
-def check_decoding(model: MaskGIT, steps: int, start_step: int = 0, cfg: float = 0.0) -> None:
+def check_decoding(
+    model: MaskGIT, steps: int, schedule: str, start_step: int = 0, cfg: float = 0.0,
+) -> None:
     """Raises ValueError for arguments that decode() cannot serve with this model."""
+    check_schedule(schedule)
     N = model.config.num_tokens
     if not 1 <= steps <= N:
         raise ValueError(f"steps must be from 1 to the number of tokens, {N}, not {steps}")

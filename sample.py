@@ -26,9 +26,10 @@ from lib.flags import UserError
 from lib.sample_files import BATCH, claim_folder, class_folders, read_row, write_missing
 from lib.sampling import (
     ACCEPT_FLAG,
+    DECODER_FLAG,
     PARALLEL_FLAGS,
+    RUN_FLAGS,
     Sampler,
-    add_run_flags,
     add_sampler_flags,
     draw_step,
     load_run,
@@ -82,6 +83,13 @@ def check_grid(args: argparse.Namespace, layout: pictures.GridLayout, num_classe
     flags.check_memory(2 * 4 * floats + 3 * width * height, f"--num {args.num}")
 
 
+def check_film(args: argparse.Namespace, num_steps: int, num_classes: int, image_size: int) -> None:
+    """Raises UserError if the steps of an image of each class would fill the memory."""
+    floats = 3 * image_size ** 2 * num_classes * num_steps
+    # As floats of 4 bytes, twice while their batches are joined.
+    flags.check_memory(2 * 4 * floats, "--film", "name fewer classes with --class")
+
+
 def open_classifier(folder: Path, checkpoint: dict, machine: runtime.Machine) -> torch.nn.Module:
     """Returns the run's classifier, for --accept. Raises UserError if it is not there."""
     path = folder / "classifier.pt"
@@ -113,7 +121,8 @@ def save_grid(machine: runtime.Machine, out: Path, rows: Sequence[Tensor], capti
     seconds = time.time() - started
     if machine.leads:
         pictures.save_image(out, pictures.grid(rows, captions))
-        print(f"wrote {out}: {sum(map(len, rows))} images in {seconds:.1f} s")
+        number = sum(map(len, rows))
+        print(f"wrote {out}: {number} image{'s' * (number > 1)} in {seconds:.1f} s")
 
 
 def draw_film(sampler: Sampler, labels: Tensor) -> tuple[list[Tensor], list[str]]:
@@ -189,6 +198,8 @@ def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
         check_grid(args, layout, len(classes), size, out)
     classifier = open_classifier(folder, checkpoint, machine) if args.accept < 1 else None
     sampler = Sampler(args, tokenizer, transformer, machine, classifier)
+    if args.film:
+        check_film(args, sampler.options.get("steps", 8), len(classes), size)
 
     method = "token by token"
     if not isinstance(transformer, CausalTransformer):
@@ -218,8 +229,7 @@ def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
 def main() -> None:
     """Parses the flags and draws."""
     parser = flags.Parser(__doc__)
-    add_run_flags(parser)
-    flags.add_flags(parser, FLAGS)
+    flags.add_flags(parser, RUN_FLAGS | DECODER_FLAG | FLAGS)
     add_sampler_flags(parser)
     flags.add_machine_flags(parser, compiles=False)
     runtime.launch(sample, flags.parse(parser))

@@ -109,7 +109,7 @@ def decode_sequential(
 
     temperature, top_k, rand: as for maskgit.decode.
     cached: keep the keys and values of earlier positions; otherwise each pass computes them again.
-    on_step(t, tokens, masked, confidence), all (B, N), is called after each token, as by
+    on_step(t, tokens, masked, confidence) is called after each token with tensors (B, N), as in
     maskgit.decode. `masked` is true where no token has been decoded yet; `tokens` is arbitrary
     there. The confidence is log p of the token just decoded, infinite for earlier ones and minus
     infinity for later ones."""

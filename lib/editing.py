@@ -10,6 +10,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 from lib.flags import UserError
+from maskgit import log_probability
 
 # ------------------------------------------------------------------------------------- the square
 
@@ -26,13 +27,16 @@ def to_square(photo: Image.Image, size: int, fit: str) -> Tensor:
 
     fit: "crop" the longer side, or "pad" the shorter one with the pixels of the borders."""
     left, top, side = square_place(*photo.size, fit)
-    box = (left, top, left + side, top + side)
-    if fit == "pad":
-        rows = (-top, side - photo.height + top)
-        columns = (-left, side - photo.width + left)
-        photo = Image.fromarray(np.pad(np.asarray(photo), (rows, columns, (0, 0)), "edge"))
-        box = None                                                  # all of it
-    square = np.array(photo.resize((size, size), Image.Resampling.BICUBIC, box))
+    if fit == "crop":
+        box = (left, top, left + side, top + side)
+        square = np.array(photo.resize((size, size), Image.Resampling.BICUBIC, box))
+    else:                   # scaled first: the square of a long photo might not fit in memory
+        width = max(1, round(photo.width * size / side))
+        height = max(1, round(photo.height * size / side))
+        scaled = np.array(photo.resize((width, height), Image.Resampling.BICUBIC))
+        rows = ((size - height) // 2, (size - height + 1) // 2)
+        columns = ((size - width) // 2, (size - width + 1) // 2)
+        square = np.pad(scaled, (rows, columns, (0, 0)), "edge")
     return torch.from_numpy(square).movedim(-1, 0).float() / 255
 
 
@@ -113,19 +117,17 @@ def likeliest_class(model: nn.Module, known: Tensor, seed: int) -> int:
     places = (known.cpu() != model.mask_id).nonzero()[:, 0]
     if len(places) == 0:
         raise UserError("the region covers the whole image, so nothing tells its class: choose a "
-                        "class (--class), or keep a part of the image")
+                        "class, or keep a part of the image")
     shuffle = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
     places = places[shuffle].to(known.device)
     classes = torch.arange(model.config.num_classes, device=known.device)
     score = torch.zeros(len(classes), device=known.device)          # log-likelihoods
     visible = torch.full_like(known, model.mask_id)
     for group in places.chunk(4):
-        logits = torch.cat([
-            model(visible.expand(len(batch), -1), batch)[:, group].float()
-            for batch in classes.split(64)
-        ])                                                          # (classes, group, codes)
-        log_p = logits.log_softmax(-1)[:, torch.arange(len(group)), known[group]]
-        score[classes] += log_p.sum(1)
+        for batch in classes.split(64):
+            logits = model(visible.expand(len(batch), -1), batch)[:, group]     # (b, group, codes)
+            log_p = log_probability(logits.float(), known[group].expand(len(batch), -1))
+            score[batch] += log_p.sum(1)
         still_in = min(len(classes), max(16, len(classes) // 4))
         classes = classes[score[classes].topk(still_in).indices]
         visible[group] = known[group]
@@ -134,6 +136,9 @@ def likeliest_class(model: nn.Module, known: Tensor, seed: int) -> int:
 
 # -------------------------------------------------------------------------------------- the blend
 
+MOST_FEATHER = 1000             # Pillow takes no radius without bounds
+
+
 def default_feather(stride: int) -> int:
     """Returns the feather that hides the seam: one pixel less than a token's width, the stride."""
     return stride - 1
@@ -141,11 +146,12 @@ def default_feather(stride: int) -> int:
 
 def composite(photo: Tensor, painted: Tensor, mask: Tensor, feather: float) -> Tensor:
     """Returns the painted images where the mask is true, and the photo elsewhere: (n, 3, H, W).
+    Pixels farther than 3 * feather + 1 from the mask are always the photo's.
 
     photo: (3, H, W). painted: (n, 3, H, W). mask: (H, W) bool. feather: the standard deviation, in
-    pixels, of the Gaussian that blends the two outside the mask, 0 for none. Only the outside is
-    blended (released: both sides), so that nothing that was masked shines through. It never changes
-    pixels farther than 3 * feather + 1 from the mask."""
+    pixels, of the Gaussian that blends the two outside the mask, 0 for none, at most MOST_FEATHER.
+    Only the outside is blended (released: both sides), so that nothing that was masked shines
+    through."""
     blur = ImageFilter.GaussianBlur(feather)
     blurred = Image.fromarray(mask.numpy().astype(np.uint8) * 255).filter(blur)
     weight = torch.from_numpy(np.array(blurred)) / 255                      # 1/2 at the border

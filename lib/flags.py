@@ -122,11 +122,11 @@ def memory() -> float:
     return min(sizes)
 
 
-def check_memory(size: float, flag: str):
+def check_memory(size: float, flag: str, remedy: str = "ask for fewer images"):
     """Raises UserError if `size` bytes, which `flag` asks for, are more than memory()."""
     if size > memory():
         raise UserError(f"{flag} would take {size / 1e9:.4g} GB of memory, and there are "
-                        f"{memory() / 1e9:.4g}: ask for fewer images")
+                        f"{memory() / 1e9:.4g}: {remedy}")
 
 
 def check_image_size(size: int, stride: int):

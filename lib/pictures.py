@@ -245,7 +245,8 @@ def draw_curves(path: Path, curves: dict[str, dict], xlabel: str, ylabel: str,
         axis.yaxis.set_minor_formatter("{x:g}")
         if len(curves) > 1:
             axis.set_xscale("log")
-            axis.set_xticks(xs, [str(x) for x in xs])               # only the values that there are
+            ticks = sorted(set().union(*curves.values()))           # only the values that there are
+            axis.set_xticks(ticks, [str(x) for x in ticks])
             axis.set_xticks([], minor=True)
             figure.legend(loc="outside right upper", fontsize=8)
 

@@ -50,7 +50,11 @@ def claim_folder(folder: Path, machine: Machine, settings: dict) -> None:
     note = folder / ".drawn-with"
     text = json.dumps(settings)
     if os.path.exists(note):
-        usable = note.read_text() == text
+        try:
+            usable = note.read_bytes() == text.encode()
+        except OSError as error:
+            raise UserError(f"cannot read {note} ({error.strerror}): make it readable, or name "
+                            f"another folder with --files") from error
     else:
         usable = not os.path.isdir(folder) or not list_folder(str(folder))
     if not usable:

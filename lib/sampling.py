@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lib.files import fingerprint, rebuild
 from lib.flags import UserError, add_flags, count, non_negative, number, seed
 from lib.orders import ORDERS, make_order
-from lib.pictures import grey_out
+from lib.pictures import EXAMPLE, grey_out
 from lib.runtime import Machine, step_seed
 from maskgit import SCHEDULES, MaskGIT, Rand, check_decoding, decode
 from sequential import CausalTransformer, decode_sequential
@@ -56,16 +56,14 @@ PARALLEL_FLAGS = {
             "--class-dropout, else 0)"),
     "order": (ORDERS, "confidence", "which tokens are revealed first"),
 }
+RUN_FLAGS = {
+    "run": (str, None, "the run's folder (default: the newest in runs/ with a transformer)"),
+    "vqgan": (str, None, "tokenizer file (default: vqgan.pt in the run's folder)"),
+}
+DECODER_FLAG = {
+    "decoder": (list(STAGES), None, "which transformer of the run (default: parallel, if any)"),
+}
 SEED_FLAG = {"seed": (seed, 0, "seed of every random draw")}
-
-
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say which run to draw with."""
-    add_flags(parser, {
-        "run": (str, None, "the run's folder (default: the newest in runs/ with a transformer)"),
-        "vqgan": (str, None, "tokenizer file (default: vqgan.pt in the run's folder)"),
-        "decoder": (list(STAGES), None, "which transformer of the run (default: parallel, if any)"),
-    })
 
 
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +88,7 @@ def sampler_options(args: argparse.Namespace, model: MaskGIT) -> dict:
     for name in ("steps", "schedule", "cfg"):
         options[name] = settings[name]
     try:
-        check_decoding(model, options["steps"], cfg=options["cfg"])
+        check_decoding(model, options["steps"], options["schedule"], cfg=options["cfg"])
         options["order"] = make_order(
             settings["order"], config.num_tokens, settings["choice_temperature"],
             model.head_bias.device)
@@ -288,5 +286,5 @@ def newest_run(stages: Iterable[str]) -> Path:
     there is none."""
     models = [path for stage in stages for path in Path("runs").glob(f"*/{stage}.pt")]
     if not models:
-        return Path(__file__).parent.parent / "example"
+        return EXAMPLE
     return max(models, key=lambda path: path.stat().st_mtime).parent

@@ -226,6 +226,7 @@ def test_schedules_fall_from_one_to_zero():
     ({"steps": 17}, "steps must be from 1 to the number of tokens, 16, not 17"),
     ({"steps": 4, "start_step": 4}, "from 0 to 3, not 4"),
     ({"schedule": "nonsense"}, "unknown schedule 'nonsense'"),
+    ({"schedule": "nonsense", "steps": 1}, "unknown schedule 'nonsense'"),
 ])
 def test_a_bad_argument_is_named(model, options, problem):
     with pytest.raises(ValueError, match=problem):

@@ -1,5 +1,6 @@
 """edit.py: what is kept stays, to the pixel, and what is painted is what was asked for."""
 import shutil
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from lib.editing import (
     mask_region,
     outpaint_region,
     square_place,
+    to_square,
 )
 from lib.features import Classifier
 from lib.files import load_checkpoint, load_weights, rebuild
@@ -350,7 +352,7 @@ def test_the_likeliest_class():
         known = torch.full((9,), model.mask_id)
         known[[2, 5, 7]] = label
         assert likeliest_class(model.eval(), known, 0) == label
-    with pytest.raises(ValueError, match="--class"):
+    with pytest.raises(ValueError, match="choose a class"):
         likeliest_class(model, masks[0], 0)
 
 
@@ -456,6 +458,16 @@ def test_photos_of_any_size_and_mode(call, tmp_path, fit, mode, size, turned):
         assert (result[:, :16] == np.asarray(upright.crop((8, 0, 40, 32)))[:, :16]).all()
 
 
+def test_a_long_photo_is_padded_in_little_memory():
+    """It is scaled first: its square would have 1.6 billion pixels."""
+    photo = Image.new("RGB", (40_000, 900), "red")
+    tracemalloc.start()
+    square = to_square(photo, 64, "pad")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert torch.equal(square, torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 64, 64)) and peak < 1e7
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("flags, says", [
@@ -482,7 +494,8 @@ def test_photos_of_any_size_and_mode(call, tmp_path, fit, mode, size, turned):
     (["--inpaint", "centre", "--class", "zebra"], ["zebra", "ball"]),
     (["--inpaint", "centre", "--num", 0], ["--num"]),
     (["--inpaint", "centre", "--out", "picture.xyz"], ["picture.xyz", ".png"]),
-    (["--inpaint", "centre", "--decoder", "autoregressive"], ["autoregressive", "--decoder parallel"]),
+    (["--inpaint", "centre", "--feather", 1e12], ["--feather", "from 0 to 1000"]),
+    (["--extrapolate", 10_000, "--film", "--num", 1000], ["--num 1000", "memory", "fewer"]),
     (["--inpaint", "centre", "--out", "photo.png"], ["photo.png", "overwritten", "--out"]),
     (["--mask", "m.1.png", "--out", "m.png"], ["m.1.png", "overwritten", "--out"]),
     (["--mask", "m.film.png", "--out", "m.png", "--film"], ["m.film.png", "overwritten", "--out"]),
@@ -502,7 +515,7 @@ def test_bad_edits(call, photo, monkeypatch, flags, says):
 
 @pytest.mark.parametrize("flags", [
     ["--class", "fish"], ["--num", 8], ["--feather", 0], ["--start-step", 2], ["--film"], ["--steps", 4], ["--top-k", 5],
-    ["--seed", 1], ["--decoder", "parallel"]])
+    ["--seed", 1]])
 def test_a_reconstruction_paints_nothing(call_main, photo, flags):
     line = call_main(edit, photo.parent, "photo.png", "--reconstruct", *flags, code=2)
     assert line == f"error: {flags[0]} changes nothing with --reconstruct, which paints nothing: leave it out"

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, call_script, on_ranks, run
 from PIL import Image
 
+import lib.flags
 import lib.sampling
 import sample
 from lib import pictures, runtime
@@ -262,6 +263,8 @@ def test_files_of_another_device_or_classifier_are_not_mixed(untrained, call, tm
     note = tmp_path / "all" / ".drawn-with"
     note.write_text(note.read_text().replace('"cpu"', '"cuda"'))
     assert "all is not empty" in call(*command, "--files", "all", code=2)
+    note.write_bytes(b"\xff")                                        # not text
+    assert "all is not empty" in call(*command, "--files", "all", code=2)
 
 
 def test_a_folder_of_hidden_files_is_empty(tmp_path):
@@ -336,6 +339,15 @@ def test_bad_flags(untrained, call, tmp_path, monkeypatch, flags, says):
     line = call("--run", untrained, "--out", "a.png", *flags, code=2)
     assert all(word in line for word in says), line
     assert not list(tmp_path.iterdir())
+
+
+def test_a_film_that_would_fill_the_memory(untrained, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(lib.flags, "memory", lambda: 1e6)
+    flags = ["--run", untrained, "--out", "a.png", "--num", 1, "--film"]
+    line = call(*flags, code=2)
+    assert "--film would take 0.001966 GB" in line and "name fewer classes with --class" in line
+    assert not list(tmp_path.iterdir())
+    call(*flags, "--class", "heart")
 
 
 @pytest.mark.parametrize("ending, longest", [(".jpg", 65_500), (".JPG", 65_500), (".webp", 16_383), (".gif", 65_535)])
