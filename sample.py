@@ -6,8 +6,8 @@
     python sample.py --files DIR --num 5000                 # each image as DIR/CLASS/00000.png
     torchrun --nproc_per_node 8 -- sample.py --run runs/imagenet --files DIR --num 50
 
-On one kind of device, image k of a class depends on the seed, the class and k alone, not on what
-is drawn beside it. edit.py repaints a part of a photo; demo.py shows the decoding in a browser.
+On a CPU, image k of a class depends on the seed, the class and k alone, not on what is drawn beside
+it; on a GPU, products of other batch sizes may be rounded otherwise. edit.py repaints a part of a photo; demo.py shows the decoding in a browser.
 """
 import argparse
 import math

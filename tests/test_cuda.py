@@ -58,7 +58,10 @@ def test_bench(compiled):
 
 @pytest.mark.skipif(NUM_GPUS < 2, reason="there is but one GPU")
 def test_two_ranks(tmp_path):
-    on_gpu("train_vq.py", "--run", tmp_path / "run", *STAGE1, processes=2)
+    folder = tmp_path / "shapes"
+    on_gpu("train_vq.py", "--run", folder, *STAGE1, processes=2)
+    on_gpu("train_transformer.py", "--run", folder, *STAGE2, "--cache-tokens", 1, "--micro-batch", 1, "--evaluate-every", 3,
+           "--evaluate-num", 100, "--classifier-steps", 5, processes=2)
 
 
 def test_one_rank_too_many_says_so(tmp_path):
