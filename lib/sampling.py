@@ -150,8 +150,8 @@ def rand_of_images(seed: int, labels: Tensor, numbers: Tensor, machine: Machine)
 
 
 class Sampler:
-    """Draws images of a run: image k of a class is a function of the seed, the class and k alone (on
-    a GPU but for rounding).
+    """Draws images of a run: image k of a class is a function of the seed, the class and k alone,
+    on a GPU but for rounding.
 
     args: of add_sampler_flags() and ACCEPT_FLAG. classifier: images (B, 3, S, S) -> logits of the
     classes; only --accept needs it. Raises UserError for flags that do not suit the transformer."""
