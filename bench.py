@@ -31,6 +31,7 @@ import train_transformer
 import train_vq
 from discriminator import Discriminator, discriminator_loss, r1_penalty
 from lib import costs, flags, optim, plans
+from lib.errors import command_line, out_of_memory
 from lib.files import write_atomically
 from lib.lpips import LPIPS
 from lib.runtime import LONG_TRAINING, Machine, launch
@@ -318,7 +319,7 @@ def measure(machine: Machine, preset: str, row: str, batch: int, repeats: int) -
     try:
         cost = ROWS[row](machine, sizes_of(preset), batch, repeats)
     except RuntimeError as error:
-        if not flags.out_of_memory(error):
+        if not out_of_memory(error):
             raise
         print(f"{preset:12} {row:18} {batch:5}   out of memory", flush=True)
         return None
@@ -392,4 +393,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.command_line(main)
+    command_line(main)

@@ -26,8 +26,8 @@ from torch import Tensor
 from lib import flags, runtime
 from lib.data import DATA_FLAGS, open_data
 from lib.editing import composite, default_feather, likeliest_class, to_square
+from lib.errors import UserError, command_line
 from lib.files import fingerprint
-from lib.flags import UserError
 from lib.image_files import admit_pixels, read_image
 from lib.loader import DataSet
 from lib.orders import ORDERS
@@ -393,4 +393,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.command_line(main)
+    command_line(main)

@@ -24,7 +24,7 @@ from torch import Tensor
 from lib import editing, flags, metrics, pictures, runtime
 from lib.data import find_class
 from lib.editing import MOST_FEATHER
-from lib.flags import UserError
+from lib.errors import UserError, check_memory, command_line
 from lib.image_files import read_image
 from lib.sampling import (
     PARALLEL_FLAGS,
@@ -149,7 +149,7 @@ def check_flags(args: argparse.Namespace, out: Path, size: int, steps: int) -> N
         frames = steps
     floats = 3 * size * width * args.num * frames
     # The images as floats of 4 bytes, twice while their batches are joined.
-    flags.check_memory(2 * 4 * floats, f"--num {args.num}")
+    check_memory(2 * 4 * floats, f"--num {args.num}")
     outputs = [out, *(variant_path(out, i) for i in range(1, args.num + 1))]
     if args.film:
         outputs += pictures.film_paths(out)
@@ -378,4 +378,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.command_line(main, interrupted="stopped by Ctrl-C: every picture is whole or not there")
+    command_line(main, interrupted="stopped by Ctrl-C: every picture is whole or not there")

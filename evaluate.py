@@ -22,6 +22,7 @@ from torch import Tensor
 from lib import features, flags, pictures, runtime, sets
 from lib.data import DATA_FLAGS
 from lib.editing import centre_region, outpaint_region
+from lib.errors import command_line
 from lib.features import BY_CLASS, PRECISION_IMAGES, RECOGNISED, SHARPNESS, Measurements
 from lib.files import cache_folder
 from lib.loader import DataSet
@@ -343,6 +344,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.command_line(main, interrupted=(
+    command_line(main, interrupted=(
         "stopped: the results so far are kept in eval.json in the run's folder; start the same "
         "command again, without --again, for the rest"))

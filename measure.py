@@ -19,9 +19,9 @@ from torch import Tensor
 
 from lib import flags, metrics, pictures, runtime, sets
 from lib.data import DATA_SETS, open_data
+from lib.errors import UserError
 from lib.features import Measurements, Networks, Reference, open_networks
 from lib.files import fingerprint
-from lib.flags import UserError
 from lib.image_files import admit_pixels
 from lib.loader import DataSet
 from lib.lpips import LPIPS, load_lpips_at_hand

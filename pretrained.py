@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lib import files
 from lib.data import IMAGENET_CLASSES
-from lib.flags import Parser, UserError, command_line
+from lib.errors import UserError, command_line
+from lib.flags import Parser
 from lib.flax import import_msgpack, read_arrays, write_arrays
 from lib.layouts import PORT, READABLE, ReleasedFile, port_arrays, released_arrays
 from maskgit import MaskGIT

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from lib import flags, pictures, runtime
 from lib.data import find_class
+from lib.errors import UserError, check_memory, command_line
 from lib.features import read_classifier
 from lib.files import fingerprint
-from lib.flags import UserError
 from lib.sample_files import BATCH, claim_folder, class_folders, read_row, write_missing
 from lib.sampling import (
     ACCEPT_FLAG,
@@ -81,14 +81,14 @@ def check_grid(args: argparse.Namespace, layout: pictures.GridLayout, num_classe
     width, height = layout.size
     floats = 3 * image_size ** 2 * args.num * num_classes
     # The images as floats of 4 bytes, twice while their batches are joined, and the grid.
-    flags.check_memory(2 * 4 * floats + 3 * width * height, f"--num {args.num}")
+    check_memory(2 * 4 * floats + 3 * width * height, f"--num {args.num}")
 
 
 def check_film(args: argparse.Namespace, num_steps: int, num_classes: int, image_size: int) -> None:
     """Raises UserError if the steps of an image of each class would fill the memory."""
     floats = 3 * image_size ** 2 * num_classes * num_steps
     # As floats of 4 bytes, twice while their batches are joined.
-    flags.check_memory(2 * 4 * floats, "--film", "name fewer classes with --class")
+    check_memory(2 * 4 * floats, "--film", "name fewer classes with --class")
 
 
 def open_classifier(folder: Path, checkpoint: dict, machine: runtime.Machine) -> torch.nn.Module:
@@ -237,5 +237,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.command_line(main, interrupted="stopped by Ctrl-C: every picture is whole or not there; "
+    command_line(main, interrupted="stopped by Ctrl-C: every picture is whole or not there; "
                                          "with --files, the same command goes on")

@@ -22,9 +22,10 @@ from lib.data import (
     open_data,
     resolve_data,
 )
+from lib.errors import UserError, command_line
 from lib.features import JUDGE_FLAGS, Judge
 from lib.files import rebuild
-from lib.flags import UserError, count, fraction, non_negative, whole, yes_or_no
+from lib.flags import count, fraction, non_negative, whole, yes_or_no
 from lib.image_files import admit_pixels
 from lib.loader import training_batches
 from lib.pictures import draw_log, grid, save_image, to_uint8
@@ -391,4 +392,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.command_line(main)
+    command_line(main)

@@ -33,8 +33,9 @@ from lib.data import (
     open_data,
     resolve_data,
 )
+from lib.errors import UserError, command_line
 from lib.files import rebuild
-from lib.flags import UserError, count, fraction, non_negative, whole, yes_or_no
+from lib.flags import count, fraction, non_negative, whole, yes_or_no
 from lib.image_files import admit_pixels
 from lib.loader import training_batches
 from lib.lpips import fetch_lpips
@@ -420,4 +421,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.command_line(main)
+    command_line(main)

@@ -33,8 +33,8 @@ import evaluate  # noqa: E402
 from images.data_flow import draw_data_flow  # noqa: E402
 from lib import flags, pictures  # noqa: E402
 from lib.data import open_data  # noqa: E402
+from lib.errors import UserError, command_line  # noqa: E402
 from lib.files import write_atomically  # noqa: E402
-from lib.flags import UserError  # noqa: E402
 from lib.loader import DataSet  # noqa: E402
 from lib.runtime import Machine  # noqa: E402
 from lib.sampling import load_run  # noqa: E402
@@ -320,4 +320,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.command_line(main)
+    command_line(main)

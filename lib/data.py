@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lib.errors import UserError
 from lib.files import download
-from lib.flags import UserError, count
+from lib.flags import count
 from lib.folders import Folder, open_folder, open_splits
 from lib.imagenet import SYNSETS, by_scene, find_folders, refuse_archive
 from lib.loader import DataSet, ImagesAndLabels

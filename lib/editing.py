@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
-from lib.flags import UserError
+from lib.errors import UserError
 from maskgit import log_probability
 
 # ------------------------------------------------------------------------------------- the square

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib import flags, metrics
+from lib.errors import UserError
 from lib.files import (
     fingerprint,
     load_checkpoint,
@@ -24,7 +25,7 @@ from lib.files import (
     on_cpu,
     save_checkpoint,
 )
-from lib.flags import UserError, whole
+from lib.flags import whole
 from lib.loader import DataSet, training_batches
 from lib.optim import set_learning_rate
 from lib.runtime import Machine

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lib.flags import UserError, out_of_memory
+from lib.errors import UserError, out_of_memory
 
 
 def write_atomically(path: Path | str, write: Callable[[BinaryIO], object]):

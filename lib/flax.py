@@ -11,8 +11,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from lib.errors import UserError
 from lib.files import write_atomically
-from lib.flags import UserError
 
 ARRAY = 1                       # Flax's number of the msgpack extension for arrays
 

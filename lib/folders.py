@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from lib.flags import UserError, memory
+from lib.errors import UserError, memory
 from lib.image_files import random_crop, read_image
 from lib.imagenet import label_flat
 from lib.loader import ImagesAndLabels

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from lib.flags import UserError
+from lib.errors import UserError
 
 # {synset: the name of its class}, in the order of the synsets
 SYNSETS = dict(line.split(" ", 1) for line in

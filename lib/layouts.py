@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lib.errors import UserError
 from lib.files import WithoutInitialization
-from lib.flags import UserError
 from maskgit import MaskGIT
 from vqgan import VQGAN, ResBlock
 

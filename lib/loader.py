@@ -12,10 +12,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from lib.flags import UserError, end_readers
+from lib.errors import UserError, end_readers
 from lib.runtime import Machine
 
-atexit.register(end_readers)        # also of a script that does not use flags.command_line()
+atexit.register(end_readers)        # also of a script that does not use errors.command_line()
 
 ImagesAndLabels = tuple[torch.Tensor, torch.Tensor]     # (B, 3, S, S) uint8, (B,) int64
 
@@ -167,7 +167,7 @@ def ignore_signals(worker: int) -> None:
     """Makes a reader process ignore Ctrl-C and SIGTERM, which torchrun sends to the whole group.
 
     The training loop finishes its step first, and may need the readers for it. Then it ends them
-    (flags.end_readers); if it is killed, torch's watchdog ends them within five seconds."""
+    (errors.end_readers); if it is killed, torch's watchdog ends them within five seconds."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

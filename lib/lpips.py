@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.errors import UserError
 from lib.files import cache_folder, download, load_tensors, load_weights
-from lib.flags import UserError
 from lib.runtime import Machine
 
 VGG16_NAME = "vgg16-397923af.pth"   # in the cache folder

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lib.flags import UserError
+from lib.errors import UserError
 from lib.runtime import Machine
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
+from lib.errors import UserError
 from lib.files import write_atomically
-from lib.flags import UserError
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "example"
 SHOWN_SIDE = 64         # pixels: smaller images are enlarged to about this side

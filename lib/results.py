@@ -3,8 +3,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from lib.errors import UserError
 from lib.files import write_atomically
-from lib.flags import UserError
 
 
 class Record(NamedTuple):

@@ -25,8 +25,9 @@ from typing import NoReturn, TextIO
 import torch
 from torch import Tensor, nn
 
+from lib.errors import UserError
 from lib.files import load_checkpoint, on_cpu, save_checkpoint, write_atomically
-from lib.flags import UserError, value_as_typed
+from lib.flags import value_as_typed
 from lib.optim import load_optimizer
 from lib.runtime import Machine, mean_over_ranks
 from lib.terminal import show_line, time_left

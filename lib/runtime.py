@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib.devices import prepare_blocks, replace_upsampling
-from lib.flags import UserError
+from lib.errors import UserError
 
 # Linux: get memory for CPU tensors in pages of 2 MB. A training step allocates and frees gigabytes,
 # and small pages cost time (4% of a step of the paper's transformer). torch reads this once, at its

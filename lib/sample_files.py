@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lib.editing import to_square
+from lib.errors import UserError
 from lib.files import write_atomically
-from lib.flags import UserError
 from lib.folders import SPLITS
 from lib.image_files import read_image
 from lib.pictures import save_image, to_pil

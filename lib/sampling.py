@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lib.errors import UserError
 from lib.files import fingerprint, rebuild
-from lib.flags import UserError, add_flags, count, non_negative, number, seed
+from lib.flags import add_flags, count, non_negative, number, seed
 from lib.orders import ORDERS, make_order
 from lib.pictures import EXAMPLE, grey_out
 from lib.runtime import Machine, step_seed

@@ -11,8 +11,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from lib.errors import UserError
 from lib.files import cache_folder, write_atomically
-from lib.flags import UserError
 from lib.image_files import IMAGE_ENDINGS, read_image
 from lib.loader import interruptible
 from lib.runtime import cores

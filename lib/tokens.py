@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lib.errors import UserError
 from lib.files import fingerprint, rebuild, save_checkpoint, write_atomically
-from lib.flags import UserError, check_image_size
+from lib.flags import check_image_size
 from lib.loader import VIEW_SEEDS, DataSet, ImagesAndLabels, interruptible, read_ahead
 from lib.runtime import Machine, hashed_uniform
 from lib.terminal import Progress

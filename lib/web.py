@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lib.flags import UserError, out_of_memory
+from lib.errors import UserError, out_of_memory
 
 FILES = {
     "/": ("index.html", "text/html"),

@@ -21,7 +21,7 @@ import torch
 import lib.run
 import train_transformer
 import train_vq
-from lib import data, files, flags, runtime
+from lib import data, errors, files, runtime
 from lib.shapes import Shapes
 from maskgit import MaskGIT, MaskGITConfig
 from sequential import CausalTransformer
@@ -144,7 +144,7 @@ def call_main(monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, arguments)])
         status = 0
         try:
-            flags.command_line(script.main)
+            errors.command_line(script.main)
         except SystemExit as end:
             status = end.code
         for function, given in at_exit:         # a run gives its folder free when the process ends
@@ -167,7 +167,7 @@ def trained(tmp_path_factory):
 def call_script(name, *arguments):
     """Calls a script's main() as its command line would."""
     sys.argv = [f"{name}.py", *map(str, arguments)]
-    flags.command_line(importlib.import_module(name).main)
+    errors.command_line(importlib.import_module(name).main)
 
 
 def on_ranks(function, *arguments, world=2):

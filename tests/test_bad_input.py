@@ -16,7 +16,7 @@ import pretrained
 import sample
 import train_transformer
 import train_vq
-from lib import files, flags, terminal
+from lib import errors, files, terminal
 
 # What the capital words stand for: RUN is a small run, NEW does not exist, and for the others see `folder`.
 
@@ -172,19 +172,19 @@ def test_an_error_of_ours_keeps_its_traceback():
     def main():
         raise ValueError("not enough values to unpack")
     with pytest.raises(ValueError, match="unpack"):
-        flags.command_line(main)
+        errors.command_line(main)
 
 
 @pytest.mark.parametrize("error, remedy", [
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), "--micro-batch"),
     (MemoryError("Unable to allocate 7.00 GiB for an array"), "--micro-batch"),
-    (flags.UserError("a process that reads images died (OSError Cannot allocate memory): lower --workers"), "--workers"),
+    (errors.UserError("a process that reads images died (OSError Cannot allocate memory): lower --workers"), "--workers"),
 ])
 def test_a_lack_of_memory_ends_in_one_line(error, remedy, capsys):
     def main():
         raise error
     with pytest.raises(SystemExit) as end:
-        flags.command_line(main)
+        errors.command_line(main)
     assert end.value.code == 2
     printed = capsys.readouterr().err
     assert remedy in printed and len(printed.splitlines()) == 1
@@ -192,22 +192,22 @@ def test_a_lack_of_memory_ends_in_one_line(error, remedy, capsys):
 
 def test_the_limit_of_a_container_is_its_memory(tmp_path, monkeypatch):
     (tmp_path / "max").write_text("max\n")
-    monkeypatch.setattr(flags, "CONTAINER_LIMITS", [tmp_path / "max", tmp_path / "missing"])
-    assert flags.memory() > 1e8
+    monkeypatch.setattr(errors, "CONTAINER_LIMITS", [tmp_path / "max", tmp_path / "missing"])
+    assert errors.memory() > 1e8
     (tmp_path / "max").write_text("67108864\n")
-    assert flags.memory() == 67108864
+    assert errors.memory() == 67108864
 
 
 def test_an_error_has_a_line_of_its_own(monkeypatch, capsys):
     """Also if it comes while a line of progress is on the terminal."""
     def main():
         terminal.show_line("step 1/9")
-        raise flags.UserError("the disk is full")
+        raise errors.UserError("the disk is full")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(sys.stdout, "fileno", lambda: 1)
     monkeypatch.setattr(os, "get_terminal_size", lambda fileno: os.terminal_size((80, 24)))
     with pytest.raises(SystemExit):
-        flags.command_line(main)
+        errors.command_line(main)
     assert capsys.readouterr().out == "\r" + "step 1/9".ljust(79) + "\n"
 
 
@@ -216,7 +216,7 @@ def test_ctrl_c_prints_a_sentence(sentence, capsys):
     def main():
         raise KeyboardInterrupt
     with pytest.raises(SystemExit) as end:
-        flags.command_line(main, sentence)
+        errors.command_line(main, sentence)
     assert end.value.code == 130
     assert capsys.readouterr().err == f"\n{sentence}\n"
 
@@ -226,5 +226,5 @@ def test_an_unknown_user_without_a_home_folder(monkeypatch):
         raise RuntimeError("Could not determine home directory.")
     monkeypatch.delenv("MASKGIT_CACHE")
     monkeypatch.setattr(files.Path, "home", no_home)
-    with pytest.raises(flags.UserError, match="no home folder.*MASKGIT_CACHE"):
+    with pytest.raises(errors.UserError, match="no home folder.*MASKGIT_CACHE"):
         files.cache_folder()

@@ -23,8 +23,8 @@ from PIL import Image
 
 from lib import data, folders, image_files, runtime, scan, shapes, terminal
 from lib.data import Cifar10, check_run_outside_data, find_class, open_data, resolve_data
+from lib.errors import UserError, command_line
 from lib.files import load_tensors, write_atomically
-from lib.flags import UserError, command_line
 from lib.image_files import random_crop, read_image, to_rgb
 from lib.imagenet import SYNSETS, label_flat
 from lib.loader import ShuffledBatches, training_batches
@@ -922,7 +922,7 @@ def test_readers_do_not_delay_the_end_of_a_process(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from lib.data import open_data
-from lib.flags import command_line
+from lib.errors import command_line
 from lib.loader import training_batches
 
 def main():

@@ -23,6 +23,7 @@ from conftest import ROOT
 from PIL import Image
 
 import demo
+import lib.errors
 import lib.orders
 import lib.sampling
 import maskgit
@@ -416,14 +417,14 @@ def test_a_relative_data_path(other, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     told = []
     models = load(other)
-    with pytest.raises(lib.flags.UserError, match="pictures.*start demo.py in the folder where it was trained"):
+    with pytest.raises(lib.errors.UserError, match="pictures.*start demo.py in the folder where it was trained"):
         models.validation(b'{"number": 0}', told.append)
     monkeypatch.chdir(tmp_path)
     models.validation(b'{"number": 0}', told.append)
     assert pixels(told[0]["picture"]).shape == (SIZE, SIZE, 3)
     del models.validation_images
     models.checkpoint["data"] = str(tmp_path / "gone")                                # newer runs hold the whole path
-    with pytest.raises(lib.flags.UserError, match=f"put the folder back at {tmp_path}/gone$"):
+    with pytest.raises(lib.errors.UserError, match=f"put the folder back at {tmp_path}/gone$"):
         models.validation(b'{"number": 0}', told.append)
 
 
@@ -484,9 +485,9 @@ def test_an_unknown_picture(call_main, tmp_path):
 
 
 def test_what_a_picture_cannot_be_made_of(tmp_path, capfd):
-    with pytest.raises(lib.flags.UserError, match="has no class fish: name a run of shapes"):
+    with pytest.raises(lib.errors.UserError, match="has no class fish: name a run of shapes"):
         make.label_of(SimpleNamespace(run="run", classes=["a"]), "fish")
-    with pytest.raises(lib.flags.UserError, match="nothing.py has failed: see its message above"):
+    with pytest.raises(lib.errors.UserError, match="nothing.py has failed: see its message above"):
         make.run_script("nothing.py", tmp_path)
     assert "nothing.py" in capfd.readouterr().err
 

@@ -11,7 +11,7 @@ from conftest import ROOT, rand_of, refused, run
 from PIL import Image
 
 import edit
-import lib.flags
+import lib.errors
 from edit import extrapolate, paint
 from lib import pictures
 from lib.editing import (
@@ -504,7 +504,7 @@ def test_a_long_photo_is_padded_in_little_memory():
 def test_bad_edits(call, photo, monkeypatch, flags, says):
     """They are refused before anything is painted."""
     monkeypatch.setattr(edit, "decode", None)
-    monkeypatch.setattr(lib.flags, "memory", lambda: 1e11)          # a hundred gigabytes
+    monkeypatch.setattr(lib.errors, "memory", lambda: 1e11)          # a hundred gigabytes
     Image.new("L", (16, 16), 255).save(photo.parent / "small.png")
     Image.new("L", (32, 32), 0).save(photo.parent / "black.png")
     before = sorted(photo.parent.iterdir())

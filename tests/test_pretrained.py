@@ -21,8 +21,8 @@ import sample
 import train_transformer
 from lib import lpips
 from lib.data import IMAGENET_CLASSES
+from lib.errors import UserError
 from lib.files import cache_folder, download, fingerprint, load_checkpoint, save_checkpoint
-from lib.flags import UserError
 from lib.flax import read_arrays, write_arrays
 from lib.layouts import port_arrays
 from lib.lpips import LPIPS, load_lpips

@@ -22,7 +22,7 @@ from conftest import (
 )
 from torch import nn
 
-from lib import devices, flags, runtime
+from lib import devices, errors, runtime
 from lib.loader import read_ahead
 from lib.run import Run
 from maskgit import MaskGIT, MaskGITConfig
@@ -108,7 +108,7 @@ def test_ranks_that_start_at_different_steps_end(trained, tmp_path, capfd):
         Run("transformer", args, machine)
         machine.wait_for_ranks()
     args = Namespace(**vars(CPU), overwrite=False, resume=True)
-    assert on_ranks(flags.command_line, lambda: runtime.launch(start, args)) == [2, 2]
+    assert on_ranks(errors.command_line, lambda: runtime.launch(start, args)) == [2, 2]
     assert "one process starts at step 0, another at 6" in capfd.readouterr().err
 
 
@@ -211,11 +211,11 @@ def fail_beside_readers(error, failing_rank):
 
     def main():
         runtime.launch(loop, CPU)
-    flags.command_line(main)
+    errors.command_line(main)
 
 
 ERRORS = [
-    (flags.UserError("the disk is full: free some space"), 2, "error: the disk is full: free some space\n"),
+    (errors.UserError("the disk is full: free some space"), 2, "error: the disk is full: free some space\n"),
     (ZeroDivisionError("a bug"), 1, "ZeroDivisionError: a bug\n"),
     (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
 ]
@@ -258,7 +258,7 @@ def stop_beside_readers():
 
     def main():
         runtime.launch(loop, CPU)
-    flags.command_line(main)
+    errors.command_line(main)
 
 
 @pytest.mark.slow
@@ -302,7 +302,7 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(flags.UserError, match="process 2 has no GPU of its own.*--nproc_per_node"):
+    with pytest.raises(errors.UserError, match="process 2 has no GPU of its own.*--nproc_per_node"):
         runtime.Machine("cuda")
 
 
@@ -336,7 +336,7 @@ def gpu_without_cuda(monkeypatch):
 @pytest.mark.parametrize("name", ["auto", "cuda"])
 def test_a_gpu_that_torch_cannot_use_is_named(name, cuda, reason, gpu_without_cuda, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    with pytest.raises(flags.UserError, match=f"{reason}.*--device cpu"):
+    with pytest.raises(errors.UserError, match=f"{reason}.*--device cpu"):
         runtime.Machine(name)
     assert runtime.Machine("cpu").device.type == "cpu"
 
@@ -349,13 +349,13 @@ def test_a_gpu_that_is_hidden_is_not_asked_for(gpu_without_cuda, monkeypatch):
 def test_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert runtime.Machine("auto").device.type == "cpu"
-    with pytest.raises(flags.UserError, match="NVIDIA.*--device cpu"):
+    with pytest.raises(errors.UserError, match="NVIDIA.*--device cpu"):
         runtime.Machine("cuda")
 
 
 def test_torch_xla_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_xla", None)
-    with pytest.raises(flags.UserError, match="torch-xla.*pip install"):
+    with pytest.raises(errors.UserError, match="torch-xla.*pip install"):
         runtime.Machine("xla")
 
 

@@ -12,13 +12,14 @@ import torch
 from conftest import ROOT, call_script, on_ranks, run
 from PIL import Image
 
-import lib.flags
+import lib.errors
 import lib.sampling
 import sample
 from lib import pictures, runtime
+from lib.errors import UserError
 from lib.features import Classifier
 from lib.files import save_checkpoint
-from lib.flags import UserError, add_flags
+from lib.flags import add_flags
 from lib.folders import open_folder
 from lib.runtime import Machine
 from lib.sample_files import claim_folder, class_folders
@@ -342,7 +343,7 @@ def test_bad_flags(untrained, call, tmp_path, monkeypatch, flags, says):
 
 
 def test_a_film_that_would_fill_the_memory(untrained, call, tmp_path, monkeypatch):
-    monkeypatch.setattr(lib.flags, "memory", lambda: 1e6)
+    monkeypatch.setattr(lib.errors, "memory", lambda: 1e6)
     flags = ["--run", untrained, "--out", "a.png", "--num", 1, "--film"]
     line = call(*flags, code=2)
     assert "--film would take 0.001966 GB" in line and "name fewer classes with --class" in line

@@ -14,8 +14,8 @@ from test_data import assert_ends, make_folder, start
 
 from lib import tokens
 from lib.data import open_data
+from lib.errors import UserError
 from lib.files import fingerprint, load_checkpoint, rebuild, save_checkpoint
-from lib.flags import UserError
 from lib.loader import VIEW_SEEDS, read_ahead
 from lib.runtime import Machine, hashed_uniform
 from lib.shapes import Shapes

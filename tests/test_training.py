@@ -24,8 +24,8 @@ import train_transformer
 import train_vq
 from lib import optim, pictures
 from lib import run as run_module
+from lib.errors import UserError
 from lib.files import fingerprint, load_checkpoint, rebuild
-from lib.flags import UserError
 from lib.run import Log, Run
 from lib.runtime import Machine, step_seed
 from vqgan import VQGAN, VQGANConfig
