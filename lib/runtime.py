@@ -159,6 +159,7 @@ class Machine:
         # Each compilation would print that GSPMD, which splits the program, will have a successor.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         try:
+            import torch_xla.backends
             import torch_xla.core.xla_model
             import torch_xla.distributed.spmd
             import torch_xla.runtime
@@ -166,6 +167,8 @@ class Machine:
             raise UserError("--device xla needs torch-xla: pip install torch==2.9.0 "
                             "'torch_xla[tpu]==2.9.0'") from None
         self.xla = torch_xla
+        # A TPU would round the factors of float32 products to bfloat16: that is up to --bf16.
+        torch_xla.backends.set_mat_mul_precision("highest")
         torch_xla.runtime.use_spmd()            # before any tensor is on the device
         self.mesh = torch_xla.distributed.spmd.get_1d_mesh("data")
         self.device = torch_xla.device()

@@ -135,3 +135,11 @@ def numbers_in(value):
     for item in value:
         numbers += numbers_in(item)
     return numbers
+
+
+def test_bench_waits_for_what_it_times(tmp_path):
+    """Results that nothing holds are not computed at all, which would look like a peak of 100 TFLOP/s."""
+    on_chips(1, tmp_path / "report", "bench.py", "--preset", "shapes", "--rows", "decode", "--batch", 2, "--repeats", 1,
+             "--bf16", "no", "--json", tmp_path / "bench.json")
+    row, = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert row["peak"] < 1e13 and row["share"] < 1
