@@ -23,13 +23,14 @@ from lib.data import (
     resolve_data,
 )
 from lib.errors import UserError, command_line
-from lib.features import JUDGE_FLAGS, Judge
 from lib.files import rebuild
 from lib.flags import count, fraction, non_negative, whole, yes_or_no
 from lib.image_files import admit_pixels
+from lib.judge import JUDGE_FLAGS, Judge
 from lib.loader import training_batches
+from lib.log import Log
 from lib.pictures import draw_log, grid, save_image, to_uint8
-from lib.run import Log, Run, command, initial_model
+from lib.run import Run, command, initial_model
 from lib.runtime import Machine, launch
 from lib.sampling import MODELS, STAGES, default_guidance, rand_of_images
 from lib.tokens import CachedTokens, FrozenTokenizer

@@ -38,9 +38,10 @@ from lib.files import rebuild
 from lib.flags import count, fraction, non_negative, whole, yes_or_no
 from lib.image_files import admit_pixels
 from lib.loader import training_batches
+from lib.log import Log
 from lib.lpips import fetch_lpips
 from lib.pictures import draw_log, grid, save_image
-from lib.run import Log, Run, command, initial_model
+from lib.run import Run, command, initial_model
 from lib.runtime import Machine, from_first_rank, launch
 from vqgan import QUANTIZERS, VQGAN, VQGANConfig
 

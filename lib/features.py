@@ -1,5 +1,4 @@
-"""The networks that look at images, and what they measure: for evaluate.py, and for training as its
-judge.
+"""The networks that judge images, and what they measure.
 
 Inception's features are those of the literature, but its weights are not always at hand, and they
 say little about drawn shapes. So by default features come from a small classifier, trained on the
@@ -7,7 +6,7 @@ run's real images. It also tells whether samples show the class that was asked f
 trained on samples alone, gives the classification accuracy score (CAS; Ravuri & Vinyals 2019)."""
 import argparse
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib import flags, metrics
+from lib import metrics
 from lib.errors import UserError
 from lib.files import (
     fingerprint,
@@ -29,18 +28,7 @@ from lib.flags import whole
 from lib.loader import DataSet, training_batches
 from lib.optim import set_learning_rate
 from lib.runtime import Machine
-from lib.sets import (
-    Batch,
-    all_batches,
-    batches_of_rank,
-    concatenate,
-    gather_batches,
-    random_subset,
-    read_batches,
-    read_batches_of_rank,
-    samples_in_turn,
-    with_progress,
-)
+from lib.sets import Batch, all_batches, concatenate, gather_batches, read_batches
 from lib.terminal import Progress
 
 SHARPNESS = "sharpness / real"
@@ -56,12 +44,6 @@ FEATURE_FLAGS = {
     "classifier_steps": (whole, CLASSIFIER_STEPS,
                          "training steps of each classifier; 0: train none (only with --features "
                          "inception): no CAS, no 'class recognised'"),
-}
-JUDGE_FLAGS = {
-    "evaluate_every": (whole, 0, "steps between measurements of FCD or FID, after which the best "
-                                 "model so far is kept; 0: never"),
-    "evaluate_num": (flags.number(int, 2), 2000, "samples in each of these measurements"),
-    **FEATURE_FLAGS,
 }
 
 
@@ -331,43 +313,3 @@ def fraction_true(values: Tensor) -> float:
 
 
 # ----------------------------------------------------------------------------------- while training
-
-class Judge:
-    """Measures the samples of a model while it is trained: their distance to real images.
-
-    args: those of JUDGE_FLAGS. train, val: the run's data sets. folder: the run's. Attributes:
-    name, FCD or FID; measure, all that the distance depends on but for the samples. Raises
-    UserError as open_networks() does."""
-    BATCH = 100
-
-    def __init__(self, args: argparse.Namespace, machine: Machine, train: DataSet, val: DataSet,
-                 folder: Path):
-        self.machine = machine
-        self.num_samples = args.evaluate_num
-        self.num_classes = len(train.classes)
-        self.networks = open_networks(args, machine, train, folder)
-        self.name = self.networks.distance
-        real = random_subset(val, args.evaluate_num)
-        signature = zlib.crc32(real.signatures().tobytes())
-        self.measure = (f"{self.name} of {args.evaluate_num} samples to {len(real)} real images "
-                        f"({signature:08x}), {self.networks.name}")
-        if len(real) < 2:
-            raise UserError("--evaluate-every needs at least 2 validation images, and there is "
-                            f"{len(real)}: add images, or leave it out")
-        measured = self.networks.measure(read_batches_of_rank(real, self.BATCH, "real images"))
-        self.reference = Reference(self.networks, measured)
-
-    def distance(self, draw: Callable[[Tensor, Tensor], Tensor]) -> float:
-        """Draws samples, the classes in turn, and returns their distance to real images.
-
-        draw(labels, numbers) returns images uint8 (n, 3, S, S) of these classes and numbers within
-        the class, both (n,) on the CPU. All ranks call this and get the distance."""
-        samples = self.networks.measure(self._samples(draw))
-        return self.reference.distance(samples)
-
-    def _samples(self, draw):
-        numbers = batches_of_rank(self.num_samples, self.BATCH)
-        for number in with_progress(numbers, self.num_samples, self.BATCH, "samples"):
-            labels, numbers = samples_in_turn(
-                number, self.BATCH, self.num_samples, self.num_classes)
-            yield Batch(number, draw(labels, numbers), labels)

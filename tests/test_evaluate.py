@@ -21,8 +21,9 @@ import measure
 import sample
 from lib import features, metrics, pictures, runtime, sets
 from lib.errors import UserError
-from lib.features import Classifier, Judge, Measurements, Networks, Reference
+from lib.features import Classifier, Measurements, Networks, Reference
 from lib.files import fingerprint, load_checkpoint, load_weights, save_checkpoint
+from lib.judge import Judge
 from lib.loader import training_batches
 from lib.results import Results
 from lib.sampling import rand_of_images

@@ -26,7 +26,8 @@ from lib import optim, pictures
 from lib import run as run_module
 from lib.errors import UserError
 from lib.files import fingerprint, load_checkpoint, rebuild
-from lib.run import Log, Run
+from lib.log import Log
+from lib.run import Run
 from lib.runtime import Machine, step_seed
 from vqgan import VQGAN, VQGANConfig
 
