@@ -31,7 +31,7 @@ import train_transformer
 import train_vq
 from discriminator import Discriminator, discriminator_loss, r1_penalty
 from lib import costs, flags, optim, plans
-from lib.errors import command_line, out_of_memory
+from lib.errors import UserError, command_line, out_of_memory
 from lib.files import write_atomically
 from lib.lpips import LPIPS
 from lib.runtime import LONG_TRAINING, Machine, launch
@@ -349,6 +349,16 @@ def write_json(path: str, content: dict) -> None:
     write_atomically(path, lambda file: file.write(text))
 
 
+def check_writable(path: str) -> None:
+    """Raises UserError if a file cannot be written, before anything is measured."""
+    try:
+        with open(path, "a"):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): name another file with "
+                        f"--json") from error
+
+
 def bench(args: Namespace, machine: Machine) -> None:
     """Measures all rows, and writes the file anew after each."""
     device = f"{platform.machine()} {machine.device.type}, {torch.get_num_threads()} threads"
@@ -363,7 +373,7 @@ def bench(args: Namespace, machine: Machine) -> None:
           "memory")
     content = {"device": device, "precision": precision, "torch": torch.__version__, "rows": []}
     if args.json:
-        write_json(args.json, content)          # a path that cannot be written ends this at once
+        check_writable(args.json)
     for preset, row in itertools.product(args.preset, args.rows):
         batches = CPU_BATCHES
         if machine.device.type == "cuda" or preset == "shapes":     # its models are small

@@ -167,7 +167,8 @@ def table3(run: Evaluation) -> dict:
     num_tokens = run.transformer.config.num_tokens
     numbers_of_steps = sorted({steps for steps in run.args.ablate_steps if steps <= num_tokens})
     if run.machine.leads and max(run.args.ablate_steps) > num_tokens:
-        print(f"note: T is at most the number of tokens, {num_tokens}: more steps are left out")
+        print(f"note: T is at most the number of tokens, {num_tokens}: larger numbers of steps are "
+              f"left out")
     curves = {}
     rows = []
     for schedule in SCHEDULES:

@@ -29,7 +29,7 @@ class MaskGITConfig:
     mlp_dim: int = 3072
     dropout: float = 0.1
     null_class: bool = False    # an extra embedding for "no class" (guidance; not in the paper)
-    choice_temperature: float = 4.5     # of by_confidence(), where sampling does not name another
+    choice_temperature: float = 4.5     # the default of sampling; see by_confidence()
 
     @property
     def default_steps(self) -> int:

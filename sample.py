@@ -7,8 +7,8 @@
     torchrun --nproc_per_node 8 -- sample.py --run runs/imagenet --files DIR --num 50
 
 On a CPU, image k of a class depends on the seed, the class and k alone, not on what is drawn beside
-it; on a GPU, products of other batch sizes may be rounded differently. edit.py repaints a part of a
-photo; demo.py shows the decoding in a browser.
+it; on a GPU, rounding may depend on the batch. edit.py repaints a part of a photo; demo.py shows
+the decoding in a browser.
 """
 import argparse
 import math
@@ -238,4 +238,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     command_line(main, interrupted="stopped by Ctrl-C: every picture is whole or not there; "
-                                         "with --files, the same command goes on")
+                               "with --files, the same command goes on")

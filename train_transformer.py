@@ -59,8 +59,8 @@ FLAGS = {
     "label_smoothing": (fraction, 0.0, 0.0, 0.1, "label smoothing of the loss"),
     "class_dropout": (fraction, 0.1, 0.1, 0.0, "fraction of labels to drop, for guided decoding"),
     "choice_temperature": (non_negative, 1.0, 4.5, 4.5,
-                           "noise in the choice of which tokens to keep, in previews and as the "
-                           "default of sample.py"),
+                           "noise in the choice of which tokens to keep: in previews, and where "
+                           "sample.py and others are not given another"),
     "steps": (count, 4000, 60_000, 1_501_000, "training steps"),             # imagenet: 300 epochs
     "batch": (count, 64, 256, 256, "images in a step, over all devices"),
     "micro_batch": (count, None, None, 64, "images in memory at once on each device"),
@@ -92,11 +92,7 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
     """Trains the transformer, from the flags to the finished run."""
     stage = STAGES[args.decoder]
     sequential = args.decoder == "autoregressive"
-    if sequential:
-        useless = ["schedule", "choice_temperature"]
-        flags.refuse_useless(args, useless, "with --decoder autoregressive")
-    if args.optimizer == "adamw":
-        flags.refuse_useless(args, ["muon_lr"], "with --optimizer adamw")
+    refuse_useless_flags(args)
     num_micro_batches = optim.count_micro_batches(args.batch, args.micro_batch, machine.devices)
     if args.dry_run:
         codebook_size, num_tokens, num_classes = plans.planned_tokens(args)
@@ -127,6 +123,8 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
         "tokenizer": tokenizer.fingerprint,
     }
     run.note_settings(metadata | {"class_dropout > 0": config.null_class}, FLAGS)
+    if run.state is not None:
+        run.state["settings"].setdefault("choice_temperature", 4.5)     # before runs recorded it
     run.compare_with_saved(FIXED)
     if run.step >= args.steps:
         run.say(f"{run.folder} is already at step {run.step}: raise --steps to train on")
@@ -233,12 +231,27 @@ def train(args: argparse.Namespace, machine: Machine) -> None:  # noqa: C901 (lo
             distance = judge.distance(
                 lambda labels, numbers: draw(ema, tokenizer, labels, numbers, machine))
             figures[judge.name] = distance
-            run.keep_best(done, distance, judge.measure, ema, metadata)
+            measure = f"{judge.measure}, choice temperature {config.choice_temperature:g}"
+            run.keep_best(done, distance, measure, ema, metadata)
         if drawing or judging or saving or run.due(done, args.log_every):
             log.write(done, **figures)
         if drawing and machine.leads:
             draw_log(run.curve, run.log_file)
     run.say(f"wrote {run.model_file}; look at {run.picture}. Next: {next_command(args)}")
+
+
+def refuse_useless_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that change nothing beside others that were given."""
+    if args.decoder == "autoregressive":
+        useless = ["schedule", "choice_temperature"]
+        if args.class_dropout > 0:
+            useless.append("class_dropout")
+        flags.refuse_useless(args, useless, "with --decoder autoregressive")
+    if args.optimizer == "adamw":
+        flags.refuse_useless(args, ["muon_lr"], "with --optimizer adamw")
+    if not args.evaluate_every:
+        useless = [name for name in JUDGE_FLAGS if name != "evaluate_every"]
+        flags.refuse_useless(args, useless, "without --evaluate-every")
 
 
 def next_command(args: argparse.Namespace) -> str:

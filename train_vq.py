@@ -274,6 +274,9 @@ def configuration(args: argparse.Namespace, start: VQGAN | None = None) -> VQGAN
         raise UserError(f"--perceptual lpips needs images of at least 16 pixels, not "
                         f"{args.image_size}: add --perceptual none, or raise --image-size")
     if start is not None:
+        if "quantizer" in args.given and args.quantizer != start.config.quantizer:
+            raise UserError(f"--quantizer {args.quantizer} is not that of {args.init}, which is "
+                            f"{start.config.quantizer}: leave it out")
         config = replace(start.config, entropy=args.entropy)
     else:
         config = VQGANConfig(
@@ -299,6 +302,8 @@ def configuration(args: argparse.Namespace, start: VQGAN | None = None) -> VQGAN
 
 def refuse_useless_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags of the quantizer that is not used."""
+    if args.resume:                         # the run may have been started with them
+        return
     if args.quantizer == "fsq":
         useless = ["codebook_size", "codebook_dim", "codebook_lr", "entropy"]
         flags.refuse_useless(args, useless, "with --quantizer fsq, which has --levels")
@@ -308,14 +313,14 @@ def refuse_useless_flags(args: argparse.Namespace) -> None:
 
 def check_no_transformer_is_lost(run: Run) -> None:
     """Raises UserError if this run goes on with a tokenizer that a transformer beside it needs."""
-    if run.step == 0:                       # it begins anew: the user gave --overwrite
+    if run.step == 0:                       # a new tokenizer
         return
     for stage in ("transformer", "autoregressive"):
         path = run.folder / f"{stage}.pt"
         if path.exists():
             raise UserError(f"{path} was trained on the tokens of {run.model_file}, and would be "
-                            f"lost if that were trained on: copy the folder without {path.name}, "
-                            f"and name the copy with --run")
+                            f"lost if that were trained on: copy {run.model_file.name} and "
+                            f"{run.resume_file.name} to another folder, and name that with --run")
 
 
 def tokenizer_optimizer(

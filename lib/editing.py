@@ -5,7 +5,6 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
@@ -75,11 +74,23 @@ def tokens_touched(start: int, length: int, square_side: int, side: int) -> Tens
 def mask_region(mask: Image.Image, fit: str, side: int) -> Tensor:
     """Returns the tokens in which a mask, as large as the photo, has a white pixel."""
     left, top, square_side = square_place(*mask.size, fit)
-    # What lies outside the mask is black, so padding is not repainted.
-    square = mask.convert("L").crop((left, top, left + square_side, top + square_side))
-    white = torch.from_numpy(np.array(square) > 127)
-    # Not scaled first, which would lose thin strokes.
-    return F.adaptive_max_pool2d(white[None].float(), side)[0] > 0
+    white = np.asarray(mask.convert("L")) > 127                 # not scaled: strokes may be thin
+    region = torch.zeros(side, side, dtype=torch.bool)
+    for row in range(side):
+        rows = white[pixels_of_token(row, top, square_side, side)]
+        for column in range(side):
+            columns = pixels_of_token(column, left, square_side, side)
+            region[row, column] = bool(rows[:, columns].any())
+    return region
+
+
+def pixels_of_token(i: int, start: int, square_side: int, side: int) -> slice:
+    """Returns the pixels of the photo that token i touches, along one axis; none if it is padding.
+
+    start, square_side: of the square, in pixels of the photo. side: of the square, in tokens."""
+    first = start + i * square_side // side
+    end = start + math.ceil(Fraction((i + 1) * square_side, side))
+    return slice(max(0, first), max(0, end))
 
 
 def centre_region(side: int) -> Tensor:
@@ -136,7 +147,7 @@ def likeliest_class(model: nn.Module, known: Tensor, seed: int) -> int:
 
 # -------------------------------------------------------------------------------------- the blend
 
-MOST_FEATHER = 1000             # Pillow takes no radius without bounds
+MOST_FEATHER = 1000             # Pillow refuses a radius that is too large
 
 
 def default_feather(stride: int) -> int:

@@ -1,4 +1,4 @@
-"""The user's mistakes, and how a script ends: the entry point of all, and errors of memory."""
+"""The user's mistakes, how every script starts and ends, and lack of memory."""
 import contextlib
 import math
 import multiprocessing

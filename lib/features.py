@@ -310,6 +310,3 @@ class Reference:
 def fraction_true(values: Tensor) -> float:
     """Returns the fraction of booleans (n,) that are true."""
     return values.double().mean().item()
-
-
-# ----------------------------------------------------------------------------------- while training

@@ -13,7 +13,8 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".di
                  ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".tga", ".pcx")
 HUGE = 4_000_000                    # pixels; threads take turns with larger images, to save memory
 ONE_HUGE_IMAGE_AT_A_TIME = threading.Lock()
-# Silence Pillow's warnings, as of large images: only those over --max-pixels are errors.
+# Silence Pillow's warnings, such as those about large images: only images over --max-pixels are
+# errors.
 warnings.filterwarnings("ignore", module="PIL")
 
 

@@ -232,16 +232,18 @@ class Run:
     def keep_best(
         self, step: int, distance: float, measure: str, model: nn.Module, about: dict,
     ) -> None:
-        """Writes STAGE.best.pt if this distance is less than that of the file.
+        """Writes STAGE.best.pt if this distance is a number, and less than that of the file.
 
         measure: which distance it is, in words. The file is also replaced, and this is said, if its
         distance is another one. The other arguments: see save()."""
+        if math.isnan(distance):
+            return
         if self.best_file.exists():
             best = load_checkpoint(self.best_file, self.stage)
             if best.get("measure") != measure:
                 self.say(f"{self.best_file} was chosen by another distance than the {measure}: it "
                          f"is replaced")
-            elif not is_better(distance, best["distance"]):
+            elif distance >= best["distance"]:
                 return
         measured = {"measure": measure, "distance": distance}
         self.save_model(self.best_file, step, model, about | measured)
@@ -280,13 +282,6 @@ class Run:
             print(f"\nstopped at step {step} of {self.args.steps}, and everything is saved: "
                   f"run the same command with --resume to go on", file=sys.stderr)
         sys.exit(128 + (self.signal or signal.SIGTERM))
-
-
-def is_better(distance: float, best: float) -> bool:
-    """Returns True if a distance is less than the best one. Any number is better than NaN."""
-    if math.isnan(best):
-        return not math.isnan(distance)
-    return distance < best
 
 
 def initial_model(args: argparse.Namespace, stage: str) -> Path:

@@ -167,7 +167,7 @@ class Machine:
             raise UserError("--device xla needs torch-xla: pip install torch==2.9.0 "
                             "'torch_xla[tpu]==2.9.0'") from None
         self.xla = torch_xla
-        # A TPU would round the factors of float32 products to bfloat16: that is up to --bf16.
+        # A TPU would round the factors of float32 products to bfloat16: --bf16 decides that.
         torch_xla.backends.set_mat_mul_precision("highest")
         torch_xla.runtime.use_spmd()            # before any tensor is on the device
         self.mesh = torch_xla.distributed.spmd.get_1d_mesh("data")
@@ -347,7 +347,8 @@ class Machine:
 
         torch-xla computes only what a variable still holds."""
         if self.mesh is not None:
-            self.xla.sync(wait=True)
+            self.xla.sync()
+            self.xla.core.xla_model.wait_device_ops()       # sync(wait=True) does not wait, in SPMD
         elif self.device.type == "cuda":
             torch.cuda.synchronize()
 

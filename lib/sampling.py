@@ -40,6 +40,15 @@ ACCEPT_FLAG = {
 }
 
 
+RUN_FLAGS = {
+    "run": (str, None, "the run's folder (default: the newest in runs/ with a transformer)"),
+    "vqgan": (str, None, "tokenizer file (default: vqgan.pt in the run's folder)"),
+}
+DECODER_FLAG = {
+    "decoder": (list(STAGES), None,
+                "which transformer of the run (default: parallel, if any); the autoregressive one "
+                "takes only --temperature, --top-k and --seed"),
+}
 # The arguments of both decoding functions as flags; those of decode() alone; --seed.
 SHARED_FLAGS = {
     "temperature": (non_negative, 1.0,
@@ -57,20 +66,12 @@ PARALLEL_FLAGS = {
             "--class-dropout, else 0)"),
     "order": (ORDERS, "confidence", "which tokens are revealed first"),
 }
-RUN_FLAGS = {
-    "run": (str, None, "the run's folder (default: the newest in runs/ with a transformer)"),
-    "vqgan": (str, None, "tokenizer file (default: vqgan.pt in the run's folder)"),
-}
-DECODER_FLAG = {
-    "decoder": (list(STAGES), None, "which transformer of the run (default: parallel, if any)"),
-}
 SEED_FLAG = {"seed": (seed, 0, "seed of every random draw")}
 
 
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the sampler; sampler_options() reads them."""
-    group = parser.add_argument_group(
-        "the sampler", "An autoregressive decoder takes only --temperature, --top-k and --seed.")
+    group = parser.add_argument_group("the sampler")
     add_flags(group, PARALLEL_FLAGS | SHARED_FLAGS | SEED_FLAG)
 
 
@@ -99,7 +100,7 @@ def sampler_options(args: argparse.Namespace, model: MaskGIT) -> dict:
 
 
 def sampler_settings(args: argparse.Namespace, model: MaskGIT) -> dict:
-    """Returns decoding_settings(), and those of --accept, which edit.py does not have."""
+    """Returns decoding_settings() and the value of --accept."""
     return {"accept": args.accept} | decoding_settings(args, model)
 
 

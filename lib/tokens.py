@@ -188,9 +188,9 @@ class CachedTokens:
             if rows in our_rows or not rows.startswith(f"{len(self.data)}-"):
                 outdated.add(path)
         if outdated:
-            print(f"{len(outdated)} files in {self.folder} hold tokens of images that have since "
-                  f"changed, or of more or fewer images: they are removed, and what is missing is "
-                  f"encoded anew", file=sys.stderr)
+            print(f"{len(outdated)} files in {self.folder} hold tokens of other images or classes, "
+                  f"or of an older version: they are removed, and what is missing is encoded anew",
+                  file=sys.stderr)
         a_day_ago = time.time() - 24 * 3600
         for leftover in self.folder.glob(".*.tmp"):
             with contextlib.suppress(FileNotFoundError):    # another process has just finished it

@@ -85,13 +85,15 @@ def test_the_waiting_of_each_device(monkeypatch):
     machine.device = torch.device("cuda")
     machine.wait()
     machine.mesh = "chips"
-    machine.xla = Namespace(sync=lambda wait: calls.append(f"xla, {wait}"))
+    xla_model = Namespace(wait_device_ops=lambda: calls.append("wait"))
+    machine.xla = Namespace(sync=lambda: calls.append("sync"), core=Namespace(xla_model=xla_model))
     machine.wait()
-    assert calls == ["cuda", "xla, True"]
+    assert calls == ["cuda", "sync", "wait"]
 
 
 def test_blocks_are_compiled_as_in_a_long_training(call_main, tmp_path, monkeypatch):
     compiled = []
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
 
     def row(machine, *arguments):
         compiled.append(machine.compiles_blocks)

@@ -555,7 +555,7 @@ def test_table_3_takes_each_schedule_at_its_best(opened, monkeypatch, capsys):
         assert rows[name]["FCD"] == pytest.approx(10 - place + 0.05)
         assert rows[name]["± over seeds"] == pytest.approx(0.1 / 2 ** 0.5)
     printed = capsys.readouterr().out
-    assert "note: T is at most the number of tokens, 64: more steps are left out" in printed
+    assert "note: T is at most the number of tokens, 64: larger numbers of steps are left out" in printed
     assert "11.05 ± 0.071" in printed and (opened.folder / "eval.ablation.png").exists()
     assert "seeds 0 to 1; each schedule" in printed and "seed 0" not in printed
 

@@ -29,6 +29,7 @@ from lib.files import fingerprint, load_checkpoint, rebuild
 from lib.log import Log
 from lib.run import Run
 from lib.runtime import Machine, step_seed
+from maskgit import MaskGIT, MaskGITConfig, by_confidence
 from vqgan import VQGAN, VQGANConfig
 
 STAGES = {"vqgan": (train_vq, TINY_VQ), "transformer": (train_transformer, TINY_TRANSFORMER)}
@@ -92,6 +93,34 @@ def test_a_preview_has_the_captions_of_its_rows(monkeypatch, tmp_path):
     run = Namespace(picture=tmp_path / "a.png")
     train_transformer.save_preview(run, None, None, [str(i) for i in range(1000)], Machine("cpu"))
     assert captions == [str(i) for i in range(10)]
+
+
+def test_a_preview_takes_the_noise_that_the_run_records(monkeypatch):
+    noises = []
+
+    def order(choice_temperature):
+        noises.append(choice_temperature)
+        return by_confidence(choice_temperature)
+    monkeypatch.setattr(train_transformer, "by_confidence", order)
+    config = MaskGITConfig(8, 2, 4, dim=8, depth=1, heads=1, mlp_dim=8, choice_temperature=2.5)
+    tokenizer = Namespace(model=Namespace(decode=lambda tokens: torch.zeros(len(tokens), 3, 2, 2)))
+    labels = torch.zeros(1, dtype=torch.long)
+    train_transformer.draw(MaskGIT(config), tokenizer, labels, labels, Machine("cpu"))
+    assert noises == [2.5]
+
+
+@pytest.mark.parametrize("leads, mesh, written", [
+    (True, None, ["fetched", "written"]), (False, None, []), (True, "chips", ["fetched", "written"]),
+    (False, "chips", ["fetched"])])
+def test_all_hosts_of_a_tpu_fetch_what_the_first_one_writes(leads, mesh, written, monkeypatch, tmp_path):
+    events = []
+    monkeypatch.setattr(run_module, "on_cpu", lambda checkpoint: events.append("fetched"))
+    monkeypatch.setattr(run_module, "save_checkpoint", lambda path, checkpoint: events.append("written"))
+    training = lock(tmp_path)
+    training.machine.leads = leads
+    training.machine.mesh = mesh
+    training.keep_best(1, 2.0, "FCD", VQGAN(VQGANConfig(32, 4, 8, (1, 1, 1), 1, 1)), {})
+    assert events == written
 
 
 def load_state(folder, stage):
@@ -249,7 +278,7 @@ def test_a_run_that_has_its_steps_says_so(steps, script, flags, copied, call_mai
 def test_a_tokenizer_whose_transformer_is_trained_is_not_trained_on(copied, call_main, tmp_path):
     before = contents(copied)
     line = call_main(train_vq, tmp_path, "--run", copied, *TINY_VQ, "--resume", "--steps", 20, code=2)
-    assert "transformer.pt was trained on the tokens of" in line and "copy the folder without transformer.pt" in line
+    assert "transformer.pt was trained on the tokens of" in line and "copy vqgan.pt and vqgan.resume.pt to another folder" in line
     assert contents(copied) == before
 
 
@@ -257,6 +286,8 @@ def test_a_tokenizer_whose_transformer_is_trained_is_not_trained_on(copied, call
     (train_vq, ["--quantizer", "fsq", "--codebook-size", 4096], "--codebook-size changes nothing with --quantizer fsq"),
     (train_vq, ["--levels", 5, 5], "--levels changes nothing without --quantizer fsq"),
     (train_transformer, ["--decoder", "autoregressive", "--schedule", "cosine"], "--schedule changes nothing with --decoder"),
+    (train_transformer, ["--decoder", "autoregressive", "--class-dropout", 0.2], "--class-dropout changes nothing"),
+    (train_transformer, ["--features", "classifier"], "--features changes nothing without --evaluate-every"),
     (train_transformer, ["--optimizer", "adamw", "--muon-lr", 1], "--muon-lr changes nothing with --optimizer adamw"),
 ])
 def test_flags_that_change_nothing_are_refused(script, flags, says, call_main, tmp_path):
@@ -613,7 +644,7 @@ def test_the_best_weights_have_the_least_distance_of_one_kind(tmp_path, capsys):
     """Also after a resumption: each row is a process of its own."""
     model = VQGAN(VQGANConfig(32, 4, 8, (1, 1, 1), 1, 1))
     for step, distance, measure, best in ((1, 3.0, "FCD", 1), (2, 4.0, "FCD", 1), (3, 2.0, "FCD", 3),
-                                          (4, math.nan, "FCD", 3), (5, math.nan, "FID", 5), (6, 20.0, "FID", 6)):
+                                          (4, math.nan, "FCD", 3), (5, math.nan, "FID", 3), (6, 20.0, "FID", 6)):
         lock(tmp_path).keep_best(step, distance, measure, model, {})
         assert load_checkpoint(tmp_path / "vqgan.best.pt", "vqgan")["step"] == best
     assert capsys.readouterr().out.count("another distance than the FID") == 1
