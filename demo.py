@@ -4,8 +4,9 @@
     python demo.py --run runs/shapes --port 8001
 
 The page is in lib/demo/. Its questions, /about, /photo, /validation, /draw, /look and /clock, go
-through lib/web.py to the methods of Demo with these names. Nothing is kept between requests. When
-the page no longer wants an answer it closes the connection, and the work for it stops.
+through lib/web.py to the methods of Demo with these names. No state of a page is kept between
+requests. When the page no longer wants an answer it closes the connection, and the work for it
+stops.
 """
 import argparse
 import base64
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from lib import flags, runtime
 from lib.data import DATA_FLAGS, open_data
-from lib.editing import composite, default_feather, likeliest_class, to_square
+from lib.editing import MOST_FEATHER, composite, default_feather, likeliest_class, to_square
 from lib.errors import UserError, command_line
 from lib.files import fingerprint
 from lib.image_files import admit_pixels, read_image
@@ -61,6 +62,14 @@ class SettingsParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         raise UserError(message.removeprefix("argument --"))      # the page knows no flags
+
+
+def options_of(settings: argparse.Namespace, model: MaskGIT) -> dict:
+    """Returns sampler_options(). The page knows no flags, so its errors name none."""
+    try:
+        return sampler_options(settings, model)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--")) from error
 
 
 class Upload(io.BytesIO):
@@ -124,7 +133,8 @@ class Demo:
         flags.add_flags(parser, {
             "num": (flags.number(int, 1, MAX_IMAGES), 10, "images"),
             "decoder": (list(STAGES), "parallel", "which transformer of the run"),
-            "feather": (flags.non_negative, default_feather(self.stride), "blur of the border"),
+            "feather": (flags.number(float, 0, MOST_FEATHER), default_feather(self.stride),
+                        "blur of the border"),
         })
         add_sampler_flags(parser)
         return parser.parse_args([f"--{flag}={text}" for flag, text in texts.items() if text != ""])
@@ -176,7 +186,7 @@ class Demo:
         request = json.loads(body)
         settings = self.read_settings(request["settings"])
         model = self.models[settings.decoder]
-        options = sampler_options(settings, model)
+        options = options_of(settings, model)
         num_tokens = model.config.num_tokens
         passes = options.get("steps", num_tokens)
         check_amount(settings.num, options.get("steps", 1), num_tokens)
@@ -249,7 +259,7 @@ class Demo:
         request = json.loads(body)
         model = self.models["parallel"]
         place = request["place"]
-        options = sampler_options(self.read_settings(request["settings"]), model)
+        options = options_of(self.read_settings(request["settings"]), model)
         weight = options["cfg"] * request["step"] / options["steps"]
         device = self.machine.device
         visible = [model.mask_id if code is None else code for code in request["visible"]]
@@ -289,7 +299,7 @@ class Demo:
         for num in request["numbers"]:
             labels = self.machine.put(torch.arange(num) % len(self.classes))
             for decoder, model in self.models.items():
-                options = sampler_options(settings, model)
+                options = options_of(settings, model)
                 measured = {"num": num, "decoder": decoder}
                 on_run = functools.partial(tell, measured)
                 seconds = self.shortest_time(model, labels, options, on_run)

@@ -267,10 +267,10 @@ def test_photos(ask):
     ({"num": "65"}, "num: it must be a whole number from 1 to 64"), ({"schedule": "x"}, "schedule: "),
     ({"cfg": "-1"}, "cfg: "), ({"top-k": "300"}, "256"), ({"temperature": "nan"}, "temperature: "),
     ({"run": "/etc"}, "unrecognized"), ({"decoder": "x"}, "decoder: "), ({"seed": "-1"}, "seed: "),
-    ({"feather": "-1"}, "feather: ")])
+    ({"feather": "-1"}, "feather: "), ({"feather": "1e12"}, "feather: ")])
 def test_bad_settings(ask, settings, says):
     *_, last = ask("/draw", {"settings": settings, "label": None})
-    assert says in last["error"] and len(last) == 1 and "argument --" not in last["error"]
+    assert says in last["error"] and len(last) == 1 and not last["error"].startswith(("--", "argument --"))
 
 
 def test_more_numbers_than_a_page_can_take(ask, monkeypatch):
@@ -630,6 +630,113 @@ def test_page_takes_no_part_of_an_answer_for_the_whole(page):
 
 
 @pytest.mark.slow
+def test_page_before_the_server_has_said_what_it_has(server, open_page):
+    """Nothing can be pressed or dropped yet, and the link that was opened is kept."""
+    with server.lock:
+        page = open_page(server, "#mode=draw&num=1&seed=7", "#waiting:visible")
+        for button in ("#go", "label:has([value=edit])"):
+            box = page.locator(button).bounding_box()
+            page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        page.evaluate("""() => {
+            const dataTransfer = new DataTransfer();
+            dataTransfer.items.add(new File(['text'], 'a.png'));
+            document.dispatchEvent(new DragEvent('drop', {dataTransfer}));
+        }""")
+        assert page.url.endswith("#mode=draw&num=1&seed=7") and page.is_checked("[value=draw]")
+    finished(page, "1 image (")
+    assert page.evaluate("result.settings.seed") == 7
+
+
+@pytest.mark.slow
+def test_a_request_that_was_taken_over_says_nothing_more(server, open_page):
+    """Not even if all of its answer has already come, and only its images are not ready yet."""
+    page = open_page(server, "#mode=draw&num=1&steps=1", "#status:has-text('1 image (ball) in 1 pass: ')")
+    page.route("**/draw", lambda route: route.fulfill(response=route.fetch()))               # in one piece
+    page.evaluate("""() => {
+        const {decode} = HTMLImageElement.prototype;
+        const released = new Promise(resolve => { window.release = resolve; });
+        window.asked = new Promise(resolve => {
+            HTMLImageElement.prototype.decode = async function () {
+                resolve();
+                await released;
+                await decode.call(this);
+            };
+        });
+        window.ended = run();
+        return asked;
+    }""")
+    page.check("[value=edit]")
+    page.wait_for_selector("#status:has-text('Drop a photo')")
+    page.evaluate("() => { release(); return ended; }")
+    assert page.text_content("#status").startswith("Drop a photo")
+
+
+@pytest.mark.slow
+def test_no_token_is_asked_for_during_a_drawing(server, page, monkeypatch):
+    """The server could not answer; the token that is chosen last is asked for at the end."""
+    page.locator("#predicted").focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("#token:has-text('row 1, column 2, step 8')")
+    draw = server.questions["/draw"]
+    goes_on = threading.Event()
+
+    def slow_draw(body, tell):
+        draw(body, tell)
+        goes_on.wait(60)
+    monkeypatch.setitem(server.questions, "/draw", slow_draw)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url.rpartition("/")[2]))
+    page.click("#go")
+    page.wait_for_selector("#status:has-text('pixels')")
+    page.locator("#predicted").focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_timeout(500)
+    assert asked == ["draw"] and page.is_hidden("#waiting") and page.is_visible("#token.stale")
+    goes_on.set()
+    page.wait_for_selector("#token:not(.stale):has-text('row 1, column 3, step 8')")
+    assert asked == ["draw", "look"]
+
+
+@pytest.mark.slow
+def test_an_error_about_a_token_goes_away_with_it(page):
+    page.route("**/look", lambda route: route.fulfill(body='{"error": "a fault"}\n'))
+    page.locator("#predicted").focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("#token:not(.stale):has-text('a fault')")
+    page.unroute("**/look")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("#token:has-text('row 1, column 3, step 8')")
+    assert page.is_hidden("#problem") and "a fault" not in page.text_content("#token")
+
+
+@pytest.mark.slow
+def test_play_pressed_during_the_timing(server, open_page, monkeypatch):
+    """The race goes on, now at the speed of the times that are known at last."""
+    goes_on = threading.Event()
+
+    def clock(body, tell):
+        tell({"num": 1, "decoder": "parallel"})
+        goes_on.wait(60)
+        for decoder in ("parallel", "autoregressive"):
+            tell({"num": 1, "decoder": decoder, "seconds": 20})
+    monkeypatch.setitem(server.questions, "/clock", clock)
+    page = open_page(server, "#mode=compare&num=1", "#status:has-text('timing 1 image in parallel')")
+    page.evaluate("""() => {
+        const start = setInterval;
+        window.intervals = [];
+        window.setInterval = (action, interval) => {
+            intervals.push(interval);
+            return start(action, interval);
+        };
+    }""")
+    page.click("#play")
+    goes_on.set()
+    finished(page, "by both decoders")
+    assert page.text_content("#play") == "❚❚ Pause"
+    assert page.evaluate("intervals") == [5000 / 512, 20_000 / 512]                # it takes five seconds at least
+
+
+@pytest.mark.slow
 def test_links_of_other_runs(other, server, open_page):
     """Of one with guidance, and of one whose data is there."""
     with served(load(other)) as another:
@@ -674,6 +781,7 @@ def test_page_edits_with_a_brush(page):
     finished(page, "10 images (")
     go_to(page, 6)
     assert "= 0, but at least one stays masked: 1." in page.text_content("#sentences")
+    assert "the 1 least confident is masked again; 0 are kept." in page.text_content("#sentences")
     with page.expect_download() as download:
         page.click("#save")
     assert np.asarray(Image.open(download.value.path())).shape == (SIZE, SIZE, 3)

@@ -26,10 +26,10 @@ let region = [];            // in Edit: for each token whether it is painted ove
 let brushPlace = 0;
 let brushing = false;
 
-let drawing = null;         // the AbortController of the last request for images
-let looking = null;         // the AbortController of the last request for a token
+let drawing = null;         // the AbortController of the request under way; null if there is none
+let looking = null;         // the AbortController of the last question about a token
 let film = null;            // the timer of the player while it plays
-let delay = null;           // the timer of a change that is not drawn yet
+let delay = null;           // the timer of a request that is delayed
 
 const mode = () => field('mode').value;
 const isEditing = () => mode() === 'edit';
@@ -45,6 +45,8 @@ const maskedAfter = (step, image) => step ? result.masked[step - 1][image] : res
 // The picture after a step; undefined while it is not fetched, null before anything is predicted.
 const imageAfter = (step, image) => step ? result.images[step - 1]?.[image] : result.photo;
 const count = flags => flags.filter(Boolean).length;
+// A number with its noun, as in "1 pass" and "8 passes".
+const counted = (number, one, many) => `${number} ${number === 1 ? one : many}`;
 
 // The form's values by the names of flags, without the mode and the class, which are no flags.
 function settings() {
@@ -67,6 +69,7 @@ async function* ask(path, body, signal) {
     const headers = about ? {'X-Run': about.run_id} : {};
     const response = await fetch(path, {method: 'POST', headers, body, signal});
     for await (const line of readLines(response.body)) {
+      signal?.throwIfAborted();                     // this line may have come before the abort
       const news = JSON.parse(line);
       byId('waiting').hidden = !news.waits;
       if (news.error) throw Error(news.error);
@@ -111,30 +114,78 @@ async function loadImage(url) {
   return image;
 }
 
-// Stops the request for images that is under way, and returns the signal of the next one.
-function takeOver() {
-  drawing?.abort();
-  drawing = new AbortController();
+// --------------------------------------------------------------------------- the life of a request
+
+// A request is to draw, edit, compare, or read a picture to edit. Its states:
+//
+//   delayed     A setting has just changed: runSoon() waits in case another one does. `delay` is
+//               its timer.
+//   under way   takeOver() has begun it; say(…, true) reports its progress, and Stop works.
+//               `drawing` is its AbortController. If the server is still busy with another page,
+//               ask() says so, as it does for every question.
+//   over        finish() has said how it went: it is done, or something is missing to begin with.
+//               Or fail() has: it was stopped, or there was an error. `drawing` is null.
+//   taken over  Another request began before this one was over. This one is aborted and says
+//               nothing more: ask() yields no more of its lines, and fail() ignores it.
+//
+// So at most one is under way. Meanwhile look() asks about no token, since the server answers one
+// question at a time; finish() calls look() again.
+
+// Draws when nothing has changed for a moment.
+function runSoon() {
   clearTimeout(delay);
+  delay = setTimeout(run, 250);
+}
+
+// Begins a request, in place of one that is delayed or under way, and returns its signal.
+function takeOver() {
+  clearTimeout(delay);
+  drawing?.abort();
+  looking?.abort();
+  drawing = new AbortController();
   byId('bar').value = 0;
   return drawing.signal;
 }
 
-// Shows why the request for images of this signal has failed.
-function fail(error, signal) {
-  if (signal !== drawing.signal) return;            // a later call has taken over
-  const stopped = error.name === 'AbortError';
-  say(stopped ? 'stopped' : '');
-  if (!stopped) complain(error);
+// Ends the request that is under way.
+function finish(text) {
+  drawing = null;
+  say(text);
   look();
 }
 
-// Draws, edits or compares as the form says. A call stops the one before it.
+// Ends the request of this signal, which was stopped or has failed.
+function fail(error, signal) {
+  if (signal !== drawing?.signal) return;           // it was taken over
+  const stopped = error.name === 'AbortError';
+  finish(stopped ? 'stopped' : '');
+  if (!stopped) complain(error);
+}
+
+// Shows the state of the work.
+function say(text, busy = false) {
+  byId('status').textContent = text;
+  byId('problem').hidden = true;
+  byId('stop').disabled = !busy;
+  byId('bar').hidden = !busy;
+}
+
+// Shows an error below the state of the work.
+function complain(error) {
+  byId('problem').textContent = error.message;
+  byId('problem').hidden = false;
+}
+
+byId('stop').onclick = () => drawing?.abort();
+
+// --------------------------------------------------------------------------- drawing and comparing
+
+// Draws, edits or compares as the form says. A call takes over from the one before it.
 async function run() {
   const signal = takeOver();
   keepLink();
-  if (isEditing() && !photo) return say('Drop a photo on the page, or use a validation image.');
-  if (isEditing() && !region.includes(true)) return say('Paint over what should change.');
+  if (isEditing() && !photo) return finish('Drop a photo on the page, or use a validation image.');
+  if (isEditing() && !region.includes(true)) return finish('Paint over what should change.');
   const classIndex = field('class').value;
   const request = {settings: settings(), label: classIndex === '' ? null : Number(classIndex)};
   if (isEditing()) {
@@ -142,7 +193,6 @@ async function run() {
     request.region = region;
   }
   pause();
-  looking?.abort();                                 // it would only wait for the drawing
   say('starting …', true);
   try {
     await draw(request, signal);
@@ -150,7 +200,7 @@ async function run() {
       await draw({...request, settings: {...request.settings, decoder: 'autoregressive'}}, signal);
       await measure(request.settings, signal);
     }
-    say(summary(request.label));
+    finish(summary(request.label));
     if (isComparing() && !matchMedia('(prefers-reduced-motion)').matches) play();
   } catch (error) {
     fail(error, signal);
@@ -159,14 +209,14 @@ async function run() {
 
 // Fetches images, and shows them as they come.
 async function draw(request, signal) {
+  const edited = request.picture ? photo.image : null;
   let drawn = null;
   for await (const news of ask('/draw', JSON.stringify(request), signal)) {
     if (news.done) {
       say(`pass ${news.done} of ${news.of}`, true);
       byId('bar').value = news.done / news.of;
     } else if (news.sampled) {
-      drawn = {...news, images: [], photo: null, typedSettings: request.settings};
-      if (request.picture) drawn.photo = photo.image;
+      drawn = {...news, images: [], photo: edited, typedSettings: request.settings};
       show(drawn);
       say('turning tokens into pixels …', true);
     } else {
@@ -201,25 +251,10 @@ function summary(askedLabel) {
   const isOneClass = askedLabel !== null || result.photo || drawn === 1;
   if (isOneClass) classes = about.classes[result.labels[0]];
   if (askedLabel === null && result.photo) classes += ', the class that fits best';
-  const images = numberOfImages(drawn);
+  const images = counted(drawn, 'image', 'images');
+  const passes = counted(numberOfSteps(), 'pass', 'passes');
   if (sequential) return `${images} (${classes}) by both decoders`;
-  return `${images} (${classes}) in ${numberOfSteps()} passes: ${result.seconds.toFixed(2)} s`;
-}
-
-const numberOfImages = number => number === 1 ? '1 image' : `${number} images`;
-
-// Shows the state of the work.
-function say(text, busy = false) {
-  byId('status').textContent = text;
-  byId('problem').hidden = true;
-  byId('stop').disabled = !busy;
-  byId('bar').hidden = !busy;
-}
-
-// Shows an error below the state of the work.
-function complain(error) {
-  byId('problem').textContent = error.message;
-  byId('problem').hidden = false;
+  return `${images} (${classes}) in ${passes}: ${result.seconds.toFixed(2)} s`;
 }
 
 // --------------------------------------------------------------------------------------- canvases
@@ -375,7 +410,7 @@ function noiseAt(drawn, step) {
 // §3.2 in the numbers of this step.
 function sentences(step) {
   const total = result.counts[0];
-  if (!step) return [`At the start ${total} of ${about.tokens} tokens are masked.`];
+  if (!step) return [`Masked at the start: ${total} of ${about.tokens} tokens.`];
   const before = result.counts[step - 1];
   const after = result.counts[step];
   const time = `${step}/${numberOfSteps()}`;
@@ -394,12 +429,15 @@ function sentences(step) {
   if (scheduled === after) schedule += '.';
   else if (before === after) schedule += `, but at least one stays masked: ${after}.`;
   else schedule += `, but at least one, and fewer than before: ${after}.`;
-  let choice = `the ${after} least confident are masked again; ${before - after} are kept.`;
-  if (after === 0) choice = `none; the last ${before} are kept.`;
+  let choice = `the ${counted(after, 'least confident is', 'least confident are')} masked again; `
+    + `${counted(before - after, 'is', 'are')} kept.`;
+  if (after === 0) choice = 'none; the rest is kept.';
+  const masked = counted(before, 'masked place', 'masked places');
+  const known = counted(about.tokens - before, 'known token', 'known tokens');
   return [
-    `Predict: in one pass, the probabilities of ${about.codes} codes at each of ${before} masked `
-      + `places, from ${about.tokens - before} known tokens and the class.`,
-    `Sample: a token at each of these places; ${confidence}`,
+    `Predict: in one pass, the probabilities of ${about.codes} codes at ${masked}, `
+      + `from ${known} and the class.`,
+    `Sample: a token for each of these; ${confidence}`,
     `Mask schedule: ${schedule}`,
     `Mask: ${choice}`,
   ];
@@ -448,9 +486,10 @@ async function look() {
     panel.replaceChildren('Nothing is predicted yet.');
     return;
   }
+  panel.classList.add('stale');
+  if (drawing) return;                              // finish() will look again
   looking = new AbortController();
   const {signal} = looking;
-  panel.classList.add('stale');
   const drawn = result;
   const image = chosenImage;
   const place = chosenToken;
@@ -472,7 +511,9 @@ async function look() {
     panel.append(...codeRows(answer, request.sampled[place]), samplerNote(drawn.settings));
     panel.classList.remove('stale');
   } catch (error) {
-    if (error.name !== 'AbortError') complain(error);
+    if (error.name === 'AbortError') return;
+    panel.replaceChildren(error.message);
+    panel.classList.remove('stale');
   }
 }
 
@@ -499,7 +540,7 @@ function samplerNote({temperature, top_k: topK}) {
 }
 
 // What happened to a token at a step, in words. Here log p is computed anew, so it is rounded
-// differently, in bfloat16 by more than the last digit: hence ≈.
+// differently (in bfloat16 noticeably), hence ≈.
 function tokenSentence(drawn, image, place, step, answer) {
   const code = drawn.sampled[step - 1][image][place];
   const row = Math.floor(place / side) + 1;
@@ -539,8 +580,9 @@ function goTo(time) {
   look();
 }
 
+// Plays on from the time that is shown, or from the start if that is the end.
 function play() {
-  if (film) return pause();
+  pause();
   if (shownTime() >= lastTime()) goTo(0);
   const first = shownTime();
   const started = performance.now();
@@ -567,7 +609,7 @@ function save() {
   makeElement('a', {href: image.src, download}).click();
 }
 
-byId('play').onclick = play;
+byId('play').onclick = () => film ? pause() : play();
 byId('save').onclick = save;
 byId('time').oninput = () => {
   pause();
@@ -611,7 +653,8 @@ async function measure(settings, signal) {
       showTable();
       showStep();
     } else {
-      say(`timing ${numberOfImages(news.num)} ${DECODERS[news.decoder]} …`, true);
+      const images = counted(news.num, 'image', 'images');
+      say(`timing ${images} ${DECODERS[news.decoder]} …`, true);
       byId('bar').value = measured / numbers.length / 2;
     }
   }
@@ -653,10 +696,11 @@ function showTable() {
   const guidance = usedGuidance();
   let parallel = 'each predicts all tokens';
   if (guidance) parallel += `, twice: with the class and without, for guidance ${guidance}`;
-  byId('parallel-text').textContent = `${numberOfSteps()} passes; ${parallel}.`;
+  const passes = counted(numberOfSteps(), 'pass', 'passes');
+  byId('parallel-text').textContent = `${passes}; ${parallel}.`;
   byId('autoregressive-text').textContent =
     `${about.tokens} passes; each predicts one token, without guidance.`;
-  byId('times-text').textContent = `In parallel in ${numberOfSteps()} passes `
+  byId('times-text').textContent = `In parallel in ${passes} `
     + `${guidance ? `with guidance ${guidance}` : 'without guidance'}, token by token in `
     + `${about.tokens} passes; the fastest of up to five runs.`;
   byId('times').replaceChildren(...Object.entries(timings).map(timeRow));
@@ -675,10 +719,10 @@ function showTable() {
   let speed = 'at its own speed';
   const slower = playedSeconds() / longestTime();
   if (slower > 1) speed = `${slower.toPrecision(2)} times slower`;
-  let passes = 'Each box is a pass';
-  if (about.tokens > MOST_BOXES) passes = 'The bars fill pass by pass';
+  let boxes = 'Each box is a pass';
+  if (about.tokens > MOST_BOXES) boxes = 'The bars fill pass by pass';
   byId('race-text').textContent =
-    `${passes}; the times are the transformer's on ${about.device}, shown ${speed}.`;
+    `${boxes}; the times are the transformer's on ${about.device}, shown ${speed}.`;
 }
 
 function timeRow([number, times]) {
@@ -727,7 +771,7 @@ function reasons() {
   });
   const copies = usedGuidance() ? 2 : 1;
   const computed = copies * numberOfSteps() * about.tokens;
-  const counts = `${numberOfSteps()} passes against ${about.tokens}, `
+  const counts = `${counted(numberOfSteps(), 'pass', 'passes')} against ${about.tokens}, `
     + `${computed} tokens computed for an image against ${about.tokens}`;
   texts.push(gpu
     ? `A GPU computes all tokens about as fast as one, so the passes decide: ${counts}.`
@@ -744,11 +788,11 @@ async function takePicture(path, body, number) {
   try {
     const answer = await askOnce(path, body, signal);
     const image = await loadImage(answer.picture);
-    signal.throwIfAborted();
+    signal.throwIfAborted();                        // it may have been taken over meanwhile
     photo = {image, number};
     field('mode').value = 'edit';
   } catch (error) {
-    showMode();
+    showMode();                                     // a link may have chosen another mode
     fail(error, signal);
     return;
   }
@@ -756,7 +800,7 @@ async function takePicture(path, body, number) {
 }
 
 function upload(file) {
-  if (!file) return;
+  if (!file || !about) return;                      // nothing was chosen, or the page is loading
   if (file.size > about.max_upload) {
     complain(Error(`this file is larger than ${about.max_upload / 1e6} MB: reduce it`));
     return;
@@ -893,12 +937,6 @@ function showMode() {
   goTo(isRacing() ? lastTime() : shownTime());
 }
 
-// Draws when nothing has changed for a moment.
-function runSoon() {
-  clearTimeout(delay);
-  delay = setTimeout(run, 250);
-}
-
 form.oninput = event => {
   if (event.target.name === 'num') numberInMode[mode()] = event.target.value;
   if (event.target.name === 'mode') changeMode();
@@ -908,7 +946,6 @@ form.onsubmit = event => {
   event.preventDefault();
   run();
 };
-byId('stop').onclick = () => drawing?.abort();
 byId('new-seed').onclick = () => {
   field('seed').value = Math.floor(Math.random() * 1e6);
   run();
@@ -989,6 +1026,7 @@ async function start() {
     const stops = [0, 0.25, 0.5, 0.75, 1].map(heat);
     byId('heat-scale').style.background = `linear-gradient(90deg, ${stops})`;
     fillForm();
+    form.inert = false;
     window.onhashchange = readLink;
     await readLink();
   } catch (error) {
