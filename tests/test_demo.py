@@ -577,7 +577,7 @@ def test_page_draws_and_shows_the_steps(page):
     assert page.text_content("#time-text") == "t = 3 of 8"
     assert page.text_content("#masked-text") == f"still masked: {counts[2]} of {N} tokens"
     assert f"= {counts[2]}." in page.text_content("#sentences")
-    assert "log p plus 4.5 · (1 − 3/8) = 2.81 times Gumbel noise" in page.text_content("#sentences")
+    assert "log p plus 1 · (1 − 3/8) = 0.63 times Gumbel noise" in page.text_content("#sentences")
     assert f"masked: {counts[2]} of {N}" in page.text_content("#schedule")
     predicted = canvas(page, "#predicted")
     hidden = (predicted != canvas(page, "#masked")).any(2).reshape(SIDE, 4, SIDE, 4).any((1, 3))
