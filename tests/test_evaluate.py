@@ -830,6 +830,7 @@ def fetch_no_inception(path):
     sys.modules["torch_fidelity"] = SimpleNamespace(feature_extractor_inceptionv3=package)
     sys.modules["torch_fidelity.feature_extractor_inceptionv3"] = package
     machine = runtime.Machine("cpu")
+    machine.wait_for_ranks()
     try:
         features.load_inception(None, machine)
     except Exception as error:

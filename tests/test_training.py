@@ -466,6 +466,7 @@ def test_a_run_inside_its_data_is_refused(call_main, tmp_path):
 
 def test_a_full_disk_leaves_the_last_checkpoint(copied, capfd):
     """A limit on the size of files stands in for a full disk: both fail the write in the middle."""
+    (copied / "transformer.pt").unlink()
     before = contents(copied)
 
     def train():
