@@ -931,7 +931,7 @@ def main():
 
 command_line(main)
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
     assert result.returncode == 143 and not result.stderr
 
 

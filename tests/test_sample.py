@@ -174,7 +174,7 @@ def test_nothing_trained_yet(call, tmp_path):
 @pytest.mark.slow
 def test_the_script_itself(untrained, tmp_path):
     printed = run("sample.py", "--run", untrained, "--num", 1, "--class", "moon", "--out", "a.png", cwd=tmp_path)
-    assert "wrote a.png: 1 images in" in printed
+    assert "wrote a.png: 1 image in" in printed
 
 
 def test_a_run_with_both_decoders(untrained, call, tmp_path):
