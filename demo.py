@@ -35,6 +35,7 @@ from lib.orders import ORDERS
 from lib.pictures import to_pil
 from lib.runtime import Machine
 from lib.sampling import (
+    RUN_FLAGS,
     STAGES,
     add_sampler_flags,
     decoding_settings,
@@ -393,8 +394,7 @@ def main() -> None:
     """Parses the flags and serves."""
     parser = flags.Parser(__doc__)
     flags.add_flags(parser, {
-        "run": (str, None, "the run's folder (default: the newest in runs/ with a transformer)"),
-        "vqgan": (str, None, "tokenizer file (default: vqgan.pt in the run's folder)"),
+        **RUN_FLAGS,
         "port": (flags.number(int, 0, 65535), 8000, "port on 127.0.0.1; 0 takes a free one"),
         **DATA_FLAGS,
     })

@@ -84,7 +84,7 @@ def check_grid(args: argparse.Namespace, layout: pictures.GridLayout, num_classe
     check_memory(2 * 4 * floats + 3 * width * height, f"--num {args.num}")
 
 
-def check_film(args: argparse.Namespace, num_steps: int, num_classes: int, image_size: int) -> None:
+def check_film(num_steps: int, num_classes: int, image_size: int) -> None:
     """Raises UserError if the steps of an image of each class would fill the memory."""
     floats = 3 * image_size ** 2 * num_classes * num_steps
     # As floats of 4 bytes, twice while their batches are joined.
@@ -200,7 +200,7 @@ def sample(args: argparse.Namespace, machine: runtime.Machine) -> None:
     classifier = open_classifier(folder, checkpoint, machine) if args.accept < 1 else None
     sampler = Sampler(args, tokenizer, transformer, machine, classifier)
     if args.film:
-        check_film(args, sampler.options.get("steps", 8), len(classes), size)
+        check_film(sampler.options.get("steps", 8), len(classes), size)
 
     method = "token by token"
     if not isinstance(transformer, CausalTransformer):

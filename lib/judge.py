@@ -6,10 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lib import flags
 from lib.errors import UserError
 from lib.features import FEATURE_FLAGS, Reference, open_networks
-from lib.flags import whole
+from lib.flags import number, whole
 from lib.loader import DataSet
 from lib.runtime import Machine
 from lib.sets import (
@@ -24,7 +23,7 @@ from lib.sets import (
 JUDGE_FLAGS = {
     "evaluate_every": (whole, 0, "steps between measurements of FCD or FID, after which the best "
                                  "model so far is kept; 0: never"),
-    "evaluate_num": (flags.number(int, 2), 2000, "samples in each of these measurements"),
+    "evaluate_num": (number(int, 2), 2000, "samples in each of these measurements"),
     **FEATURE_FLAGS,
 }
 

@@ -220,11 +220,15 @@ class Run:
             "config": asdict(model.config), "model": model.state_dict(), **about,
         })
 
-    def _write(self, path: Path, checkpoint: dict) -> None:
-        """Writes a file, on the first rank.
+    @property
+    def _fetches(self) -> bool:
+        """True if this process fetches the tensors that are saved: on the first rank, and on every
+        host of a TPU, since their chips may hold parts of them."""
+        return self.machine.leads or self.machine.mesh is not None
 
-        All hosts of a TPU fetch the tensors together, since their chips may hold parts of them."""
-        if self.machine.leads or self.machine.mesh is not None:
+    def _write(self, path: Path, checkpoint: dict) -> None:
+        """Writes a file, on the first rank."""
+        if self._fetches:
             checkpoint = on_cpu(checkpoint)
         if self.machine.leads:
             save_checkpoint(path, checkpoint)
@@ -236,7 +240,7 @@ class Run:
 
         measure: which distance it is, in words. The file is also replaced, and this is said, if its
         distance is another one. The other arguments: see save()."""
-        if math.isnan(distance):
+        if math.isnan(distance) or not self._fetches:
             return
         if self.best_file.exists():
             best = load_checkpoint(self.best_file, self.stage)
